@@ -1,0 +1,424 @@
+"""The method's formulas against loops in plain Python, and the criterion that puts them together."""
+
+import math
+from functools import partial
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import losses
+from losses import (
+    ManifoldDistillationLoss,
+    hard_distillation_loss,
+    patch_loss,
+    random_loss,
+    sample_loss,
+    soft_distillation_loss,
+)
+
+B, N, D_S, D_T, C = 3, 4, 6, 9, 5
+KEYS = ['base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand']
+PLACES = list(product(range(B), range(N)))
+
+
+def tokens(width, dtype=torch.float64):
+    return torch.randn(B, N, width, dtype=dtype)
+
+
+def draw_loss(student, teacher, K=7):
+    """The random term as a function of the tokens alone: every call draws the same ones."""
+    return random_loss(student, teacher, K, torch.Generator().manual_seed(3))
+
+
+TERMS = {'sample': sample_loss, 'patch': patch_loss, 'random': draw_loss}
+each_term = pytest.mark.parametrize('term', TERMS.values(), ids=TERMS)
+
+
+def value_and_gradient(term, student, teacher):
+    student = student.clone().requires_grad_()
+    value = term(student, teacher)
+    return value.detach(), torch.autograd.grad(value, student)[0]
+
+
+def drawn_tokens(gradient):
+    """The places the random term looked at: only tokens it drew have a gradient."""
+    return [place for place in PLACES if gradient[place].abs().sum() > 0]
+
+
+# The sets of places, one per relation map, that a term compares.
+SETS = {
+    'sample': [[(b, n) for b in range(B)] for n in range(N)],
+    'patch': [[(b, n) for n in range(N)] for b in range(B)],
+}
+
+
+def oracle(student, teacher, sets):
+    """Mean squared difference of relation maps and its gradient, by loops over Python floats and the chain rule."""
+
+    def unit(token):
+        norm = math.sqrt(sum(x * x for x in token))
+        return [x / norm for x in token], norm
+
+    def dot(x, y):
+        return sum(a * b for a, b in zip(x, y, strict=True))
+
+    student, teacher = student.tolist(), teacher.tolist()
+    count = sum(len(places) ** 2 for places in sets)
+    value, gradient = 0.0, torch.zeros(B, N, len(student[0][0]), dtype=torch.float64)
+    for places in sets:
+        s = [unit(student[b][n]) for b, n in places]
+        t = [unit(teacher[b][n]) for b, n in places]
+        for i, (b, n) in enumerate(places):
+            # d value / d u_i of the unit token u_i, which stands in row i and in column i of its map
+            pull = [0.0] * len(s[i][0])
+            for j in range(len(places)):
+                difference = dot(s[i][0], s[j][0]) - dot(t[i][0], t[j][0])
+                value += difference**2 / count
+                pull = [p + 4 * difference / count * x for p, x in zip(pull, s[j][0], strict=True)]
+            u, norm = s[i]
+            along = dot(pull, u)  # a length has no influence, so its direction is taken out
+            for d, (p, x) in enumerate(zip(pull, u, strict=True)):
+                gradient[b, n, d] += (p - along * x) / norm
+    return value, gradient
+
+
+# Relation terms -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', TERMS)
+def test_relation_terms_and_their_gradients_equal_plain_loops_in_float64(name):
+    student, teacher = tokens(D_S), tokens(D_T)
+    value, gradient = value_and_gradient(TERMS[name], student, teacher)
+    expected, expected_gradient = oracle(student, teacher, SETS.get(name) or [drawn_tokens(gradient)])
+    assert abs(value.item() - expected) <= 1e-10
+    assert (gradient - expected_gradient).abs().max() <= 1e-10
+    assert torch.autograd.gradcheck(lambda s: TERMS[name](s, teacher), student.requires_grad_())
+
+
+@pytest.mark.parametrize('seed', range(5))
+@pytest.mark.parametrize('name', TERMS)
+def test_relation_terms_in_float32_stay_close_to_plain_loops(name, seed):
+    torch.manual_seed(seed)
+    student, teacher = tokens(D_S, torch.float32), tokens(D_T, torch.float32)
+    value, gradient = value_and_gradient(TERMS[name], student, teacher)
+    assert value.dtype == gradient.dtype == torch.float32
+    expected, expected_gradient = oracle(student.double(), teacher.double(), SETS.get(name) or [drawn_tokens(gradient)])
+    assert abs(value.item() - expected) <= 1e-6 * expected
+    assert (gradient - expected_gradient).norm() <= 5e-6 * expected_gradient.norm()
+
+
+@each_term
+def test_equal_features_give_zero_relations(term):
+    student = tokens(D_S)
+    value, gradient = value_and_gradient(term, student, student)
+    assert value == 0
+    assert gradient.abs().max() == 0
+
+
+@each_term
+def test_relations_ignore_a_rotation_of_the_channels_and_a_positive_factor_per_token(term):
+    student, teacher = tokens(D_S), tokens(D_T)
+    expected = term(student, teacher)
+    rotation = torch.linalg.qr(torch.randn(D_S, D_S, dtype=torch.float64)).Q
+    factors = torch.rand(B, N, 1, dtype=torch.float64) * 100 + 0.01
+    assert term(student @ rotation, teacher).item() == pytest.approx(expected.item(), abs=1e-12)
+    assert term(student * factors, teacher).item() == pytest.approx(expected.item(), abs=1e-12)
+    assert term(student, teacher * factors).item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+@each_term
+def test_relations_change_with_a_factor_per_channel(term):
+    student, teacher = tokens(D_S), tokens(D_T)
+    factors = torch.arange(1, D_S + 1, dtype=torch.float64)
+    assert abs(term(student * factors, teacher) - term(student, teacher)) > 1e-3
+
+
+@each_term
+def test_zero_tokens_give_finite_relations_and_gradients(term):
+    student, teacher = tokens(D_S, torch.float32), tokens(D_T, torch.float32)
+    student[0], teacher[:, 1] = 0, 0
+    value, gradient = value_and_gradient(term, student, teacher)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+
+
+@each_term
+@pytest.mark.parametrize(
+    ('shape', 'words'),
+    [
+        ((B, N + 1, D_T), rf'\({B}, {N}\) for the student, \({B}, {N + 1}\) for the teacher'),
+        # the shapes that broadcasting would accept in silence
+        ((B, 1, D_T), rf'\({B}, {N}\) for the student, \({B}, 1\) for the teacher'),
+        ((1, N, D_T), rf'\({B}, {N}\) for the student, \(1, {N}\) for the teacher'),
+        # as many tokens in all: the random term alone would not notice
+        ((N, B, D_T), rf'\({B}, {N}\) for the student, \({N}, {B}\) for the teacher'),
+        ((N, D_T), rf'student \({B}, {N}, {D_S}\), teacher \({N}, {D_T}\)'),
+        ((B, D_T, 2, 2), rf'student \({B}, {N}, {D_S}\), teacher \({B}, {D_T}, 2, 2\)'),
+    ],
+)
+def test_unlike_tokens_are_refused_in_words_that_name_both_sides(term, shape, words):
+    with pytest.raises(ValueError, match=words):
+        term(tokens(D_S), torch.randn(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@each_term
+def test_relations_under_autocast_equal_those_in_float32(term, dtype):
+    # A student close to its teacher, as late in training: this is where half precision loses the differences.
+    teacher = tokens(16, torch.float32)
+    student = (teacher + 0.02 * tokens(16, torch.float32)).requires_grad_()
+    expected = term(student, teacher)
+    with torch.autocast('cpu', dtype=dtype):
+        assert (student @ student.mT).dtype == dtype, 'without autocast at work this test shows nothing'
+        value = term(student, teacher)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    found, wanted = (torch.autograd.grad(v, student)[0] for v in (value, expected))
+    assert (found - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'expected'),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+@each_term
+def test_half_precision_tokens_are_compared_in_float32_and_double_in_double(term, dtype, expected):
+    student, teacher = tokens(D_S).to(dtype), tokens(D_T).to(dtype)
+    value = term(student, teacher)
+    assert value.dtype == expected
+    assert value.item() == pytest.approx(term(student.double(), teacher.double()).item(), rel=1e-6)
+
+
+# The draw of the random term ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('K', [B * N, B * N + 1, 192])
+def test_random_term_of_all_tokens_is_the_mean_over_the_full_map(K):
+    student, teacher = tokens(D_S), tokens(D_T)
+    expected, expected_gradient = oracle(student, teacher, [PLACES])
+    value, gradient = value_and_gradient(partial(random_loss, K=K), student, teacher)
+    assert abs(value.item() - expected) <= 1e-10
+    assert (gradient - expected_gradient).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize('K', [2, 5, B * N - 1, B * N, 50])
+def test_random_tokens_are_drawn_without_replacement_at_the_same_places_of_both_sides(K):
+    student, teacher = tokens(D_S).requires_grad_(), tokens(D_T).requires_grad_()
+    value = random_loss(student, teacher, K, torch.Generator().manual_seed(0))
+    drawn = [drawn_tokens(gradient) for gradient in torch.autograd.grad(value, (student, teacher))]
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == min(K, B * N)
+
+
+def test_random_tokens_are_a_function_of_the_generator():
+    student, teacher = tokens(D_S), tokens(D_T)
+    first, second = (
+        [random_loss(student, teacher, 5, torch.Generator().manual_seed(seed)).item() for seed in range(20)]
+        for _ in range(2)
+    )
+    assert first == second
+    assert len(set(first)) > 10  # there are 792 ways to draw 5 of 12
+
+
+def test_random_draw_leaves_the_global_generator_alone_when_it_is_given_its_own():
+    student, teacher, before = tokens(D_S), tokens(D_T), torch.get_rng_state()
+    random_loss(student, teacher, 5, torch.Generator())
+    assert torch.equal(torch.get_rng_state(), before)
+    random_loss(student, teacher, 5)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_each_layer_pair_gets_a_new_draw_of_random_tokens():
+    student = [tokens(D_S).requires_grad_() for _ in range(4)]
+    teacher = [tokens(D_T) for _ in range(4)]
+    criterion = ManifoldDistillationLoss(nn.CrossEntropyLoss(), 'soft', w_sample=0, w_patch=0, K=5)
+    value = forward(criterion, student, teacher, torch.Generator().manual_seed(0))['mf_rand']
+    draws = [tuple(drawn_tokens(gradient)) for gradient in torch.autograd.grad(value, student)]
+    assert len(set(draws)) > 1
+    again = forward(criterion, student, teacher, torch.Generator().manual_seed(0))['mf_rand']
+    assert again == value
+
+
+# Logit distillation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('tau', [0.5, 1.0, 3.0])
+def test_soft_distillation_is_tau_squared_kl_per_image(tau):
+    student, teacher = torch.randn(2, B, C, dtype=torch.float64) * 3
+
+    def probabilities(logits):
+        powers = np.exp(logits.numpy() / tau)
+        return powers / powers.sum(axis=1, keepdims=True)
+
+    p, q = probabilities(teacher), probabilities(student)
+    expected = tau**2 * (p * np.log(p / q)).sum() / B
+    assert soft_distillation_loss(student, teacher, tau).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_hard_distillation_is_cross_entropy_with_the_teachers_best_class():
+    student, teacher = torch.randn(2, B, C, dtype=torch.float64)
+    x, best = student.numpy(), teacher.numpy().argmax(axis=1)
+    expected = np.mean([math.log(np.exp(row).sum()) - row[k] for row, k in zip(x, best, strict=True)])
+    assert hard_distillation_loss(student, teacher).item() == pytest.approx(expected, rel=1e-10)
+
+
+# The criterion --------------------------------------------------------------------------------------------------------
+
+LOGITS, KD_LOGITS, TEACHER_LOGITS = torch.randn(3, B, C, generator=torch.Generator().manual_seed(5)).double()
+TARGETS = torch.tensor([1, 0, 4])
+
+
+def forward(criterion, student_tokens=(), teacher_tokens=(), generator=None):
+    student_out = (LOGITS, KD_LOGITS, tuple(student_tokens))
+    return criterion(student_out, (TEACHER_LOGITS, TEACHER_LOGITS, tuple(teacher_tokens)), TARGETS, generator)
+
+
+def build(kind='soft', **options):
+    # K beyond B·N makes the random term the full map: no draw to account for
+    return ManifoldDistillationLoss(nn.CrossEntropyLoss(), kind, **{'K': 100, **options})
+
+
+@pytest.mark.parametrize(('kind', 'tau'), [('soft', 1.0), ('soft', 4.0), ('hard', 1.0)])
+@pytest.mark.parametrize('alpha', [0.0, 0.3, 1.0])
+def test_losses_are_the_weighted_terms_of_the_formula_and_pairs_are_averaged(kind, tau, alpha):
+    student, teacher = [tokens(D_S) for _ in range(3)], [tokens(D_T) for _ in range(3)]
+    found = forward(build(kind, alpha=alpha, tau=tau, beta=0.5, w_sample=0.1, w_patch=4, w_rand=0.2), student, teacher)
+    everywhere = {
+        'mf_sample': (0.1, SETS['sample']),
+        'mf_patch': (4, SETS['patch']),
+        'mf_rand': (0.2, [PLACES]),
+    }
+    kd = {
+        'soft': lambda: soft_distillation_loss(KD_LOGITS, TEACHER_LOGITS, tau),
+        'hard': lambda: hard_distillation_loss(KD_LOGITS, TEACHER_LOGITS),
+    }
+    expected = {
+        'base': (1 - alpha) * F.cross_entropy(LOGITS, TARGETS).item(),
+        'dist': alpha * kd[kind]().item(),
+        **{
+            key: 0.5 * weight * sum(oracle(s, t, sets)[0] for s, t in zip(student, teacher, strict=True)) / 3
+            for key, (weight, sets) in everywhere.items()
+        },
+    }
+    assert list(found) == KEYS
+    assert {key: value.item() for key, value in found.items()} == pytest.approx(expected, rel=1e-10)
+    assert sum(found.values()).item() == pytest.approx(sum(expected.values()), rel=1e-10)
+
+
+@pytest.mark.parametrize('alpha', [0.0, 0.5, 1.0])
+def test_without_distillation_the_base_is_the_plain_cross_entropy_and_no_teacher_is_needed(alpha):
+    criterion = build('none', alpha=alpha)
+    found = criterion((LOGITS, KD_LOGITS, (tokens(D_S),)), None, TARGETS)
+    assert list(found) == KEYS
+    assert found['base'].item() == F.cross_entropy(LOGITS, TARGETS).item()
+    assert all(found[key] == 0 for key in KEYS[1:])
+
+
+def test_alpha_zero_keeps_the_relations():
+    found = forward(build(alpha=0), [tokens(D_S)], [tokens(D_T)])
+    assert found['dist'] == 0
+    assert all(found[key] > 0 for key in ['base', 'mf_sample', 'mf_patch', 'mf_rand'])
+
+
+@pytest.mark.parametrize('kind', ['soft', 'hard'])
+def test_without_tapped_blocks_the_relations_are_zero(kind):
+    found = forward(build(kind))
+    assert list(found) == KEYS
+    assert all(found[key] == 0 for key in KEYS[2:])
+    assert all(found[key] > 0 for key in KEYS[:2])
+
+
+@pytest.mark.parametrize('name', ['sample', 'patch', 'rand'])
+def test_a_relation_of_weight_zero_is_not_computed_but_keeps_its_key(name, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError('computed')
+
+    monkeypatch.setattr(losses, {'rand': 'random'}.get(name, name) + '_loss', refuse)
+    student, teacher = [tokens(D_S)], [tokens(D_T)]
+    for criterion in (build(**{f'w_{name}': 0}), build(beta=0)):
+        found = forward(criterion, student, teacher)
+        assert list(found) == KEYS
+        assert found[f'mf_{name}'] == 0
+    with pytest.raises(AssertionError, match='computed'):
+        forward(build(), student, teacher)
+
+
+@pytest.mark.parametrize('kind', ['soft', 'hard'])
+@pytest.mark.parametrize('alpha', [0.0, 1.0])
+def test_both_heads_stay_in_the_graph_at_weight_zero(kind, alpha):
+    logits, kd_logits = LOGITS.clone().requires_grad_(), KD_LOGITS.clone().requires_grad_()
+    found = build(kind, alpha=alpha)((logits, kd_logits, ()), (TEACHER_LOGITS, TEACHER_LOGITS, ()), TARGETS)
+    sum(found.values()).backward()
+    assert logits.grad is not None
+    assert kd_logits.grad is not None
+    assert logits.grad.any() == (alpha == 0)
+    assert kd_logits.grad.any() == (alpha == 1)
+
+
+class MixedCrossEntropy(nn.Module):
+    """A base criterion with a product of matrices, which autocast would round; torch's own losses it leaves alone."""
+
+    def forward(self, logits, targets):
+        return F.cross_entropy(logits @ torch.eye(C, dtype=logits.dtype).roll(1, 0), targets)
+
+
+@pytest.mark.parametrize('kind', ['none', 'soft', 'hard'])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_criterion_owns_its_precision_under_autocast(kind, dtype):
+    out = [(torch.randn(B, C).to(dtype), torch.randn(B, C).to(dtype), (tokens(d).to(dtype),)) for d in (D_S, D_T)]
+    criterion = ManifoldDistillationLoss(MixedCrossEntropy(), kind, tau=2.0, K=100)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        found = criterion(*out, TARGETS)
+    double = criterion(*[(a.double(), b.double(), (t[0].double(),)) for a, b, t in out], TARGETS)
+    assert {value.dtype for value in found.values()} == {torch.promote_types(dtype, torch.float32)}
+    for key in KEYS:  # 1e-7 beside: KL and CE are differences of numbers of the size of a logit
+        assert found[key].item() == pytest.approx(double[key].item(), rel=1e-6, abs=1e-7)
+
+
+def test_soft_labels_reach_the_base_criterion():
+    soft = torch.rand(B, C, dtype=torch.float64).softmax(dim=1)
+    found = build('soft', alpha=0)((LOGITS, KD_LOGITS, ()), (TEACHER_LOGITS, TEACHER_LOGITS, ()), soft)
+    expected = -(soft * LOGITS.log_softmax(dim=1)).sum() / B
+    assert found['base'].item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_a_missing_teacher_is_refused_in_words():
+    with pytest.raises(ValueError, match="'hard' needs the output of a teacher"):
+        build('hard')((LOGITS, KD_LOGITS, ()), None, TARGETS)
+
+
+@pytest.mark.parametrize('kind', ['soft', 'hard'])
+def test_unlike_classes_are_refused_in_words(kind):
+    with pytest.raises(ValueError, match=rf'student \({B}, {C}\), teacher \({B}, {C + 1}\)'):
+        build(kind)((LOGITS, KD_LOGITS, ()), (torch.randn(B, C + 1), None, ()), TARGETS)
+
+
+@pytest.mark.parametrize(('ours', 'theirs'), [(1, 2), (2, 1), (0, 1), (1, 0)])
+def test_unlike_numbers_of_layers_are_refused_in_words(ours, theirs):
+    with pytest.raises(ValueError, match=f'{ours} of the student, {theirs} of the teacher'):
+        forward(build(), [tokens(D_S)] * ours, [tokens(D_T)] * theirs)
+
+
+@pytest.mark.parametrize('K', [0, -1])
+def test_fewer_than_one_random_token_is_refused(K):
+    with pytest.raises(ValueError, match=f'not {K}'):
+        build(K=K)
+
+
+def test_an_unknown_distillation_type_is_refused():
+    with pytest.raises(ValueError, match="not 'medium'"):
+        build('medium')
+
+
+def test_the_criterion_has_nothing_to_save():
+    assert build().state_dict() == {}
+    assert list(build().parameters()) == []
