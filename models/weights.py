@@ -1,0 +1,203 @@
+"""Building timm models by name and reading their weights from files of any common layout."""
+
+import argparse
+import difflib
+import hashlib
+import math
+import re
+from pathlib import Path
+from urllib.parse import urlparse
+
+import safetensors.torch
+import timm
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+from torch.hub import download_url_to_file, get_dir
+
+# Where the weights of a checkpoint lie, first match first; a bare state dict has none of these keys.
+WEIGHT_KEYS = ('model', 'state_dict')
+EMA_KEYS = ('model_ema', 'state_dict_ema')
+_NOT_A_CHECKPOINT = 'is damaged, or no file of weights'
+
+
+def build(
+    name: str, num_classes: int, input_size: int, pretrained: bool = False, kwargs: dict | None = None
+) -> nn.Module:
+    """A timm model.
+
+    Args:
+        name: timm's name.
+        num_classes: size of the head.
+        input_size: passed as `img_size` to models that take it.
+        pretrained: with timm's own weights.
+        kwargs: further arguments of the model's constructor; None means timm's default.
+
+    Raises:
+        ValueError: there is no such model, it refuses the arguments, or its head has another size.
+    """
+    if not timm.is_model(name):
+        raise ValueError(f'timm has no such model; the nearest names: {", ".join(_nearest(name))}')
+    kwargs = {'img_size': input_size, 'num_classes': num_classes, **(kwargs or {})}
+    try:
+        model = _create(name, pretrained, kwargs)
+    except Exception as error:  # whatever a constructor or a download of somebody else's raises
+        raise ValueError(f'timm cannot build it: {first_line(error)}') from error
+    if model.num_classes != num_classes:
+        raise ValueError(f'its head has {model.num_classes} classes, the data {num_classes}')
+    weights_for = model.pretrained_cfg.get('num_classes')
+    if pretrained and weights_for != num_classes:
+        raise ValueError(f'its pretrained head has {weights_for} classes, the data {num_classes}')
+    return model
+
+
+def _nearest(name: str) -> list[str]:
+    # Compared at the same length, or a misspelt beginning of a long name would be far from all names.
+    def likeness(candidate: str) -> float:
+        return difflib.SequenceMatcher(None, name, candidate[: len(name)]).ratio()
+
+    return sorted(timm.list_models(), key=likeness, reverse=True)[:3]
+
+
+def _create(name: str, pretrained: bool, kwargs: dict) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except TypeError as error:
+        # Convolutional models take images of any size, some families have no stochastic depth.
+        refused = [k for k in ('img_size', 'drop_path_rate') if k in kwargs and f"'{k}'" in str(error)]
+        if not refused or (refused == ['drop_path_rate'] and kwargs['drop_path_rate']):
+            raise
+        return _create(name, pretrained, {k: v for k, v in kwargs.items() if k not in refused})
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def read_checkpoint(source: str) -> dict:
+    """The contents of a weights file, on the CPU; nothing is unpickled but tensors and plain types.
+
+    Args:
+        source: a path, or a URL (downloaded once into torch's hub folder); `.safetensors` or torch's own format.
+
+    Raises:
+        OSError: it is not there or cannot be downloaded.
+        ValueError: it cannot be read safely, or holds no dictionary.
+    """
+    url = '://' in source
+    path = _download(source) if url else Path(source)
+    with open(path, 'rb') as file:  # what the system has to say comes first: not there, a folder, no permission
+        if path.suffix == '.safetensors':
+            return _read_safetensors(path)
+        try:
+            # Released files of 2020-2022 hold the flags of their run as a Namespace, a plain bag of values.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                checkpoint = torch.load(file, map_location='cpu', weights_only=True)
+        except Exception as error:  # torch raises a dozen kinds for one thing
+            found = re.search(r'GLOBAL (\S+)', str(error))
+            reason = f'holds {found[1]}, and only tensors and plain types are read' if found else _NOT_A_CHECKPOINT
+            raise ValueError(reason + (f' (downloaded to {path})' if url else '')) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f'holds a {type(checkpoint).__name__}, not a dictionary of weights')
+    return checkpoint
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(_NOT_A_CHECKPOINT) from error
+
+
+def _download(url: str) -> Path:
+    # torch.hub.load_state_dict_from_url would unpickle whatever the file asks for; only its download is used.
+    # The hash tells two files of one name apart.
+    name = f'{hashlib.sha256(url.encode()).hexdigest()[:8]}-{Path(urlparse(url).path).name}'
+    path = Path(get_dir()) / 'checkpoints' / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        download_url_to_file(url, str(path), progress=False)
+    return path
+
+
+def named_weights(checkpoint: dict, ema: bool = False) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint, its keys without the prefixes of DDP and torch.compile.
+
+    Args:
+        checkpoint: `{'model': …}`, `{'state_dict': …}` or a bare state dict.
+        ema: the averaged weights instead, `{'model_ema': …}`.
+
+    Raises:
+        ValueError: it holds no such weights.
+    """
+    keys = EMA_KEYS if ema else WEIGHT_KEYS
+    found = [key for key in keys if isinstance(checkpoint.get(key), dict)]
+    if ema and not found:
+        raise ValueError('holds no EMA weights')
+    state = checkpoint[found[0]] if found else checkpoint
+    if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise ValueError(f'holds no state dict: its keys are {", ".join(map(str, list(checkpoint)[:5])) or "none"}')
+    return clean_state_dict(clean_state_dict(state))  # twice: older timm takes one prefix of two off
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Loads a state dict that must fit exactly.
+
+    Raises:
+        ValueError: keys or shapes differ; the first of each is named.
+    """
+    own = model.state_dict()
+    faults = [
+        _count('lacks', [key for key in own if key not in state]),
+        _count('has unknown', [key for key in state if key not in own]),
+        *[
+            f'{key} is {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model'
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ][:1],
+    ]
+    if any(faults):
+        raise ValueError(f'does not fit the model: {"; ".join(filter(None, faults))}')
+    model.load_state_dict(state)
+
+
+def _count(verb: str, keys: list[str]) -> str:
+    return f'{verb} {len(keys)} tensor{"s"[: len(keys) > 1]} ({keys[0]}{", …"[: 3 * (len(keys) > 1)]})' if keys else ''
+
+
+def adapt(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Fits weights of another input size or class count to a model, as fine-tuning needs it.
+
+    Args:
+        model: the model to load into.
+        state: its state dict at another size.
+
+    Returns:
+        The state dict with position embeddings resampled to the model's grid and heads of another size replaced by
+        the model's own fresh ones; and what was done, in words.
+
+    Raises:
+        ValueError: its positions are those of another kind of model.
+    """
+    own, state, done = model.state_dict(), dict(state), []
+    embedding = state.get('pos_embed')
+    if embedding is not None and 'pos_embed' in own and embedding.shape[1] != own['pos_embed'].shape[1]:
+        grid = model.patch_embed.grid_size
+        prefix = own['pos_embed'].shape[1] - grid[0] * grid[1]
+        positions = embedding.shape[1] - prefix
+        if positions < 1 or math.isqrt(positions) ** 2 != positions:
+            raise ValueError(
+                f'does not fit the model: its {embedding.shape[1]} position embeddings are no square grid '
+                f'beside {prefix} prefix tokens'
+            )
+        state['pos_embed'] = resample_abs_pos_embed(embedding, list(grid), num_prefix_tokens=prefix)
+        done.append(f'position embeddings resampled to {grid[0]}×{grid[1]}')
+    heads = model.pretrained_cfg.get('classifier') or ()
+    for head in (heads,) if isinstance(heads, str) else heads:
+        keys = [f'{head}.weight', f'{head}.bias']
+        if any(key in own and key in state and own[key].shape != state[key].shape for key in keys):
+            state |= {key: own[key] for key in keys if key in own}
+            done.append(f'{head} replaced by a fresh one of {model.num_classes} classes')
+    return state, done

@@ -1,0 +1,429 @@
+"""Taps against plain hooks on plain timm models; weights files of every layout, and files that are none."""
+
+import argparse
+import copy
+import os
+import pickle
+from itertools import permutations
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+
+import models
+
+# What the blocks of each family put out before the patch tokens: class, distillation and register tokens. CaiT's
+# class token enters only after its patch blocks.
+PREFIX = {'deit': 1, 'distilled': 2, 'cait': 0, 'registers': 5}
+each_family = pytest.mark.parametrize('family', PREFIX)
+SIZE, GRID, WIDTH, DEPTH, C = 32, 4, 32, 3, 10
+
+
+def some_images(size=SIZE):
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+
+
+def plain_blocks(model, images):
+    """What every block puts out, by hooks of our own that know nothing of the wrapper."""
+    outputs = []
+    handles = [
+        block.register_forward_hook(lambda _, __, output: outputs.append(output.detach())) for block in model.blocks
+    ]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+def same_weights(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
+
+
+# Tokens ---------------------------------------------------------------------------------------------------------------
+
+
+@each_family
+def test_tokens_are_the_outputs_of_the_asked_blocks_without_prefix_tokens(toy, family):
+    images, ids = some_images(), [2, 0, -1, 0, -3]
+    expected = plain_blocks(toy(family).eval(), images)
+    tapped = models.tap(toy(family).eval(), ids, SIZE)
+    tokens = tapped(images).tokens
+    assert len(tokens) == len(ids)
+    for i, x in zip(ids, tokens, strict=True):
+        assert x.shape == (2, GRID * GRID, WIDTH)
+        assert expected[i].shape[1] - x.shape[1] == PREFIX[family]
+        assert torch.equal(x, expected[i][:, PREFIX[family] :])
+    assert tapped.block_ids == [2, 0, 2, 0, 0]
+    assert (tapped.depth, tapped.grid, tapped.width) == (DEPTH, (GRID, GRID), WIDTH)
+
+
+@each_family
+def test_logits_equal_those_of_the_plain_model_bit_for_bit(toy, family):
+    images = some_images()
+    out = models.tap(toy(family).eval(), [0, -1], SIZE)(images)
+    assert torch.equal(out.logits, toy(family).eval()(images))
+    assert out.logits.shape == (2, C)
+    assert out.kd_logits is out.logits
+
+
+@each_family
+def test_tapping_leaves_the_names_and_weights_of_the_model_alone(toy, family):
+    tapped = models.tap(toy(family), [1], SIZE)
+    assert same_weights(tapped.model.state_dict(), toy(family).state_dict())
+    assert tapped.model.training  # measuring needs eval mode, but does not leave it behind
+
+
+def test_a_model_without_flat_blocks_gives_logits_alone_when_nothing_is_tapped():
+    images = some_images()
+    tapped = models.tap(timm.create_model('resnet10t', num_classes=C).eval(), [], SIZE)
+    out = tapped(images)
+    assert out.tokens == ()
+    assert torch.equal(out.logits, tapped.model(images))
+
+
+@pytest.mark.parametrize('index', [DEPTH, -DEPTH - 1])
+def test_a_block_out_of_range_is_refused_with_its_number_and_the_depth(toy, index):
+    with pytest.raises(ValueError, match=rf'no block {index}: it has {DEPTH}'):
+        models.tap(toy(), [0, index], SIZE)
+
+
+@pytest.mark.parametrize(
+    ('name', 'words'),
+    [
+        ('resnet10t', 'no flat sequence of blocks'),
+        ('convnext_atto', 'no flat sequence of blocks'),
+        # it has `blocks`, but they put out maps (B, C, H, W)
+        ('mobilenetv3_small_050', 'not tokens of one shape'),
+    ],
+)
+def test_a_model_without_a_flat_sequence_of_token_blocks_is_refused(name, words):
+    with pytest.raises(ValueError, match=words):
+        models.tap(timm.create_model(name, num_classes=C), [0], SIZE)
+
+
+def test_a_distilled_student_has_two_heads_in_training_and_their_mean_in_eval(toy):
+    images, plain = some_images(), toy('distilled').eval()
+    features = plain.norm(plain_blocks(plain, images)[-1])
+    heads = plain.head(features[:, 0]), plain.head_dist(features[:, 1])
+    tapped = models.tap(toy('distilled'), [0], SIZE, two_heads=True)
+    out = tapped.train()(images)
+    assert torch.allclose(out.logits, heads[0], atol=1e-6)
+    assert torch.allclose(out.kd_logits, heads[1], atol=1e-6)
+    assert (heads[0] - heads[1]).abs().min() > 1e-5
+    alone = models.tap(toy('distilled'), [0], SIZE)
+    for out in (tapped.eval()(images), alone.train()(images), alone.eval()(images)):
+        assert torch.allclose(out.logits, (heads[0] + heads[1]) / 2, atol=1e-6)
+        assert out.kd_logits is out.logits
+
+
+# Life of a tapped model -----------------------------------------------------------------------------------------------
+
+
+@each_family
+def test_gradients_of_the_tokens_reach_the_first_block(toy, family):
+    tapped = models.tap(toy(family), [-1], SIZE)
+    tapped(some_images()).tokens[0].square().mean().backward()
+    assert all(p.grad is not None for p in tapped.model.blocks[0].parameters())
+    assert tapped.model.patch_embed.proj.weight.grad.any()
+
+
+@each_family
+def test_a_frozen_model_has_no_gradients_and_stays_in_eval_mode(toy, family):
+    teacher = models.freeze(models.tap(toy(family, drop_path_rate=0.5), [0, -1], SIZE))
+    assert teacher.train() is teacher
+    assert not any(module.training for module in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    out, again = teacher(some_images()), teacher(some_images())
+    assert torch.equal(out.logits, again.logits)  # drop-path is off
+    assert not any(x.requires_grad for x in (out.logits, out.kd_logits, *out.tokens))
+
+
+def test_a_deep_copy_captures_into_itself(toy):
+    images, tapped = some_images(), models.tap(toy().eval(), [0, -1], SIZE)
+    before = tapped(images)
+    twin = copy.deepcopy(tapped)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(1.5)
+    found, expected = twin(images).tokens, plain_blocks(twin.model, images)
+    assert torch.equal(found[0], expected[0][:, 1:])
+    assert torch.equal(found[1], expected[-1][:, 1:])
+    assert not torch.equal(found[1], before.tokens[1])
+    assert all(torch.equal(x, y) for x, y in zip(tapped(images).tokens, before.tokens, strict=True))
+    assert not tapped._captured
+    assert not twin._captured
+
+
+def test_no_tokens_are_left_behind_also_when_the_inner_model_is_called_by_itself(toy):
+    tapped = models.tap(toy(), [0, -1], SIZE)
+    assert not tapped._captured
+    tapped(some_images())
+    assert not tapped._captured
+    tapped.model(some_images())
+    assert not tapped._captured
+    with pytest.raises(AssertionError):
+        tapped(some_images(SIZE + 8))
+    tapped.model(some_images())
+    assert not tapped._captured
+
+
+def test_deit_tiny_has_102_tensors_without_and_50_with_weight_decay():
+    # the counts of the published recipe; given the wrapper, timm finds 100 and 52
+    tapped = models.tap(timm.create_model('deit_tiny_patch16_224'), [0, -1], 224)
+    groups = create_optimizer_v2(tapped.model, 'adamw', weight_decay=0.05).param_groups
+    assert {group['weight_decay']: len(group['params']) for group in groups} == {0.0: 102, 0.05: 50}
+
+
+# Building -------------------------------------------------------------------------------------------------------------
+
+TOY_KWARGS = {'patch_size': 8, 'embed_dim': WIDTH, 'depth': DEPTH, 'num_heads': 2}
+
+
+@pytest.mark.parametrize('size', [32, 48])
+def test_the_input_size_reaches_models_that_take_it(size):
+    model = models.build('deit_tiny_patch16_224', C, size, kwargs=TOY_KWARGS)
+    assert model.patch_embed.img_size == (size, size)
+    assert model(some_images(size)).shape == (2, C)
+
+
+@pytest.mark.parametrize('name', ['resnet10t', 'ghostnet_050'])
+def test_convolutional_models_are_built_without_an_image_size_or_an_idle_drop_path(name):
+    model = models.build(name, C, SIZE, kwargs={'drop_path_rate': 0.0})
+    assert model.eval()(some_images(48)).shape == (2, C)
+
+
+@pytest.mark.parametrize(
+    ('name', 'kwargs', 'words'),
+    [
+        ('deit_tinny_patch16_224', {}, 'no such model; the nearest names: deit_tiny_patch16_224'),
+        ('deit_tiny_patch16_224', {'nonsense': 1}, "unexpected keyword argument 'nonsense'"),
+        ('deit_tiny_patch16_224', {**TOY_KWARGS, 'embed_dim': 33}, 'divisible by num_heads'),
+        ('deit_tiny_patch16_224', {**TOY_KWARGS, 'depth': 'three'}, 'timm cannot build it'),
+        # a drop-path that was asked for must not be dropped in silence
+        ('ghostnet_050', {'drop_path_rate': 0.1}, "unexpected keyword argument 'drop_path_rate'"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_in_one_line(name, kwargs, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        models.build(name, C, SIZE, kwargs=kwargs)
+    assert '\n' not in str(caught.value)
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+def prefixed(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+LAYOUTS = {
+    'model': lambda state: {'model': state},
+    'state_dict': lambda state: {'state_dict': state},
+    'bare': lambda state: state,
+    'data parallel': lambda state: prefixed('module.', state),
+    'compiled': lambda state: {'model': prefixed('_orig_mod.', state)},
+    'both': lambda state: {'state_dict': prefixed('module._orig_mod.', state)},
+    # as CaiT's released weights
+    'model, data parallel': lambda state: {'model': prefixed('module.', state)},
+    # as the release and DeiT save: the flags as a Namespace beside the weights
+    'namespace': lambda state: {'model': state, 'epoch': 3, 'args': argparse.Namespace(lr=5e-4, model='deit')},
+}
+
+
+@pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'legacy'])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_weights_of_every_layout_load(toy, tmp_path, layout, zipped):
+    source, target = toy(), toy()
+    for p in target.parameters():
+        torch.nn.init.normal_(p)
+    file = tmp_path / 'weights.pth'
+    torch.save(LAYOUTS[layout](source.state_dict()), file, _use_new_zipfile_serialization=zipped)
+    models.load_weights(target, models.named_weights(models.read_checkpoint(str(file))))
+    assert same_weights(target.state_dict(), source.state_dict())
+
+
+def test_a_safetensors_file_loads(toy, tmp_path):
+    state = toy().state_dict()
+    safetensors.torch.save_file(state, tmp_path / 'weights.safetensors')
+    found = models.named_weights(models.read_checkpoint(str(tmp_path / 'weights.safetensors')))
+    assert same_weights(found, state)
+
+
+@pytest.mark.parametrize('key', ['model_ema', 'state_dict_ema'])
+def test_averaged_weights_are_taken_when_asked_for(toy, key):
+    raw, average = toy().state_dict(), {name: value + 1 for name, value in toy().state_dict().items()}
+    checkpoint = {'model': raw, key: prefixed('module.', average)}
+    assert same_weights(models.named_weights(checkpoint), raw)
+    assert same_weights(models.named_weights(checkpoint, ema=True), average)
+    with pytest.raises(ValueError, match='no EMA weights'):
+        models.named_weights({'model': raw, 'model_ema': None}, ema=True)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Downloads of a test stay in its own folder."""
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
+    return tmp_path / 'hub'
+
+
+def test_a_url_loads(toy, tmp_path, hub):
+    torch.save({'model': toy().state_dict()}, tmp_path / 'released.pth')
+    checkpoint = models.read_checkpoint((tmp_path / 'released.pth').as_uri())
+    assert same_weights(models.named_weights(checkpoint), toy().state_dict())
+    assert list(hub.rglob('*.pth'))
+
+
+class Malicious:
+    """What unpickling this does is make a folder: the marker of code that ran."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize('as_url', [False, True], ids=['path', 'url'])
+@pytest.mark.parametrize('place', ['weights', 'namespace', 'bare pickle', 'legacy'])
+def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, hub, place, as_url):
+    file, marker = tmp_path / 'released.pth', tmp_path / 'marker'
+    evil = Malicious(marker)
+    if place == 'bare pickle':
+        file.write_bytes(pickle.dumps(evil))
+    elif place == 'namespace':
+        torch.save({'model': {'w': torch.zeros(1)}, 'args': argparse.Namespace(lr=evil)}, file)
+    else:
+        torch.save({'model': evil}, file, _use_new_zipfile_serialization=place == 'weights')
+    with pytest.raises(ValueError, match=r'holds \S*mkdir|no file of weights') as caught:
+        models.read_checkpoint(file.as_uri() if as_url else str(file))
+    assert '\n' not in str(caught.value)
+    assert not marker.exists()
+    # the same file, read as it must never be: the marker does appear, so its absence above means something
+    if place == 'bare pickle':
+        pickle.loads(file.read_bytes())
+    else:
+        torch.load(file, weights_only=False)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize('name', ['nowhere.pth', 'nowhere.safetensors'])
+def test_a_missing_file_is_an_os_error(tmp_path, hub, name):
+    with pytest.raises(OSError, match='nowhere'):
+        models.read_checkpoint(str(tmp_path / name))
+    with pytest.raises(OSError, match='nowhere'):
+        models.read_checkpoint((tmp_path / name).as_uri())
+
+
+def broken(tmp_path, kind):
+    """A file that is no checkpoint, as downloads and full disks leave it."""
+    file = tmp_path / ('broken.safetensors' if 'safetensors' in kind else 'broken.pth')
+    weights = {'weight': torch.randn(64, 64)}
+    if 'html' in kind:
+        file.write_text('<!DOCTYPE html>\n<html>\n<body>404: Not Found</body>\n</html>\n')
+    elif 'empty' in kind:
+        file.touch()
+    else:
+        if 'safetensors' in kind:
+            safetensors.torch.save_file(weights, file)
+        else:
+            torch.save(weights, file, _use_new_zipfile_serialization='legacy' not in kind)
+        contents = file.read_bytes()
+        kept = {'start': 5, 'half': len(contents) // 2, 'almost all': len(contents) - 20}
+        file.write_bytes(contents[: next(n for word, n in kept.items() if word in kind)])
+    return file
+
+
+@pytest.mark.parametrize(
+    'kind',
+    [
+        f'{what} {layout}'
+        for layout in ('zip', 'legacy', 'safetensors')
+        for what in ('html', 'empty', 'start', 'half', 'almost all')
+        if (what, layout) not in (('html', 'legacy'), ('empty', 'legacy'))  # the same as those of zip
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, kind):
+    with pytest.raises(ValueError, match='no file of weights') as caught:
+        models.read_checkpoint(str(broken(tmp_path, kind)))
+    assert '\n' not in str(caught.value)
+
+
+def test_a_folder_is_an_os_error(tmp_path):
+    with pytest.raises(OSError, match='directory'):
+        models.read_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize('content', [[torch.zeros(1)], torch.zeros(3), 'words'], ids=['list', 'tensor', 'str'])
+def test_a_file_that_holds_no_dictionary_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / 'odd.pth')
+    with pytest.raises(ValueError, match=f'holds a {type(content).__name__}'):
+        models.read_checkpoint(str(tmp_path / 'odd.pth'))
+
+
+@pytest.mark.parametrize(
+    'content',
+    [{}, {'epoch': 3, 'lr': 0.1}, {'model': {}}, {'model': {'epoch': 3}}, {0: torch.zeros(1)}],
+    ids=['empty', 'no tensors', 'empty model', 'model without tensors', 'unnamed tensors'],
+)
+def test_a_dictionary_without_named_tensors_is_refused(content):
+    with pytest.raises(ValueError, match='holds no state dict'):
+        models.named_weights(content)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'depth': 2}, r'has unknown \d+ tensors \(blocks\.2\.\S+, …\)'),
+        ({'depth': 4}, r'lacks \d+ tensors \(blocks\.3\.\S+, …\)'),
+        ({'embed_dim': 48}, r'cls_token is \(1, 1, 32\) in the file, \(1, 1, 48\) in the model'),
+        ({'num_classes': 7}, r'head\.weight is \(10, 32\) in the file, \(7, 32\) in the model'),
+    ],
+)
+def test_weights_of_another_shape_are_refused_by_key_and_shapes(toy, changes, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        models.load_weights(toy(**changes), toy().state_dict())
+    assert '\n' not in str(caught.value)
+
+
+# Fine-tuning ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('family', 'heads'), [('deit', ['head']), ('distilled', ['head', 'head_dist']), ('cait', ['head'])]
+)
+def test_fine_tuning_resamples_positions_and_replaces_heads_of_another_size(toy, family, heads):
+    old, model = toy(family).state_dict(), toy(family, img_size=64, num_classes=7)
+    torch.nn.init.normal_(model.head.weight)
+    fresh = copy.deepcopy(model.state_dict())
+    state, done = models.adapt(model, old)
+
+    prefix = PREFIX[family]
+    grid = old['pos_embed'][:, prefix:].reshape(1, GRID, GRID, WIDTH).permute(0, 3, 1, 2)
+    larger = F.interpolate(grid, (2 * GRID, 2 * GRID), mode='bicubic', antialias=True).flatten(2).mT
+    assert torch.equal(state['pos_embed'][:, :prefix], old['pos_embed'][:, :prefix])
+    assert torch.allclose(state['pos_embed'][:, prefix:], larger, atol=1e-5)
+    replaced = {f'{head}.{part}' for head in heads for part in ('weight', 'bias')}
+    assert all(torch.equal(state[key], fresh[key]) for key in replaced)
+    assert all(torch.equal(state[key], old[key]) for key in old.keys() - replaced - {'pos_embed'})
+    assert len(done) == 1 + len(heads)
+
+    models.load_weights(model, state)
+    assert model.eval()(some_images(64)).shape == (2, 7)
+
+
+@each_family
+def test_fine_tuning_at_the_same_size_changes_nothing(toy, family):
+    state, done = models.adapt(toy(family), toy(family).state_dict())
+    assert same_weights(state, toy(family).state_dict())
+    assert done == []
+
+
+@pytest.mark.parametrize(('ours', 'theirs'), list(permutations(PREFIX, 2)))
+def test_fine_tuning_from_another_family_is_refused_in_words(toy, ours, theirs):
+    model = toy(ours)
+    with pytest.raises(ValueError, match=r'does not fit the model'):
+        models.load_weights(model, models.adapt(model, toy(theirs).state_dict())[0])
