@@ -1,0 +1,282 @@
+"""The table of data sets, their transforms, and augmentation that depends on an image's place alone."""
+
+import json
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.auto_augment import AugmentOp
+from torch.utils.data import Dataset
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, CIFAR100, FakeData, ImageFolder
+from torchvision.datasets.folder import default_loader
+
+from utils import counter_seed
+
+INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
+SMALL = 32  # images up to this size are neither resized nor cropped out of larger ones
+FAKE_CLASSES, FAKE_TRAIN, FAKE_VAL = 10, 1024, 256
+
+
+class INatDataset(Dataset):
+    """iNaturalist 2018 or 2019 in the layout of its JSON files.
+
+    Args:
+        root: holds `{train,val}<year>.json`, `categories.json` and the images.
+        train: the training split.
+        year: 2018 or 2019.
+        category: level of the taxonomy that is the class, one of INAT_CATEGORIES.
+        transform: applied to each image.
+    """
+
+    def __init__(self, root: Path, train: bool, year: int, category: str, transform: Callable | None = None) -> None:
+        taxonomy = _read_json(root / 'categories.json')
+        self.classes = _inat_classes(root, category, year=year)
+        number = {name: i for i, name in enumerate(self.classes)}
+        self.samples = []
+        for image in _read_json(root / f'{"train" if train else "val"}{year}.json')['images']:
+            name = image['file_name']
+            a, _, c, d = name.split('/')
+            if taxonomy[int(c)][category] not in number:
+                raise ValueError(f'{name} is of class {taxonomy[int(c)][category]}, which has no training image')
+            self.samples.append((str(root / a / c / d), number[taxonomy[int(c)][category]]))
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        path, target = self.samples[index]
+        image = default_loader(path)
+        return (self.transform(image) if self.transform else image), target
+
+
+def _read_json(path: Path):
+    with open(path, encoding='utf-8') as file:
+        return json.load(file)
+
+
+@lru_cache  # the annotations of 2018 are 250 MB of JSON, and both splits and the size of the head ask for them
+def _inat_classes(root: Path, category: str, *, year: int) -> list[str]:
+    """Class names, numbered by first appearance among the training annotations, in both splits."""
+    taxonomy = _read_json(root / 'categories.json')
+    annotations = _read_json(root / f'train{year}.json')['annotations']
+    return list(dict.fromkeys(taxonomy[int(a['category_id'])][category] for a in annotations))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a data set is asked for: its place, the split, the transform, image size and iNaturalist level."""
+
+    root: Path
+    train: bool
+    transform: Callable | None
+    input_size: int
+    inat_category: str
+
+    @property
+    def folder(self) -> Path:
+        return self.root / ('train' if self.train else 'val')
+
+
+def _class_folders(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise ValueError(f'there is no folder {folder}')
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if not names:
+        raise ValueError(f'{folder} has no class folders: images must lie in one folder per class')
+    return names
+
+
+def _folder_classes(root: Path, inat_category: str = '') -> list[str]:
+    """Class names of an ImageFolder tree; `val/` alone is enough where there is no `train/`."""
+    if not root.is_dir():
+        raise ValueError('there is no such folder')
+    val = _class_folders(root / 'val')
+    train = _class_folders(root / 'train') if (root / 'train').is_dir() else val
+    if train != val:
+        odd = sorted(set(train) ^ set(val))
+        where = 'train' if odd[0] in train else 'val'
+        raise ValueError(
+            f'train/ has {len(train)} classes, val/ {len(val)}, and they differ: {odd[0]} is in {where}/ only'
+        )
+    return train
+
+
+def _open_inat(year: int) -> Callable[[Request], Dataset]:
+    return lambda ask: INatDataset(ask.root, ask.train, year, ask.inat_category, ask.transform)
+
+
+def _open_folder(ask: Request) -> Dataset:
+    return ImageFolder(str(ask.folder), transform=ask.transform)
+
+
+def _open_fake(ask: Request) -> Dataset:
+    size, offset = (FAKE_TRAIN, 0) if ask.train else (FAKE_VAL, FAKE_TRAIN)
+    return FakeData(size, (3, ask.input_size, ask.input_size), FAKE_CLASSES, ask.transform, random_offset=offset)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One data set: how it is opened, and its class names or their fixed number."""
+
+    open: Callable[[Request], Dataset]
+    classes: Callable[[Path, str], Iterable] | None = None
+    num_classes: int | None = None
+
+
+DATA_SETS = {
+    'IMNET': Entry(_open_folder, _folder_classes, 1000),
+    'FOLDER': Entry(_open_folder, _folder_classes),
+    'CIFAR': Entry(lambda ask: CIFAR100(str(ask.root), ask.train, ask.transform), num_classes=100),
+    'CIFAR10': Entry(lambda ask: CIFAR10(str(ask.root), ask.train, ask.transform), num_classes=10),
+    'INAT': Entry(_open_inat(2018), partial(_inat_classes, year=2018)),
+    'INAT19': Entry(_open_inat(2019), partial(_inat_classes, year=2019)),
+    'FAKE': Entry(_open_fake, num_classes=FAKE_CLASSES),
+}
+
+
+def count_classes(name: str, root: str, inat_category: str = 'name') -> int:
+    """Size of the head a data set asks for, from its folder names or index files, without reading an image.
+
+    Args:
+        name: a key of DATA_SETS.
+        root: where it lies.
+        inat_category: level of iNaturalist's taxonomy.
+
+    Raises:
+        ValueError: it is not there, or `train/` and `val/` hold different classes.
+        OSError: its files cannot be read.
+    """
+    entry = DATA_SETS[name]
+    found = len(entry.classes(Path(root), inat_category)) if entry.classes else entry.num_classes
+    if entry.num_classes is None:
+        return found
+    if found > entry.num_classes:
+        raise ValueError(f'it has {found} class folders, {name} only {entry.num_classes} classes')
+    return entry.num_classes
+
+
+def build_dataset(
+    name: str,
+    root: str,
+    train: bool,
+    transform: Callable | None = None,
+    *,
+    input_size: int = 224,
+    inat_category: str = 'name',
+) -> tuple[Dataset, int]:
+    """A split of a data set and its number of classes.
+
+    Args:
+        name: a key of DATA_SETS.
+        root: where it lies; for `IMNET` and `FOLDER` the folder that holds `train/` and `val/`.
+        train: the training split, otherwise the validation split.
+        transform: PIL image → tensor.
+        input_size: height and width of the generated images of `FAKE`.
+        inat_category: level of iNaturalist's taxonomy that is the class.
+
+    Raises:
+        ValueError: it is not there, is incomplete, or `train/` and `val/` hold different classes.
+        OSError: its files cannot be read.
+    """
+    num_classes = count_classes(name, root, inat_category)
+    ask = Request(Path(root), train, transform, input_size, inat_category)
+    try:
+        return DATA_SETS[name].open(ask), num_classes
+    except RuntimeError as error:  # torchvision's word for "not found or corrupted"
+        raise ValueError(f'{name}: {str(error).split(".")[0]}') from error
+
+
+def build_train_transform(
+    input_size: int,
+    color_jitter: float,
+    auto_augment: str | None,
+    interpolation: str,
+    reprob: float,
+    remode: str,
+    recount: int,
+) -> Callable:
+    """DeiT's training augmentation, PIL image → (3, input_size, input_size), by timm.
+
+    Args:
+        input_size: pixels; up to 32 a random crop with padding 4 takes the place of resizing.
+        color_jitter: strength, used without auto-augmentation only.
+        auto_augment: timm's policy string; None for none.
+        interpolation: 'random', 'bilinear' or 'bicubic'.
+        reprob: probability of random erasing.
+        remode: its filling, 'pixel', 'rand' or 'const'.
+        recount: its number of rectangles.
+    """
+    transform = create_transform(
+        input_size,
+        is_training=True,
+        color_jitter=color_jitter,
+        auto_augment=auto_augment,
+        interpolation=interpolation,
+        re_prob=reprob,
+        re_mode=remode,
+        re_count=recount,
+    )
+    if input_size <= SMALL:
+        transform.transforms[0] = transforms.RandomCrop(input_size, padding=4)
+    for op in _augment_ops(transform.transforms):
+        if 'Posterize' in op.name:
+            op.aug_fn = _posterize
+    return transform
+
+
+def _augment_ops(steps: Iterable) -> Iterable[AugmentOp]:
+    for step in steps:
+        if isinstance(step, AugmentOp):
+            yield step
+        elif isinstance(step, list):
+            yield from _augment_ops(step)
+        else:
+            yield from _augment_ops(getattr(step, 'ops', getattr(step, 'policy', [])))
+
+
+def _posterize(image: Image.Image, bits: int, **_) -> Image.Image:
+    # Increasing policies ask for 0 bits at full strength: black up to Pillow 12, a ValueError from Pillow 13 on.
+    if bits == 0:
+        return Image.new(image.mode, image.size)
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
+
+
+def build_eval_transform(input_size: int) -> Callable:
+    """Resize to 256/224 of the input size, centre crop, ImageNet mean and std; up to 32 pixels no resize or crop."""
+    steps = [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+    if input_size > SMALL:
+        resize = transforms.Resize(int(256 / 224 * input_size), transforms.InterpolationMode.BICUBIC)
+        steps = [resize, transforms.CenterCrop(input_size), *steps]
+    return transforms.Compose(steps)
+
+
+class KeyedDataset(Dataset):
+    """Draws each image's augmentation from (seed, epoch, position): the same on any worker, resumed or not.
+
+    Args:
+        dataset: augments with the global generators of `random`, numpy and torch, as timm and torchvision do.
+        seed: the run's.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int, int]):
+        index, epoch, position = key
+        number = counter_seed(self.seed, 'augment', epoch, position)
+        random.seed(number)
+        np.random.seed(number % 2**32)
+        torch.default_generator.manual_seed(number)
+        return self.dataset[index]

@@ -1,0 +1,386 @@
+"""Every data set of the table on small files made here, the transforms against Pillow, and keyed augmentation."""
+
+import hashlib
+import json
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
+from torchvision.datasets import CIFAR10, CIFAR100
+
+import datasets
+from datasets import (
+    DATA_SETS,
+    KeyedDataset,
+    build_dataset,
+    build_eval_transform,
+    build_train_transform,
+    count_classes,
+)
+
+# ImageNet's, as published
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+DEFAULT_AA = 'rand-m9-mstd0.5-inc1'
+
+
+def save_image(path, colour=0, mode='RGB'):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (8, 6), colour if mode == 'L' else (colour,) * len(mode)).save(path)
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.RandomState(seed).randint(1, 256, (height, width, 3), dtype=np.uint8))
+
+
+def train_transform(size=16, **changes):
+    flags = {'color_jitter': 0.4, 'auto_augment': DEFAULT_AA, 'interpolation': 'bicubic'}
+    erasing = {'reprob': 0.25, 'remode': 'pixel', 'recount': 1}
+    return build_train_transform(size, **{**flags, **erasing, **changes})
+
+
+# Image folders --------------------------------------------------------------------------------------------------------
+
+
+def image_folder(root, splits):
+    for split, names in splits.items():
+        for i, name in enumerate(names):
+            save_image(root / split / name / 'colour.png', 40 * i)
+            save_image(root / split / name / 'photo.jpeg', 40 * i)
+            save_image(root / split / name / 'grey.png', 40 * i, mode='L')
+    return root
+
+
+@pytest.mark.parametrize(('name', 'classes'), [('FOLDER', 3), ('IMNET', 1000)])
+def test_image_folders_open(tmp_path, name, classes):
+    root = str(image_folder(tmp_path, {'train': ['b', 'a', 'c'], 'val': ['a', 'b', 'c']}))
+    for train in (True, False):
+        dataset, found = build_dataset(name, root, train)
+        assert found == count_classes(name, root) == classes
+        assert dataset.classes == ['a', 'b', 'c']
+        assert [target for _, target in dataset] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        assert {image.mode for image, _ in dataset} == {'RGB'}
+        assert all(('train' if train else 'val') in path for path, _ in dataset.samples)
+
+
+@pytest.mark.parametrize(('name', 'classes'), [('FOLDER', 2), ('IMNET', 1000)])
+def test_the_val_folder_alone_is_enough_to_evaluate(tmp_path, name, classes):
+    root = str(image_folder(tmp_path, {'val': ['a', 'b']}))
+    dataset, found = build_dataset(name, root, False)
+    assert (found, len(dataset)) == (classes, 6)
+    with pytest.raises((OSError, ValueError), match='train'):
+        build_dataset(name, root, True)
+
+
+def test_imagenet_refuses_more_than_1000_folders_and_a_plain_folder_counts_them(tmp_path):
+    for i in range(1001):
+        (tmp_path / 'val' / f'{i:04}').mkdir(parents=True)
+    with pytest.raises(ValueError, match='1001 class folders'):
+        count_classes('IMNET', str(tmp_path))
+    assert count_classes('FOLDER', str(tmp_path)) == 1001
+
+
+@pytest.mark.parametrize('name', ['FOLDER', 'IMNET'])
+@pytest.mark.parametrize(
+    ('train', 'val', 'words'),
+    [
+        (['a', 'b'], ['a', 'c'], 'train/ has 2 classes, val/ 2, and they differ: b is in train/ only'),
+        (['b'], ['a', 'b'], 'train/ has 1 classes, val/ 2, and they differ: a is in val/ only'),
+        (['a', 'b', 'c'], ['a', 'b'], 'train/ has 3 classes, val/ 2, and they differ: c is in train/ only'),
+    ],
+)
+@pytest.mark.parametrize('split', [True, False])
+def test_unlike_class_folders_are_refused_with_a_class_that_differs(tmp_path, name, train, val, words, split):
+    root = str(image_folder(tmp_path, {'train': train, 'val': val}))
+    with pytest.raises(ValueError, match=words):
+        build_dataset(name, root, split)
+
+
+def flat(root):
+    save_image(root / 'val' / 'loose.png')
+
+
+def empty(root):
+    (root / 'val').mkdir()
+
+
+def without_images(root):
+    (root / 'val' / 'a').mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ('make', 'words'),
+    [
+        (flat, 'val has no class folders'),
+        (empty, 'val has no class folders'),
+        (without_images, 'Found no valid file'),
+        (lambda root: None, 'no folder .*val'),
+        (lambda root: root.rmdir(), 'no such folder'),
+    ],
+    ids=['flat', 'empty', 'no images', 'no val', 'no root'],
+)
+@pytest.mark.parametrize('name', ['FOLDER', 'IMNET'])
+def test_an_incomplete_image_folder_is_refused_in_words(tmp_path, name, make, words):
+    make(tmp_path)
+    with pytest.raises((OSError, ValueError), match=words):
+        build_dataset(name, str(tmp_path), False)
+
+
+# CIFAR ----------------------------------------------------------------------------------------------------------------
+
+
+def cifar_files(root, base, classes, monkeypatch):
+    """Python pickles as the archive holds them: one image of every class per file, its pixels its class number."""
+    folder = root / base.base_folder
+    folder.mkdir()
+    labels = 'labels' if base is CIFAR10 else 'fine_labels'
+
+    def write(name, content):
+        data = pickle.dumps(content)
+        (folder / name).write_bytes(data)
+        return hashlib.md5(data).hexdigest()
+
+    for split in ('train_list', 'test_list'):
+        numbers = list(range(classes))
+        pixels = np.repeat(np.array(numbers, dtype=np.uint8)[:, None], 3072, axis=1)
+        files = [[name, write(name, {'data': pixels, labels: numbers})] for name, _ in getattr(base, split)]
+        monkeypatch.setattr(base, split, files)
+    names = {base.meta['key']: [f'class {i}' for i in range(classes)]}
+    monkeypatch.setattr(base, 'meta', {**base.meta, 'md5': write(base.meta['filename'], names)})
+
+
+@pytest.mark.parametrize(
+    ('name', 'base', 'classes', 'train_files'), [('CIFAR', CIFAR100, 100, 1), ('CIFAR10', CIFAR10, 10, 5)]
+)
+def test_cifar_opens(tmp_path, monkeypatch, name, base, classes, train_files):
+    cifar_files(tmp_path, base, classes, monkeypatch)
+    for train, files in ((True, train_files), (False, 1)):
+        dataset, found = build_dataset(name, str(tmp_path), train)
+        assert found == count_classes(name, str(tmp_path)) == classes
+        assert len(dataset) == files * classes
+        image, target = dataset[7]
+        assert (image.size, target) == ((32, 32), 7)
+        assert np.asarray(image).min() == np.asarray(image).max() == 7
+
+
+@pytest.mark.parametrize('name', ['CIFAR', 'CIFAR10'])
+@pytest.mark.parametrize('train', [True, False])
+def test_missing_cifar_files_are_refused_in_words(tmp_path, name, train):
+    with pytest.raises(ValueError, match=rf'{name}: .*not found'):
+        build_dataset(name, str(tmp_path), train)
+
+
+# iNaturalist ----------------------------------------------------------------------------------------------------------
+
+# (kingdom, name) of the categories 0 to 3
+TAXONOMY = [('Plantae', 'fern'), ('Animalia', 'owl'), ('Plantae', 'oak'), ('Animalia', 'eel')]
+
+
+def inat_files(root, year, train, val):
+    """JSON files and images in iNaturalist's layout, for a list of category ids per split."""
+    levels = datasets.INAT_CATEGORIES
+    taxonomy = [dict.fromkeys(levels, 'any') | {'kingdom': kingdom, 'name': name} for kingdom, name in TAXONOMY]
+    (root / 'categories.json').write_text(json.dumps(taxonomy))
+    for split, ids in (('train', train), ('val', val)):
+        # a/b/c/d is read from a/c/d: b, the supercategory, is no folder
+        names = [f'{split}_val{year}/Super/{c}/{split}{i}.png' for i, c in enumerate(ids)]
+        for i, c in enumerate(ids):
+            save_image(root / f'{split}_val{year}' / str(c) / f'{split}{i}.png', 10 * c)
+        content = {
+            'images': [{'id': i, 'file_name': name} for i, name in enumerate(names)],
+            'annotations': [{'image_id': i, 'category_id': c} for i, c in enumerate(ids)],
+        }
+        (root / f'{split}{year}.json').write_text(json.dumps(content))
+    return str(root)
+
+
+@pytest.mark.parametrize(('name', 'year'), [('INAT', 2018), ('INAT19', 2019)])
+@pytest.mark.parametrize(
+    ('level', 'numbers'),
+    [
+        # numbered by first appearance among the training annotations 3 1 3 0: eel, owl, fern
+        ('name', {3: 0, 1: 1, 0: 2}),
+        ('kingdom', {3: 0, 1: 0, 0: 1}),
+        ('family', {3: 0, 1: 0, 0: 0}),
+    ],
+)
+def test_inaturalist_opens_at_every_level(tmp_path, name, year, level, numbers):
+    splits = {True: [3, 1, 3, 0], False: [0, 1, 3]}
+    root = inat_files(tmp_path, year, splits[True], splits[False])
+    for train, ids in splits.items():
+        dataset, found = build_dataset(name, root, train, inat_category=level)
+        assert found == count_classes(name, root, level) == len(set(numbers.values()))
+        assert len(dataset) == len(ids)
+        for (image, target), category in zip((dataset[i] for i in range(len(ids))), ids, strict=True):
+            assert target == numbers[category]
+            assert image.getpixel((0, 0)) == (10 * category,) * 3
+
+
+@pytest.mark.parametrize('missing', ['categories.json', 'train2018.json', 'val2018.json'])
+def test_a_missing_inaturalist_file_is_named(tmp_path, missing):
+    root = inat_files(tmp_path, 2018, [0, 1], [0])
+    (tmp_path / missing).unlink()
+    with pytest.raises(OSError, match=missing):
+        build_dataset('INAT', root, False)
+
+
+def test_an_inaturalist_val_class_without_training_images_is_refused_in_words(tmp_path):
+    root = inat_files(tmp_path, 2018, [0, 1], [0, 2])
+    assert count_classes('INAT', root) == 2
+    with pytest.raises(ValueError, match='oak'):
+        build_dataset('INAT', root, False)
+
+
+# Generated images and the table ---------------------------------------------------------------------------------------
+
+
+def test_generated_images_need_no_files_and_the_splits_share_none():
+    splits = [build_dataset('FAKE', '', train, input_size=3) for train in (True, False)]
+    assert [found for _, found in splits] == [10, 10]
+    images = [dataset[i][0].tobytes() for dataset, _ in splits for i in range(len(dataset))]
+    assert len(set(images)) == len(images)
+    again, _ = build_dataset('FAKE', '', False, input_size=3)
+    assert again[5][0].tobytes() == splits[1][0][5][0].tobytes()
+    assert build_dataset('FAKE', '', True, input_size=20)[0][0][0].size == (20, 20)
+    assert {target for _, target in (again[i] for i in range(len(again)))} == set(range(10))
+
+
+def test_the_tests_above_open_every_entry_of_the_table():
+    assert set(DATA_SETS) == {'FOLDER', 'IMNET', 'CIFAR', 'CIFAR10', 'INAT', 'INAT19', 'FAKE'}
+
+
+def test_the_transform_is_applied(tmp_path, monkeypatch):
+    cifar_files(tmp_path, CIFAR10, 10, monkeypatch)
+    image_folder(tmp_path, {'val': ['a']})
+    inat_files(tmp_path, 2019, [0], [0])
+    for name in ('FOLDER', 'CIFAR10', 'INAT19', 'FAKE'):
+        dataset, _ = build_dataset(name, str(tmp_path), False, lambda image: image.size, input_size=5)
+        assert dataset[0][0] in ((8, 6), (32, 32), (5, 5))
+
+
+# Transforms -----------------------------------------------------------------------------------------------------------
+
+
+def as_tensor(image):
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    return (pixels - MEAN[:, None, None]) / STD[:, None, None]
+
+
+@pytest.mark.parametrize('shape', [(100, 200), (200, 100)])
+@pytest.mark.parametrize(('size', 'short'), [(48, 54), (224, 256)])
+def test_evaluation_resizes_to_256_224ths_and_crops_the_centre(shape, size, short):
+    # these shapes leave even margins, so that there is one centre
+    image = noise(*shape)
+    width, height = (short * side // 100 for side in shape)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    expected = as_tensor(resized.crop((left, top, left + size, top + size)))
+    assert torch.allclose(build_eval_transform(size)(image), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('size', [8, 32])
+def test_evaluation_leaves_small_images_at_their_size(size):
+    image = noise(20, 24)
+    assert torch.allclose(build_eval_transform(size)(image), as_tensor(image), atol=1e-5)
+
+
+def test_training_crops_small_images_out_of_a_padding_of_four():
+    image, transform = noise(16, 16), train_transform(16, auto_augment=None, color_jitter=0.0, reprob=0.0)
+    padded = ImageOps.expand(image, 4)
+    possible = {}
+    for mirrored in (False, True):
+        for x in range(9):
+            for y in range(9):
+                crop = padded.crop((x, y, x + 16, y + 16))
+                possible[mirrored, x, y] = as_tensor(ImageOps.mirror(crop) if mirrored else crop)
+    seen = set()
+    for _ in range(100):
+        found = transform(image)
+        matches = [place for place, crop in possible.items() if torch.allclose(found, crop, atol=1e-5)]
+        assert len(matches) == 1
+        seen.update(matches)
+    assert [set(values) for values in zip(*seen, strict=True)] == [{False, True}, set(range(9)), set(range(9))]
+
+
+@pytest.mark.parametrize('size', [33, 48])
+def test_training_resizes_random_crops_of_larger_images(size):
+    image, transform = noise(60, 90), train_transform(size, auto_augment=None)
+    first, second = transform(image), transform(image)
+    assert first.shape == second.shape == (3, size, size)
+    assert not torch.equal(first, second)
+
+
+def test_the_default_augmentation_survives_ten_thousand_images(monkeypatch):
+    asked, posterize = [], datasets._posterize
+    monkeypatch.setattr(datasets, '_posterize', lambda image, bits, **_: asked.append(bits) or posterize(image, bits))
+    transform, image = train_transform(16), noise(16, 16)
+    for _ in range(10_000):
+        assert transform(image).isfinite().all()
+    # Pillow 13's trap was really met: without the patch these images raise
+    assert asked.count(0) > 3
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+@pytest.mark.parametrize('bits', range(1, 9))
+def test_posterize_keeps_the_highest_bits_as_pillow_does(bits, mode):
+    image = noise(8, 8).convert(mode)
+    assert datasets._posterize(image, bits, fillcolor=0).tobytes() == ImageOps.posterize(image, bits).tobytes()
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+def test_posterize_to_no_bits_gives_black(mode):
+    found = datasets._posterize(noise(8, 8).convert(mode), 0, fillcolor=0)
+    assert (found.mode, found.size) == (mode, (8, 8))
+    assert not np.asarray(found).any()
+
+
+@pytest.mark.parametrize('aa', [DEFAULT_AA, 'rand-m9', 'original', 'originalr', 'v0', 'v0r', 'augmix-m5-w4-d2'])
+def test_every_policy_posterizes_to_no_bits_without_an_error(aa):
+    steps = train_transform(48, auto_augment=aa).transforms
+    # RandAugment and AugMix keep a list of operations, AutoAugment a list of lists
+    lists = [ops for step in steps for ops in ([step.ops] if hasattr(step, 'ops') else getattr(step, 'policy', []))]
+    ops = [op for ops in lists for op in ops if 'Posterize' in op.name]
+    assert ops
+    for op in ops:
+        assert not np.asarray(op.aug_fn(noise(8, 8), 0, **op.kwargs)).any()
+
+
+# Augmentation by counter ----------------------------------------------------------------------------------------------
+
+
+def keyed(seed=3):
+    return KeyedDataset(build_dataset('FAKE', '', True, train_transform(), input_size=16)[0], seed)
+
+
+def test_augmentation_is_the_same_whatever_was_drawn_before():
+    dataset, key = keyed(), (11, 2, 40)
+    expected = dataset[key][0]
+    for draws in range(5):
+        torch.rand(draws)
+        np.random.rand(draws)
+        _ = [random.random() for _ in range(draws)]
+        dataset[draws, 0, draws]
+        assert torch.equal(dataset[key][0], expected)
+    assert torch.equal(keyed()[key][0], expected)
+    assert len(dataset) == 1024
+
+
+@pytest.mark.parametrize(('seed', 'key'), [(3, (11, 2, 41)), (3, (11, 3, 40)), (4, (11, 2, 40)), (3, (11, 40, 2))])
+def test_another_position_epoch_or_seed_draws_another_augmentation(seed, key):
+    (expected, label), (found, target) = keyed()[11, 2, 40], keyed(seed)[key]
+    assert target == label  # the image itself is the same
+    assert not torch.equal(found, expected)
+
+
+@pytest.mark.filterwarnings('ignore:.*multi-threaded.*fork:DeprecationWarning')  # Python 3.12 on, not ours to change
+def test_augmentation_is_the_same_with_and_without_workers():
+    keys = [(index, 5, position) for position, index in enumerate([4, 4, 4, 9, 9, 9, 2, 2, 2, 7])]
+    alone, shared = (
+        torch.cat([images for images, _ in DataLoader(keyed(), 3, sampler=keys, num_workers=workers)])
+        for workers in (0, 2)
+    )
+    assert torch.equal(alone, shared)
+    assert len({image.numpy().tobytes() for image in alone}) == 10  # copies of one image differ among themselves
