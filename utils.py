@@ -278,8 +278,8 @@ class TrainingState:
         if not {'optimizer', 'lr_scheduler', 'epoch'} <= checkpoint.keys():
             return False
         own, saved = self.optimizer.state_dict(), checkpoint['optimizer']
-        if [len(g['params']) for g in own['param_groups']] != [len(g['params']) for g in saved['param_groups']]:
-            raise ValueError('its optimizer has other parameter groups than this model and these flags give')
+        if _signature(own) != _signature(saved):
+            raise ValueError("its optimizer's parameter groups are not those of this model and these flags")
         self.optimizer.load_state_dict({'state': saved['state'], 'param_groups': own['param_groups']})
         if checkpoint.get('scaler'):
             self.scaler.load_state_dict(checkpoint['scaler'])
@@ -287,6 +287,14 @@ class TrainingState:
         self.best_acc1 = checkpoint.get('best_acc1', 0.0)
         self.lr_scheduler.step(self.epoch)
         return True
+
+
+def _signature(optimizer: dict) -> object:
+    """What two states of one optimizer have in common, whatever version of torch wrote them."""
+    groups = optimizer.get('param_groups') if isinstance(optimizer, dict) else None
+    if not isinstance(groups, list):
+        return None
+    return [(len(group['params']), {'betas', 'momentum'} & group.keys()) for group in groups]
 
 
 # Random numbers by counter --------------------------------------------------------------------------------------------

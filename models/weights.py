@@ -35,21 +35,23 @@ def build(
         kwargs: further arguments of the model's constructor; None means timm's default.
 
     Raises:
-        ValueError: there is no such model, it refuses the arguments, or its head has another size.
+        ValueError: there is no such model, it refuses the arguments or the images, or its head has another size.
     """
     if not timm.is_model(name):
         raise ValueError(f'timm has no such model; the nearest names: {", ".join(_nearest(name))}')
     kwargs = {'img_size': input_size, 'num_classes': num_classes, **(kwargs or {})}
     try:
         model = _create(name, pretrained, kwargs)
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, input_size, input_size))
     except Exception as error:  # whatever a constructor or a download of somebody else's raises
-        raise ValueError(f'timm cannot build it: {first_line(error)}') from error
+        raise ValueError(f'timm cannot build or run it: {first_line(error)}') from error
     if model.num_classes != num_classes:
-        raise ValueError(f'its head has {model.num_classes} classes, the data {num_classes}')
+        raise ValueError(f'its head has num_classes={model.num_classes}, the data {num_classes}')
     weights_for = model.pretrained_cfg.get('num_classes')
     if pretrained and weights_for != num_classes:
         raise ValueError(f'its pretrained head has {weights_for} classes, the data {num_classes}')
-    return model
+    return model.train()
 
 
 def _nearest(name: str) -> list[str]:

@@ -1,0 +1,732 @@
+"""Distil a small vision transformer from a large one with the fine-grained manifold loss.
+
+    python main.py --data-set FAKE --input-size 32 …             one process
+    torchrun --nproc_per_node=8 main.py --data-path …            eight GPUs (or python -m torch.distributed.launch)
+    python main.py --eval --resume checkpoint.pth --data-path …  evaluate a checkpoint
+
+`scripts/` holds complete commands, one flag per line; README.md explains the flags by group.
+"""
+
+import argparse
+import copy
+import difflib
+import math
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import ModelEmaV3, ParseKwargs
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import datasets
+import models
+import utils
+from engine import evaluate, train_one_epoch
+from losses import DISTILLATION_TYPES, ManifoldDistillationLoss
+from samplers import build_train_sampler, distinct_images
+from utils import UsageError, blame, say
+
+# Flags ----------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Accepts dashes and underscores alike, and reports a fault in one line."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_dashed(arg) for arg in args], namespace)
+
+    def error(self, message: str):
+        raise UsageError(message.removeprefix('argument '))
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults that are numbers or words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default = action.default
+        shown = isinstance(default, int | float | str) and not isinstance(default, bool) and default != ''
+        return action.help + (' (%(default)s)' if shown and default != argparse.SUPPRESS else '')
+
+
+def _dashed(arg: str) -> str:
+    if not arg.startswith('--'):
+        return arg
+    name, equals, value = arg.partition('=')
+    return name.replace('_', '-') + equals + value
+
+
+class KeyValues(ParseKwargs):
+    """timm's `key=value …`, with a word for what is neither."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if '=' not in value:
+                parser.error(f'{option_string} {value}: not of the form key=value')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _number(kind: type, low: float, high: float = math.inf, *, open_ends: bool = False) -> Callable[[str], float]:
+    """An argparse type: finite numbers of `kind` from `low` to `high`, without these two if the ends are open."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        inside = low < value < high if open_ends else low <= value <= high
+        if not inside or math.isinf(value):
+            name = 'whole number' if kind is int else 'number'
+            limits = ('above', 'below') if open_ends else ('from', 'to')
+            wanted = f'{limits[0]} {low:g}' + (f' {limits[1]} {high:g}' if high < math.inf else '')
+            raise argparse.ArgumentTypeError(f'{text} is not a {name} {wanted}')
+        return value
+
+    return convert
+
+
+COUNT = _number(int, 1)
+WHOLE = _number(int, 0)
+FRACTION = _number(float, 0, 1)
+AMOUNT = _number(float, 0)
+POSITIVE = _number(float, 0, open_ends=True)
+PROPER = _number(float, 0, math.nextafter(1, 0))  # from 0, below 1
+
+
+def get_args_parser() -> Parser:
+    """Every flag; those of the 2022 release keep their names, defaults and meanings."""
+    parser = Parser('main.py', usage='main.py [flags]', description=__doc__, formatter_class=Help)
+    parser.allow_abbrev = False
+    for add_flags in (
+        _add_method_flags,
+        _add_model_flags,
+        _add_optimizer_flags,
+        _add_augmentation_flags,
+        _add_data_flags,
+        _add_run_flags,
+        _add_idle_flags,
+    ):
+        add_flags(parser)
+    return parser
+
+
+def _add_method_flags(parser: Parser) -> None:
+    add = parser.add_argument_group('method').add_argument
+    add('--distillation-type', default='none', choices=DISTILLATION_TYPES, help='logit distillation; none: no teacher')
+    add('--distillation-alpha', type=FRACTION, default=0.5, help='weight of KD; cross-entropy has 1 − this')
+    add('--distillation-tau', type=POSITIVE, default=1.0, help='temperature of soft KD')
+    add('--distillation-beta', type=AMOUNT, default=1.0, help='weight common to all relation terms')
+    add('--w-sample', type=AMOUNT, default=1.0, help='weight of relations across images, position by position')
+    add('--w-patch', type=AMOUNT, default=1.0, help='weight of relations inside an image')
+    add('--w-rand', type=AMOUNT, default=1.0, help='weight of relations between random tokens of the batch')
+    add('--K', type=COUNT, default=192, help='random tokens per layer pair')
+    add('--s-id', type=int, nargs='+', help='student blocks to tap, from 0, negative from the end; none: no relations')
+    add('--t-id', type=int, nargs='+', help='teacher blocks they are paired with, one for one')
+
+
+def _add_model_flags(parser: Parser) -> None:
+    add = parser.add_argument_group('models').add_argument
+    add('--model', default='deit_base_patch16_224', help="student, one of timm's models")
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='its arguments')
+    add('--teacher-model', default='cait_s24_224', help="teacher, one of timm's models")
+    add('--teacher-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='same of the teacher')
+    add('--teacher-path', default='', help="teacher's weights: a file or URL")
+    add('--teacher-pretrained', action='store_true', help="without --teacher-path: timm's own weights of the teacher")
+    add('--finetune', default='', help='start from these weights: positions resampled, a head of another size dropped')
+    add('--input-size', type=COUNT, default=224, help='height and width of the images in pixels')
+    add('--drop', type=FRACTION, default=0.0, help='dropout after position embedding, attention projection and MLP')
+    add('--drop-path', type=FRACTION, default=0.0, help='stochastic depth of the student')
+    add('--model-ema', action='store_true', default=True, help='keep a moving average of the student (default)')
+    add('--no-model-ema', action='store_false', dest='model_ema', help='keep none')
+    add('--model-ema-decay', type=FRACTION, default=0.99996, help='its decay, constant from the first step')
+    add('--model-ema-force-cpu', action='store_true', help='keep it in main memory')
+
+
+def _add_optimizer_flags(parser: Parser) -> None:
+    add = parser.add_argument_group('optimizer and schedule').add_argument
+    add('--batch-size', type=COUNT, default=64, help='images per rank and step')
+    add('--epochs', type=COUNT, default=300, help='length of the run and of the schedule')
+    add('--opt', default='adamw', help="one of timm's optimizers")
+    add('--opt-eps', type=POSITIVE, default=1e-8, help='its epsilon')
+    add('--opt-betas', type=FRACTION, nargs='+', help="its betas; none: the optimizer's own")
+    add('--momentum', type=AMOUNT, default=0.9, help='of SGD and its kin')
+    add('--weight-decay', type=AMOUNT, default=0.05, help='of weight matrices; biases and norms have none')
+    add('--clip-grad', type=POSITIVE, default=None, help='largest norm of the gradient; none: not clipped')
+    add('--lr', type=POSITIVE, default=5e-4, help='learning rate at a global batch of 512; scaled in proportion')
+    add('--sched', default='cosine', choices=('cosine', 'tanh', 'step', 'poly'), help='schedule, stepped by epoch')
+    add('--warmup-epochs', type=WHOLE, default=5, help='epochs of linear warm-up')
+    add('--warmup-lr', type=AMOUNT, default=1e-6, help='where it starts; not scaled')
+    add('--min-lr', type=AMOUNT, default=1e-5, help='where the schedule ends; not scaled')
+    add('--decay-epochs', type=POSITIVE, default=30, help='interval of --sched step')
+    add('--decay-rate', '--dr', type=POSITIVE, default=0.1, help='factor of --sched step, power of poly')
+    add('--lr-noise', type=FRACTION, nargs='+', help='part of the run in which the learning rate is noisy, from [to]')
+    add('--lr-noise-pct', type=AMOUNT, default=0.67, help='largest relative noise')
+    add('--lr-noise-std', type=AMOUNT, default=1.0, help='its standard deviation')
+
+
+def _add_augmentation_flags(parser: Parser) -> None:
+    add = parser.add_argument_group('augmentation').add_argument
+    add('--aa', default='rand-m9-mstd0.5-inc1', help="timm's auto-augmentation policy; none or '' for none")
+    add('--no-aug', action='store_true', help='train on images as evaluation sees them; mixing is apart')
+    add('--color-jitter', type=AMOUNT, default=0.4, help='strength, without auto-augmentation only')
+    add('--train-interpolation', default='bicubic', choices=('random', 'bilinear', 'bicubic'), help='of random crops')
+    add('--smoothing', type=PROPER, default=0.1, help='label smoothing')
+    add(
+        '--repeated-aug',
+        action='store_const',
+        const='always',
+        default=True,
+        help='three copies of an image per epoch (default from two ranks on; typed, in one process too)',
+    )
+    add('--no-repeated-aug', action='store_false', dest='repeated_aug', help='shuffle without repeats')
+    add('--reprob', type=FRACTION, default=0.25, help='probability of random erasing')
+    add('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='its filling')
+    add('--recount', type=COUNT, default=1, help='its number of rectangles')
+    add('--mixup', type=AMOUNT, default=0.8, help='alpha of mixup; 0 for none')
+    add('--cutmix', type=AMOUNT, default=1.0, help='alpha of cutmix; 0 for none')
+    add('--cutmix-minmax', type=FRACTION, nargs='+', help='smallest and largest side of the cut instead of an alpha')
+    add('--mixup-prob', type=FRACTION, default=1.0, help='probability of mixing a batch at all')
+    add('--mixup-switch-prob', type=FRACTION, default=0.5, help='of cutmix where both are on')
+    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='one mixing per batch, pair or image')
+
+
+def _add_data_flags(parser: Parser) -> None:
+    add = parser.add_argument_group('data').add_argument
+    add('--data-set', default='IMNET', choices=tuple(datasets.DATA_SETS), help='FOLDER: any tree of class folders')
+    add('--data-path', default='', help='folder that holds train/ and val/, or the files of CIFAR or iNaturalist')
+    add('--inat-category', default='name', choices=datasets.INAT_CATEGORIES, help='level that is the class')
+    add('--num_workers', '--num-workers', type=WHOLE, default=10, help='loader processes per rank')
+    add('--pin-mem', action='store_true', default=True, help='page-locked batches, with a GPU only (default)')
+    add('--no-pin-mem', action='store_false', dest='pin_mem', help='pageable batches')
+
+
+def _add_run_flags(parser: Parser) -> None:
+    add = parser.add_argument_group('run').add_argument
+    add('--output_dir', '--output-dir', default='', help='checkpoints and log.txt go here; empty: nothing is kept')
+    add('--resume', default='', help='go on from this checkpoint, a file or URL; weights alone start at epoch 0')
+    add('--start_epoch', '--start-epoch', type=WHOLE, default=0, help='first epoch with a file of weights alone')
+    add('--eval', action='store_true', help='evaluate --resume or --finetune and stop')
+    add('--eval-ema', action='store_true', help='evaluate the moving average: instead with --eval, too in training')
+    add('--eval-teacher', action='store_true', help='evaluate the teacher first')
+    add('--dist-eval', action='store_true', default=True, help='share the evaluation among the ranks (default)')
+    add('--no-dist-eval', action='store_false', dest='dist_eval', help='every rank evaluates all images')
+    add('--device', default='cuda', help='cuda, cuda:N or cpu; without a GPU cuda becomes cpu')
+    add('--amp-dtype', choices=('bfloat16', 'float16', 'float32'), help='default: bfloat16 on a GPU that has it, else '
+        'float16 with a gradient scaler, float32 on the CPU')  # fmt: skip
+    add('--seed', type=WHOLE, default=0, help='of weights, order, augmentation, mixing and random tokens')
+    add('--dist_url', '--dist-url', default='env://', help='where the ranks meet')
+    add('--print-freq', type=COUNT, default=10, help='steps between log lines')
+
+
+def _add_idle_flags(parser: Parser) -> None:
+    add = parser.add_argument_group('accepted for old scripts').add_argument
+    add('--distributed', action='store_true', help='no effect: the environment decides')
+    add('--local_rank', '--local-rank', type=int, default=0, help='no effect: the environment decides')
+    add('--world_size', '--world-size', type=int, default=1, help='no effect: the launcher decides')
+    add('--cooldown-epochs', type=int, default=10, help='no effect, as in the release')
+    add('--patience-epochs', type=int, default=10, help='no effect: there is no plateau schedule')
+    add('--resplit', action='store_true', help='no effect, as in the release')
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, checked as far as they can be without touching a file.
+
+    Raises:
+        UsageError: the first fault, in one line.
+    """
+    parser = get_args_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = set(re.findall(r'--[\w-]+', parser.format_help()))
+        near = difflib.get_close_matches(unknown[0].split('=')[0], flags, n=1)
+        raise UsageError(f'{unknown[0]}: no such flag' + (f'; did you mean {near[0]}?' if near else ''))
+    _check_method(args)
+    _check_recipe(args)
+    return args
+
+
+def _check_method(args: argparse.Namespace) -> None:
+    s_id, t_id = args.s_id or [], args.t_id or []
+    if len(s_id) != len(t_id):
+        raise UsageError(
+            f'--s-id {_words(s_id)} and --t-id {_words(t_id)}: blocks are paired one for one, '
+            f'but there are {len(s_id)} and {len(t_id)}'
+        )
+    training = not args.eval and args.distillation_type != 'none'
+    if training and not args.teacher_path and not args.teacher_pretrained:
+        raise UsageError(
+            f"--distillation-type {args.distillation_type}: needs the teacher's weights, "
+            '--teacher-path FILE or --teacher-pretrained'
+        )
+    if args.eval_teacher and not args.teacher_path and not args.teacher_pretrained:
+        raise UsageError('--eval-teacher: needs --teacher-path FILE or --teacher-pretrained')
+    if args.eval and not (args.resume or args.finetune):
+        raise UsageError('--eval: needs the weights to evaluate, --resume FILE or --finetune FILE')
+    if args.eval and args.eval_ema and not args.resume:
+        raise UsageError('--eval-ema: needs the checkpoint that holds them, --resume FILE')
+
+
+def _check_recipe(args: argparse.Namespace) -> None:
+    if args.data_set != 'FAKE' and not args.data_path:
+        raise UsageError(f"--data-path '': --data-set {args.data_set} needs the folder it lies in")
+    if not re.fullmatch(r'cpu|cuda(:\d+)?', args.device):
+        raise UsageError(f'--device {args.device}: must be cpu, cuda or cuda:N')
+    if args.cutmix_minmax and (len(args.cutmix_minmax) != 2 or args.cutmix_minmax[0] > args.cutmix_minmax[1]):
+        raise UsageError(f'--cutmix-minmax {_words(args.cutmix_minmax)}: two numbers are needed, the smaller first')
+    if _mixes(args) and args.batch_size % 2 and not args.eval:
+        raise UsageError(f'--batch-size {args.batch_size}: mixup and cutmix pair the images and need an even batch')
+    if args.opt_betas and (len(args.opt_betas) not in (2, 3) or max(args.opt_betas) == 1):
+        raise UsageError(
+            f'--opt-betas {_words(args.opt_betas)}: two numbers below 1 are needed, three by some optimizers'
+        )
+    if args.lr_noise is not None and len(args.lr_noise) > 2:
+        raise UsageError(f'--lr-noise {_words(args.lr_noise)}: one or two numbers are needed')
+
+
+def _mixes(args: argparse.Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def _words(values: list) -> str:
+    return ' '.join(map(str, values)) or '(none)'
+
+
+# The parts of a run ---------------------------------------------------------------------------------------------------
+
+
+def build_student(args: argparse.Namespace, num_classes: int) -> models.TappedModel:
+    """The student, its weights fresh or from --finetune, with hooks on --s-id."""
+    taught = args.distillation_type != 'none'
+    dropout = {'pos_drop_rate': args.drop, 'proj_drop_rate': args.drop} if args.drop else {}
+    kwargs = {'drop_path_rate': args.drop_path, **dropout, **args.model_kwargs}
+    with blame('--model', f'{args.model} with --input-size {args.input_size}'):
+        student = models.build(args.model, num_classes, args.input_size, kwargs=kwargs)
+    if args.finetune:
+        with blame('--finetune', args.finetune):
+            state, changes = models.adapt(student, models.named_weights(models.read_checkpoint(args.finetune)))
+            models.load_weights(student, state)
+        say(f'finetune    {args.finetune}' + ''.join(f'; {change}' for change in changes))
+    block_ids = (args.s_id or []) if taught else []
+    with blame('--s-id', f'{_words(block_ids)} with --model {args.model}'):
+        return models.tap(student, block_ids, args.input_size, two_heads=taught)
+
+
+def build_teacher(args: argparse.Namespace, num_classes: int) -> models.TappedModel:
+    """The frozen teacher with hooks on --t-id, its weights from --teacher-path or timm."""
+    pretrained = args.teacher_pretrained and not args.teacher_path
+    with blame('--teacher-model', f'{args.teacher_model} with --input-size {args.input_size}'):
+        teacher = models.build(args.teacher_model, num_classes, args.input_size, pretrained, args.teacher_kwargs)
+    if args.teacher_path:
+        with blame('--teacher-path', args.teacher_path):
+            models.load_weights(teacher, models.named_weights(models.read_checkpoint(args.teacher_path)))
+    block_ids = args.t_id or []
+    with blame('--t-id', f'{_words(block_ids)} with --teacher-model {args.teacher_model}'):
+        return models.freeze(models.tap(teacher, block_ids, args.input_size))
+
+
+def check_pair(args: argparse.Namespace, student: models.TappedModel, teacher: models.TappedModel) -> None:
+    """Relations compare like with like: both sides must cut the image into the same patches."""
+    if student.block_ids and student.grid != teacher.grid:
+        raise UsageError(
+            f'--model {args.model} has {_times(student.grid)} patch tokens, --teacher-model {args.teacher_model} '
+            f'{_times(teacher.grid)}: relations need the same grid on both sides'
+        )
+
+
+def build_criterion(args: argparse.Namespace) -> ManifoldDistillationLoss:
+    if _mixes(args):
+        base = SoftTargetCrossEntropy()  # the mixing has smoothed the labels already
+    else:
+        base = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+    return ManifoldDistillationLoss(
+        base,
+        args.distillation_type,
+        alpha=args.distillation_alpha,
+        tau=args.distillation_tau,
+        beta=args.distillation_beta,
+        w_sample=args.w_sample,
+        w_patch=args.w_patch,
+        w_rand=args.w_rand,
+        K=args.K,
+    )
+
+
+def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    if not _mixes(args):
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def _open_split(args: argparse.Namespace, train: bool, transform: Callable) -> torch.utils.data.Dataset:
+    with blame('--data-path', args.data_path):
+        dataset, _ = datasets.build_dataset(
+            args.data_set,
+            args.data_path,
+            train,
+            transform,
+            input_size=args.input_size,
+            inat_category=args.inat_category,
+        )
+        shape = tuple(dataset[0][0].shape[1:])
+    if shape != (args.input_size, args.input_size):
+        raise UsageError(
+            f'--input-size {args.input_size}: the images are {_times(shape)} pixels, '
+            f'and up to {datasets.SMALL} they are not resized'
+        )
+    return dataset
+
+
+def _loader_options(args: argparse.Namespace, device: torch.device) -> dict:
+    return {
+        'batch_size': args.batch_size,
+        'num_workers': args.num_workers,
+        'pin_memory': args.pin_mem and device.type == 'cuda',
+        'persistent_workers': args.num_workers > 0,
+    }
+
+
+def build_train_transform(args: argparse.Namespace) -> Callable:
+    """The augmentation the flags ask for."""
+    if args.no_aug:
+        return datasets.build_eval_transform(args.input_size)
+    with blame('--aa', args.aa, AssertionError, KeyError):
+        return datasets.build_train_transform(
+            args.input_size,
+            args.color_jitter,
+            None if args.aa in ('', 'none') else args.aa,
+            args.train_interpolation,
+            args.reprob,
+            args.remode,
+            args.recount,
+        )
+
+
+def build_train_loader(args: argparse.Namespace, device: torch.device) -> DataLoader:
+    """Augmented training images, this rank's share, whole batches only."""
+    dataset = _open_split(args, True, build_train_transform(args))
+    world, shuffle_seed = utils.get_world_size(), utils.counter_seed(args.seed, 'shuffle')
+    sampler = build_train_sampler(dataset, world, utils.get_rank(), _repeats(args), shuffle_seed)
+    dataset = datasets.KeyedDataset(dataset, args.seed)
+    loader = DataLoader(dataset, sampler=sampler, drop_last=True, **_loader_options(args, device))
+    if not len(loader):
+        raise UsageError(
+            f'--batch-size {args.batch_size}: {_count(world, "rank")} of {len(sampler)} images each do not fill one '
+            f'batch; the training set has {len(dataset)} images'
+        )
+    return loader
+
+
+def build_val_loader(args: argparse.Namespace, device: torch.device) -> DataLoader:
+    """This rank's share of the validation images, without padding; all of them with --no-dist-eval."""
+    dataset = _open_split(args, False, datasets.build_eval_transform(args.input_size))
+    rank, world = (utils.get_rank(), utils.get_world_size()) if args.dist_eval else (0, 1)
+    return DataLoader(dataset, sampler=range(rank, len(dataset), world), **_loader_options(args, device))
+
+
+def _repeats(args: argparse.Namespace) -> bool:
+    """Repeated augmentation: in one process the copies would only sit side by side in a batch."""
+    return args.repeated_aug == 'always' or (args.repeated_aug and utils.get_world_size() > 1)
+
+
+def build_state(args: argparse.Namespace, model: nn.Module) -> utils.TrainingState:
+    """Optimizer, schedule, scaler and moving average of a timm model whose weights are loaded already."""
+    with blame('--opt', args.opt, AssertionError, IndexError, TypeError):
+        optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': _scaled_lr(args)})
+    scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
+    device = next(model.parameters()).device
+    scaler = torch.amp.GradScaler(device.type, enabled=_amp_dtype(args, device) == torch.float16)
+    ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
+    ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device) if args.model_ema else None
+    return utils.TrainingState(model, optimizer, scheduler, scaler, ema)
+
+
+def _scaled_lr(args: argparse.Namespace) -> float:
+    return args.lr * args.batch_size * utils.get_world_size() / 512
+
+
+def _amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
+    if args.amp_dtype:
+        return getattr(torch, args.amp_dtype)
+    if device.type == 'cpu':
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def resume(args: argparse.Namespace, state: utils.TrainingState, checkpoint: dict) -> None:
+    """Takes over what --resume holds beside the weights, and says what that was."""
+    with blame('--resume', args.resume):
+        if not state.load_progress(checkpoint):
+            state.epoch = args.start_epoch - 1
+            state.lr_scheduler.step(state.epoch) if args.start_epoch else None
+            say(
+                f'resume      {args.resume}: weights only; epoch {args.start_epoch}, fresh optimizer'
+                + (', moving average from these weights' if state.ema else '')
+            )
+            return
+        averaged = state.ema is not None and bool(checkpoint.get('model_ema'))
+        if averaged:
+            models.load_weights(state.ema.module, models.named_weights(checkpoint, ema=True))
+    average = 'its moving average' if averaged else 'moving average from its weights' if state.ema else 'no average'
+    say(f'resume      {args.resume}: epoch {state.epoch} done, {average}, best Acc@1 {state.best_acc1:.3f}')
+
+
+def prepare_output(args: argparse.Namespace) -> Path | None:
+    """Makes --output_dir; refuses to write over another run."""
+    if not args.output_dir:
+        say('warning: no --output_dir: neither checkpoints nor log.txt are kept')
+        return None
+    folder = Path(args.output_dir)
+    with blame('--output_dir', args.output_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise ValueError('is not writable')
+        if (folder / 'checkpoint.pth').exists() and Path(args.resume).resolve().parent != folder.resolve():
+            raise ValueError(
+                f'holds a run already; go on with --resume {folder / "checkpoint.pth"} or choose another folder'
+            )
+    return folder
+
+
+# The first screen -----------------------------------------------------------------------------------------------------
+
+
+def describe_run(args: argparse.Namespace, device: torch.device, num_classes: int) -> None:
+    """What will run where, before any model is built."""
+    world = utils.get_world_size()
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
+    say(
+        f'versions    torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, '
+        f'Python {platform.python_version()}'
+    )
+    dtype = str(_amp_dtype(args, device)).removeprefix('torch.')
+    say(f'device      {device} ({name}), {dtype}')
+    if args.device != 'cpu' and device.type == 'cpu':
+        say(f'warning: --device {args.device}: there is no CUDA device, running on the CPU')
+    say(f'data        {args.data_set} {args.data_path or "(generated)"}, {num_classes} classes')
+    if args.eval:
+        return
+    total = args.batch_size * world
+    say(f'batch       {_count(world, "rank")} × {args.batch_size} images = {total} a step')
+    say(f'lr          {args.lr:g} × {total}/512 = {_scaled_lr(args):g}, {args.opt}, {args.sched}, seed {args.seed}')
+
+
+def describe_model(role: str, name: str, tapped: models.TappedModel) -> None:
+    parameters = sum(p.numel() for p in tapped.model.parameters())
+    taps = 'no blocks tapped'
+    if tapped.block_ids:
+        taps = f'blocks {_words(tapped.block_ids)} of {tapped.depth} tapped, '
+        taps += f'{_times(tapped.grid)} patch tokens of width {tapped.width}'
+    say(f'{role:<12}{name}, {parameters:,} parameters, {taps}')
+
+
+def describe_training(args: argparse.Namespace, train: DataLoader, val: DataLoader, criterion: nn.Module) -> None:
+    """What is trained on and what on, and what may surprise."""
+    world, images = utils.get_world_size(), len(train.dataset)
+    say(f'images      {images:,} for training, {len(val.dataset):,} for validation, {len(train):,} steps an epoch')
+    if _repeats(args):
+        distinct = distinct_images(args.batch_size, world)
+        say(f"sampler     repeated augmentation: {distinct} distinct images in a rank's batch of {args.batch_size}")
+    else:
+        why = ' (repeated augmentation starts at two ranks)' if args.repeated_aug else ''
+        say(f'sampler     shuffled without repeats{why}')
+    say(f'loss        {describe_loss(args, criterion)}')
+    steps = args.epochs * len(train)
+    if args.model_ema and steps * (1 - args.model_ema_decay) < 3:
+        say(
+            f'warning: --model-ema-decay {args.model_ema_decay:g}: {steps:,} steps are too few for it; '
+            'the moving average will be close to the first weights'
+        )
+
+
+def describe_loss(args: argparse.Namespace, criterion: ManifoldDistillationLoss) -> str:
+    if criterion.distillation_type == 'none':
+        return 'CE, no teacher' + ('; --s-id and --t-id have no effect' if args.s_id else '')
+    text = f'{1 - criterion.alpha:g}·CE + {criterion.alpha:g}·KD ({criterion.distillation_type}, τ {criterion.tau:g})'
+    if not args.s_id:
+        return text + '; no relation terms, for there are no --s-id and --t-id'
+    weights = f'{criterion.w_sample:g}·sample + {criterion.w_patch:g}·patch + {criterion.w_rand:g}·random'
+    return f'{text} + {criterion.beta:g}·({weights} of {criterion.K} tokens)'
+
+
+def _times(size: tuple[int, int]) -> str:
+    return '×'.join(map(str, size))
+
+
+def _count(number: int, noun: str) -> str:
+    return f'{number} {noun}{"s"[: number != 1]}'
+
+
+# The run --------------------------------------------------------------------------------------------------------------
+
+
+def report(stats: dict[str, float], images: int, what: str = 'network') -> None:
+    say(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
+    say(f'Accuracy of the {what} on the {images} test images: {stats["acc1"]:.1f}%')
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    """Builds the parts, in the order that finds faults before work is done, and evaluates or trains."""
+    with blame('--data-path', args.data_path):
+        num_classes = datasets.count_classes(args.data_set, args.data_path, args.inat_category)
+    describe_run(args, device, num_classes)
+    taught = args.distillation_type != 'none' and not args.eval
+    torch.manual_seed(args.seed)
+    student = build_student(args, num_classes)
+    describe_model('student', args.model, student)
+    teacher = build_teacher(args, num_classes) if taught or args.eval_teacher else None
+    if teacher is not None:
+        describe_model('teacher', args.teacher_model, teacher)
+        teacher.to(device)
+    if taught:
+        check_pair(args, student, teacher)
+    checkpoint = load_student(args, student.model) if args.resume else {}
+    student.to(device)
+
+    val_loader = build_val_loader(args, device)
+    found = len(getattr(val_loader.dataset, 'classes', range(num_classes)))
+    if found != num_classes:
+        say(f'warning: --data-path {args.data_path} has {found} class folders; the head keeps {num_classes} classes')
+    if args.eval_teacher:
+        stats = evaluate(teacher.model, val_loader, device, _amp_dtype(args, device))
+        report(stats, len(val_loader.dataset), 'teacher')
+    if args.eval:
+        report(evaluate(student.model, val_loader, device, _amp_dtype(args, device)), len(val_loader.dataset))
+        return
+    train(args, device, num_classes, student, teacher if taught else None, val_loader, checkpoint)
+
+
+def load_student(args: argparse.Namespace, model: nn.Module) -> dict:
+    """Loads the weights of --resume, the moving average with --eval --eval-ema; returns the whole checkpoint."""
+    with blame('--resume', args.resume):
+        checkpoint = models.read_checkpoint(args.resume)
+        models.load_weights(model, models.named_weights(checkpoint, ema=args.eval and args.eval_ema))
+    return checkpoint
+
+
+def train(
+    args: argparse.Namespace,
+    device: torch.device,
+    num_classes: int,
+    student: models.TappedModel,
+    teacher: models.TappedModel | None,
+    val_loader: DataLoader,
+    checkpoint: dict,
+) -> None:
+    """The epoch loop: train, evaluate, log, save."""
+    train_loader = build_train_loader(args, device)
+    criterion = build_criterion(args)
+    describe_training(args, train_loader, val_loader, criterion)
+    folder = prepare_output(args)
+    state = build_state(args, student.model)
+    if checkpoint:
+        resume(args, state, checkpoint)
+    options = {
+        'device': device,
+        'amp_dtype': _amp_dtype(args, device),
+        'seed': args.seed,
+        'mixup': build_mixup(args, num_classes),
+        # without `step`: a constant decay from the first step on
+        'after_step': (lambda: state.ema.update(state.model)) if state.ema else None,
+        'clip_grad': args.clip_grad,
+        # As in the release: fine-tuning without a teacher keeps drop-path off and averages two heads.
+        'train_mode': not args.finetune or teacher is not None,
+        'print_freq': args.print_freq,
+    }
+    wrapped = student
+    if torch.distributed.is_initialized():
+        wrapped = DistributedDataParallel(student, device_ids=[device.index] if device.type == 'cuda' else None)
+    if state.epoch + 1 >= args.epochs:
+        say(f'--epochs {args.epochs}: all done already, nothing to train')
+    start = time.monotonic()
+    for epoch in range(state.epoch + 1, args.epochs):
+        train_loader.sampler.set_epoch(epoch)
+        stats = train_one_epoch(
+            wrapped, teacher, criterion, train_loader, state.optimizer, state.scaler, epoch=epoch, **options
+        )
+        state.epoch = epoch
+        state.lr_scheduler.step(epoch)  # with the epoch just finished: the curve lags one epoch, as published
+        finish_epoch(args, state, stats, val_loader, device, folder)
+    say(f'Training time {timedelta(seconds=int(time.monotonic() - start))}')
+
+
+def finish_epoch(
+    args: argparse.Namespace,
+    state: utils.TrainingState,
+    stats: dict[str, float],
+    val_loader: DataLoader,
+    device: torch.device,
+    folder: Path | None,
+) -> None:
+    """Evaluates, logs and saves. The log comes first: a run killed in between repeats the epoch and its row."""
+    images = len(val_loader.dataset)
+    rows = {'train': stats, 'test': evaluate(state.model, val_loader, device, _amp_dtype(args, device))}
+    report(rows['test'], images)
+    if args.eval_ema and state.ema:
+        ema = state.ema.module if state.ema.device is None else copy.deepcopy(state.ema.module).to(device)
+        rows['test_ema'] = evaluate(ema, val_loader, device, _amp_dtype(args, device))
+        report(rows['test_ema'], images, 'moving average')
+    best = rows['test']['acc1'] >= state.best_acc1  # of equals the last one
+    state.best_acc1 = max(state.best_acc1, rows['test']['acc1'])
+    say(f'Max accuracy: {state.best_acc1:.2f}%')
+    if folder is None or utils.get_rank() != 0:
+        return
+    kept = {'train': stats.keys(), 'test': ('loss', 'acc1', 'acc5'), 'test_ema': ('loss', 'acc1', 'acc5')}
+    row = {f'{split}_{key}': values[key] for split, values in rows.items() for key in kept[split]}
+    parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    utils.write_log_row(folder / 'log.txt', {**row, 'epoch': state.epoch, 'n_parameters': parameters})
+    contents = state.state_dict(vars(args))
+    utils.write_durably(folder / 'checkpoint.pth', lambda file: torch.save(contents, file))
+    if best:
+        with open(folder / 'checkpoint.pth', 'rb') as last:
+            utils.write_durably(folder / 'best_checkpoint.pth', lambda file: shutil.copyfileobj(last, file))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs in process; returns when all is done.
+
+    Args:
+        argv: the flags; those of the command line if None.
+
+    Raises:
+        SystemExit: 2 for bad input, after one line on stderr; 1 for a loss that is not finite; 0 after --help.
+    """
+    try:
+        args = parse_args(argv)
+        run(args, utils.init_distributed(args.device, args.dist_url))
+    except (UsageError, FloatingPointError) as error:
+        usage = isinstance(error, UsageError)
+        # One line per machine: bad input is bad on all its ranks. A loss may go wrong on one rank alone.
+        if not usage or os.environ.get('LOCAL_RANK', '0') == '0':
+            print(f'main.py: error: {error}', file=sys.stderr, flush=True)
+        raise SystemExit(2 if usage else 1) from None
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Evaluates a checkpoint of this program, of the 2022 release or of DeiT.
+#   bash scripts/eval.sh IMAGENET_FOLDER CHECKPOINT [further flags, e.g. --eval-ema]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=$1 checkpoint=$2
+
+python main.py \
+    --eval \
+    --model deit_tiny_patch16_224 \
+    --resume "$checkpoint" \
+    --data-path "$data" \
+    --num_workers "$(nproc)" \
+    "${@:3}"

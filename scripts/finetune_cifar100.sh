@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Fine-tunes a distilled DeiT-Tiny on CIFAR-100 at 224 pixels, with the settings DeiT's authors gave for CIFAR-10
+# (facebookresearch/deit, issue 45): SGD, global batch 768, no erasing, no stochastic depth.
+#   bash scripts/finetune_cifar100.sh CIFAR_FOLDER CHECKPOINT OUTPUT_FOLDER [further flags]
+# CIFAR_FOLDER holds cifar-100-python/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=$1 checkpoint=$2 output=$3
+
+torchrun --standalone --nproc_per_node="${GPUS:-8}" main.py \
+    --output_dir "$output" \
+    --data-set CIFAR \
+    --data-path "$data" \
+    --finetune "$checkpoint" \
+    --model deit_tiny_patch16_224 \
+    --batch-size 96 \
+    --epochs 1000 \
+    --opt sgd \
+    --lr 0.01 \
+    --weight-decay 1e-4 \
+    --reprob 0 \
+    --drop-path 0 \
+    "${@:4}"

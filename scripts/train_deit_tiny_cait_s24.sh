@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The recipe of the 2022 release: CaiT-S24 teaches DeiT-Tiny on ImageNet-1k, 8 GPUs × 64 images, 300 epochs.
+#   bash scripts/train_deit_tiny_cait_s24.sh IMAGENET_FOLDER TEACHER_FILE OUTPUT_FOLDER [further flags]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=$1 teacher=$2 output=$3
+
+python -m torch.distributed.launch --nproc_per_node="${GPUS:-8}" main.py \
+    --distributed \
+    --output_dir "$output" \
+    --data-path "$data" \
+    --teacher-path "$teacher" \
+    --model deit_tiny_patch16_224 \
+    --teacher-model cait_s24_224 \
+    --distillation-type soft \
+    --distillation-alpha 1 \
+    --distillation-beta 1 \
+    --w-sample 0.1 \
+    --w-patch 4 \
+    --w-rand 0.2 \
+    --K 192 \
+    --s-id 0 1 2 3 8 9 10 11 \
+    --t-id 0 1 2 3 20 21 22 23 \
+    --drop-path 0 \
+    "${@:4}"

@@ -1,0 +1,322 @@
+"""engine.py: what one epoch does to a student, and exact evaluation."""
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import models
+from engine import evaluate, train_one_epoch
+from losses import ManifoldDistillationLoss
+
+CPU = torch.device('cpu')
+F32 = torch.float32
+
+
+# One epoch ------------------------------------------------------------------------------------------------------------
+
+
+class Recorder(torch.nn.Module):
+    """The criterion, and a record of what it was given and gave back at each step."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.criterion = ManifoldDistillationLoss(
+            **{'base_criterion': torch.nn.CrossEntropyLoss(), 'distillation_type': 'soft', 'K': 5, **options}
+        )
+        self.steps = []
+
+    def forward(self, student_out, teacher_out, targets, generator):
+        clone = torch.Generator().set_state(generator.get_state())
+        losses = self.criterion(student_out, teacher_out, targets, generator)
+        values = {name: value.item() for name, value in losses.items()}
+        order = tuple(torch.randperm(32, generator=clone).tolist())
+        self.steps.append(SimpleNamespace(student=student_out, teacher=teacher_out, values=values, order=order))
+        return losses
+
+
+class Noisy(list):
+    """Batches whose loading uses up random numbers, as augmentation without workers does."""
+
+    def __init__(self, batches, noise: int) -> None:
+        super().__init__(batches)
+        self.noise = noise
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            torch.rand(self.noise), np.random.rand(self.noise), [random.random() for _ in range(self.noise)]
+            yield batch
+
+
+def batches(steps: int = 3, size: int = 4) -> list:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (torch.randn(size, 3, 32, 32, generator=generator), torch.randint(10, (size,), generator=generator))
+        for _ in range(steps)
+    ]
+
+
+@pytest.fixture
+def epoch(toy):
+    """A function that trains a toy for one epoch and returns all that took part in it, with the `stats`."""
+
+    def run(
+        loader=None,
+        *,
+        family='deit',
+        drop_path=0.0,
+        lr=0.1,
+        criterion=None,
+        teacher='toy',
+        scaled=False,
+        amp_dtype=F32,
+        number=0,
+        after_step=None,
+        **options,
+    ):
+        student = models.tap(toy(family, drop_path_rate=drop_path), [0, -1], 32, two_heads=True)
+        if teacher == 'toy':
+            teacher = models.freeze(models.tap(toy('cait', embed_dim=48), [0, -1], 32))
+        criterion = Recorder() if criterion is None else criterion
+        optimizer = torch.optim.SGD(student.parameters(), lr)
+        # A scale at which no float32 gradient overflows: every step is taken.
+        scaler = torch.amp.GradScaler('cpu', enabled=scaled, init_scale=64.0)
+        before = {name: value.clone() for name, value in student.model.state_dict().items()}
+        stats = train_one_epoch(
+            student,
+            teacher,
+            criterion,
+            batches() if loader is None else loader,
+            optimizer,
+            scaler,
+            after_step=None if after_step is None else lambda: after_step(student.model),
+            **{'device': CPU, 'amp_dtype': amp_dtype, 'epoch': number, 'seed': 0, **options},
+        )
+        steps = getattr(criterion, 'steps', [])
+        return SimpleNamespace(student=student, teacher=teacher, steps=steps, before=before, stats=stats)
+
+    return run
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return run.student.model.state_dict()
+
+
+def same_weights(one, other) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(other).values(), strict=True))
+
+
+def test_an_epoch_returns_the_mean_of_every_term_by_name_and_of_their_sum(epoch):
+    run = epoch(lr=0.25)
+    columns = {name: [step.values[name] for step in run.steps] for name in run.steps[0].values}
+    expected = {'lr': 0.25, 'loss': sum(np.mean(column) for column in columns.values())}
+    expected |= {f'loss_{name}': np.mean(column) for name, column in columns.items()}
+    assert list(run.stats) == list(expected)
+    assert run.stats == pytest.approx(expected, rel=1e-6)
+    assert all(np.ptp(column) > 0 for column in columns.values())
+
+
+def test_a_step_follows_the_gradient_of_the_sum_of_the_terms(epoch, toy):
+    options = {'base_criterion': torch.nn.CrossEntropyLoss(), 'distillation_type': 'soft', 'K': 10**6}  # draws nothing
+    run = epoch(batches(1), criterion=Recorder(**options), lr=0.5)
+    student = models.tap(toy('deit'), [0, -1], 32)
+    images, targets = batches(1)[0]
+    losses = ManifoldDistillationLoss(**options)(student(images), run.teacher(images), targets)
+    sum(losses.values()).backward()
+    for name, parameter in student.model.named_parameters():
+        torch.testing.assert_close(weights(run)[name], parameter.detach() - 0.5 * parameter.grad)
+
+
+def test_mixup_changes_images_and_labels_before_either_model_sees_them(epoch):
+    def mixup(images, targets):
+        return torch.zeros_like(images), torch.full((len(images), 10), 0.1)
+
+    criterion = Recorder(base_criterion=SoftTargetCrossEntropy())
+    run = epoch(criterion=criterion, mixup=mixup, lr=0.0)
+    for step in run.steps:
+        for output in (step.student, step.teacher):  # images all alike give logits all alike
+            torch.testing.assert_close(output.logits, output.logits[:1].expand_as(output.logits))
+    expected = 0.5 * -F.log_softmax(run.steps[0].student.logits, dim=1).mean()
+    assert run.stats['loss_base'] == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize('scaled', [False, True], ids=['unscaled', 'scaled'])
+@pytest.mark.parametrize('clip_grad', [1e-3, None])
+def test_gradients_are_clipped_to_their_norm_after_the_scale_is_taken_out(epoch, scaled, clip_grad):
+    run = epoch(batches(1), lr=1.0, clip_grad=clip_grad, scaled=scaled)
+    moved = torch.cat([(value - run.before[name]).flatten().double() for name, value in weights(run).items()])
+    if clip_grad is None:
+        assert moved.norm() > 0.1
+    else:
+        assert moved.norm().item() == pytest.approx(clip_grad, rel=1e-3)
+
+
+def test_the_moving_average_is_called_once_a_step_after_the_weights_have_moved(epoch):
+    seen = []
+    run = epoch(after_step=lambda model: seen.append(model.head.bias.detach().clone()))
+    assert len(seen) == 3
+    steps = [run.before['head.bias'], *seen]
+    assert not any(torch.equal(before, after) for before, after in zip(steps, seen, strict=False))
+    assert torch.equal(seen[-1], weights(run)['head.bias'])
+
+
+def test_train_mode_false_keeps_drop_path_off_and_true_on(epoch):
+    without = epoch(drop_path=0.0)
+    assert same_weights(epoch(drop_path=0.9, train_mode=False), without)
+    assert not same_weights(epoch(drop_path=0.9), without)
+
+
+RANDOM = {'drop_path': 0.5, 'mixup': Mixup(0.8, 1.0, num_classes=10)}
+
+
+def soft() -> Recorder:
+    return Recorder(base_criterion=SoftTargetCrossEntropy())
+
+
+def test_the_same_seed_and_epoch_give_the_same_bits_whatever_noise_came_before(epoch):
+    runs = [epoch(Noisy(batches(), noise), criterion=soft(), **RANDOM) for noise in (0, 0, 5)]
+    assert same_weights(runs[0], runs[1])
+    assert same_weights(runs[0], runs[2])
+    assert runs[0].stats == runs[1].stats == runs[2].stats
+
+
+@pytest.mark.parametrize('other', [{'number': 1}, {'seed': 1}])
+def test_another_epoch_or_seed_draws_otherwise(epoch, other):
+    one, two = epoch(criterion=soft(), **RANDOM), epoch(criterion=soft(), **RANDOM, **other)
+    assert not same_weights(one, two)
+
+
+def test_every_step_of_every_epoch_draws_tokens_of_its_own(epoch):
+    orders = [step.order for number in range(3) for step in epoch(number=number).steps]
+    assert len(set(orders)) == len(orders) == 9
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operators that make the host wait for a device: a value of a tensor goes to Python."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.item, torch.ops.aten.nonzero):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Copies(TorchFunctionMode):
+    """Counts the methods that do so without an operator."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_between_log_lines_the_host_never_waits_for_the_device(epoch):
+    def waits(steps: int, print_freq: int, after_step=lambda model: None) -> int:
+        criterion = ManifoldDistillationLoss(SoftTargetCrossEntropy(), 'soft', K=5)
+        options = {**RANDOM, 'clip_grad': 1.0, 'criterion': criterion, 'print_freq': print_freq}
+        with Reads() as reads, Copies() as copies:
+            epoch(batches(steps), after_step=after_step, **options)
+        return reads.count + copies.count
+
+    assert waits(4, 100) == waits(9, 100)
+    # The counter does count: a line more is a wait more, and so is a value read at every step.
+    assert waits(9, 4) == waits(9, 100) + 1
+    assert waits(9, 100, lambda model: model.head.bias[0].item()) == waits(9, 100) + 9
+
+
+def test_the_teacher_stays_as_it_is(epoch, toy):
+    teacher = models.freeze(models.tap(toy('cait', drop_path_rate=0.5), [0, -1], 32))
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    run = epoch(teacher=teacher)
+    assert not any(module.training for module in teacher.modules())
+    assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert not any(tensor.requires_grad for step in run.steps for tensor in (step.teacher[0], *step.teacher.tokens))
+    assert run.student.training
+
+
+@pytest.mark.parametrize('alpha', [0.0, 1.0])
+def test_every_parameter_of_a_two_headed_student_gets_a_gradient_at_either_end_of_alpha(epoch, alpha):
+    run = epoch(batches(2), family='distilled', criterion=Recorder(alpha=alpha))
+    assert run.steps[0].student.kd_logits is not run.steps[0].student.logits
+    assert [name for name, p in run.student.named_parameters() if p.grad is None] == []
+
+
+def test_without_a_teacher_the_student_learns_from_the_labels_alone(epoch):
+    run = epoch(criterion=Recorder(distillation_type='none'), teacher=None)
+    assert run.stats['loss'] == run.stats['loss_base'] > 0
+    assert any(not torch.equal(value, run.before[name]) for name, value in weights(run).items())
+
+
+@pytest.mark.parametrize('amp_dtype', [torch.bfloat16, torch.float16])
+def test_under_autocast_the_models_run_in_the_short_type_and_the_losses_in_float32(epoch, amp_dtype):
+    run = epoch(amp_dtype=amp_dtype, scaled=amp_dtype == torch.float16)
+    assert {out.logits.dtype for step in run.steps for out in (step.student, step.teacher)} == {amp_dtype}
+    assert {value.dtype for value in weights(run).values()} == {F32}
+    exact = epoch()
+    assert run.stats == pytest.approx(exact.stats, rel=0.05, abs=1e-3)
+    assert run.stats != exact.stats
+
+
+@pytest.mark.parametrize('print_freq', [1, 100])
+def test_a_loss_that_is_not_finite_stops_the_epoch_and_is_named(epoch, toy, print_freq):
+    teacher = toy('cait', embed_dim=48)
+    with torch.no_grad():
+        teacher.head.bias[3] = torch.nan
+    teacher = models.freeze(models.tap(teacher, [0, -1], 32))
+    with pytest.raises(FloatingPointError, match=r': loss, loss_dist$'):
+        epoch(batches(1), teacher=teacher, print_freq=print_freq)
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+
+class FromPixels(torch.nn.Module):
+    """Takes its logits from the first pixels, so that a test can choose them."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+
+    def forward(self, images):
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        return images.flatten(1)[:, : self.num_classes]
+
+
+def answers(images: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(5)
+    return generator.normal(size=(images, classes)).astype(np.float32), generator.integers(classes, size=images)
+
+
+def split(logits: np.ndarray, targets: np.ndarray, sizes: list[int]) -> list:
+    images = torch.zeros(len(logits), 3, 8, 8)
+    images.flatten(1)[:, : logits.shape[1]] = torch.from_numpy(logits)
+    return list(zip(images.split(sizes), torch.from_numpy(targets).split(sizes), strict=True))
+
+
+@pytest.mark.parametrize('sizes', [[23], [10, 10, 3], [1] * 23])
+@pytest.mark.parametrize('classes', [2, 4, 5, 10])
+def test_evaluation_counts_every_image_once_whatever_the_batches(classes, sizes):
+    logits, targets = answers(23, classes)
+    stats = evaluate(FromPixels(classes).train(), split(logits, targets, sizes), CPU, F32)
+    # How many classes beat the right one.
+    rank = (logits > logits[np.arange(23), targets][:, None]).sum(1)
+    wide = logits.astype(np.float64)
+    loss = (np.log(np.exp(wide).sum(1)) - wide[np.arange(23), targets]).mean()
+    counts = {'correct1': int((rank < 1).sum()), 'correct5': int((rank < 5).sum()), 'images': 23}
+    assert {name: stats[name] for name in counts} == counts
+    assert stats['acc1'] == pytest.approx(100 * counts['correct1'] / 23, rel=1e-12)
+    assert stats['acc5'] == pytest.approx(100 * counts['correct5'] / 23, rel=1e-12)
+    assert stats['loss'] == pytest.approx(loss, abs=1e-6)
+    assert 0 < counts['correct1'] < counts['correct5'] <= 23

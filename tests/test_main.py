@@ -1,0 +1,795 @@
+"""main.py in process: its flags, what it refuses, the parts it builds, and whole runs of toys on generated images."""
+
+import argparse
+import ast
+import copy
+import inspect
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import toys
+from timm.optim import optimizer_kwargs
+from timm.scheduler import scheduler_kwargs
+
+import datasets
+import main
+from utils import UsageError
+
+TRAIN_IMAGES, VAL_IMAGES = 16, 8
+
+
+@pytest.fixture(autouse=True)
+def few_generated_images(monkeypatch):
+    monkeypatch.setattr(datasets, 'FAKE_TRAIN', TRAIN_IMAGES)
+    monkeypatch.setattr(datasets, 'FAKE_VAL', VAL_IMAGES)
+
+
+@pytest.fixture(scope='session')
+def files(tmp_path_factory):
+    """A folder of weights and images, good and bad, that the runs below are pointed to."""
+    folder = tmp_path_factory.mktemp('files')
+    teacher, student = toys.teacher(), toys.student()
+    toys.save(folder / 'teacher.pth', {'model': {f'module.{k}': v for k, v in teacher.state_dict().items()}})
+    toys.save(folder / 'student.pth', {'model': student.state_dict()})
+    toys.save(folder / 'list.pth', [1, 2])
+    toys.save(folder / 'words.pth', {'model': 'a word'})
+    toys.save(folder / 'code.pth', {'model': torch.nn.Linear(2, 2)})
+    (folder / 'text.pth').write_text('no weights at all')
+    progress = {'model': student.state_dict(), 'lr_scheduler': {}, 'epoch': 0}
+    sgd = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9)
+    toys.save(folder / 'one_group.pth', {**progress, 'optimizer': sgd.state_dict()})
+    toys.save(folder / 'no_groups.pth', {**progress, 'optimizer': {'state': {}}})
+    toys.save(folder / 'no_optimizer.pth', {**progress, 'optimizer': None})
+    state = main.build_state(main.parse_args(toys.flags(opt='sgd', **toys.ALONE)), student)
+    for parameter in student.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    toys.save(folder / 'sgd.pth', {**progress, 'optimizer': state.optimizer.state_dict()})
+    for tree in ('tree', 'no_train'):
+        toys.write_images(folder / tree / 'val', [3, 2], 32)
+    toys.write_images(folder / 'tree' / 'train', [4, 4], 32)
+    (folder / 'empty' / 'val' / 'c0').mkdir(parents=True)
+    (folder / 'flat' / 'val').mkdir(parents=True)
+    (folder / 'flat' / 'val' / '0.png').write_bytes((folder / 'tree' / 'val' / 'c0' / '0.png').read_bytes())
+    (folder / 'unlike' / 'train' / 'c0').mkdir(parents=True)
+    (folder / 'unlike' / 'val' / 'c1').mkdir(parents=True)
+    (folder / 'run').mkdir()
+    (folder / 'run' / 'checkpoint.pth').write_text('of another run')
+    return folder
+
+
+@pytest.fixture
+def run(files, tmp_path):
+    """A function that runs main.main on a toy and returns the rows of its log."""
+
+    def start(**changes) -> list[dict]:
+        changes = {'teacher_path': files / 'teacher.pth', 'output_dir': tmp_path, **changes}
+        main.main(toys.flags(**changes))
+        return toys.log_rows(changes['output_dir'])
+
+    return start
+
+
+@pytest.fixture
+def epochs(monkeypatch):
+    """What train_one_epoch was called with; it trains nothing."""
+    calls = []
+
+    def record(student, teacher, criterion, loader, optimizer, scaler, **options) -> dict[str, float]:
+        parts = {'student': student, 'teacher': teacher, 'optimizer': copy.deepcopy(optimizer.state_dict())}
+        calls.append(SimpleNamespace(**parts, scaler=scaler.state_dict(), **options))
+        return {'lr': max(group['lr'] for group in optimizer.param_groups), 'loss': 0.0}
+
+    monkeypatch.setattr(main, 'train_one_epoch', record)
+    return calls
+
+
+# Flags ----------------------------------------------------------------------------------------------------------------
+
+# The release's, as its parser had them: words that fit, then name and default.
+RELEASE = {
+    ('3',): {
+        'batch-size': 64, 'epochs': 300, 'K': 192, 'input-size': 224, 'warmup-epochs': 5, 'cooldown-epochs': 10,
+        'patience-epochs': 10, 'recount': 1, 'seed': 0, 'start_epoch': 0, 'num_workers': 10, 'world_size': 1,
+        'local_rank': 0,
+    },
+    ('0.25',): {
+        'distillation-alpha': 0.5, 'distillation-beta': 1.0, 'distillation-tau': 1.0, 'w-sample': 1.0, 'w-patch': 1.0,
+        'w-rand': 1.0, 'drop': 0.0, 'drop-path': 0.0, 'model-ema-decay': 0.99996, 'opt-eps': 1e-8, 'clip-grad': None,
+        'momentum': 0.9, 'weight-decay': 0.05, 'lr': 5e-4, 'lr-noise-pct': 0.67, 'lr-noise-std': 1.0, 'warmup-lr': 1e-6,
+        'min-lr': 1e-5, 'decay-epochs': 30, 'decay-rate': 0.1, 'color-jitter': 0.4, 'smoothing': 0.1, 'reprob': 0.25,
+        'mixup': 0.8, 'cutmix': 1.0, 'mixup-prob': 1.0, 'mixup-switch-prob': 0.5,
+    },
+    ('3', '4'): {'s-id': None, 't-id': None},
+    ('0.25', '0.75'): {'opt-betas': None, 'lr-noise': None, 'cutmix-minmax': None},
+    ('step',): {'sched': 'cosine'},
+    ('bilinear',): {'train-interpolation': 'bicubic'},
+    ('const',): {'remode': 'pixel'},
+    ('elem',): {'mixup-mode': 'batch'},
+    ('hard',): {'distillation-type': 'none'},
+    ('INAT19',): {'data-set': 'IMNET'},
+    ('order',): {'inat-category': 'name'},
+    ('a_word',): {
+        'model': 'deit_base_patch16_224', 'opt': 'adamw', 'aa': 'rand-m9-mstd0.5-inc1', 'teacher-model': 'cait_s24_224',
+        'teacher-path': '', 'finetune': '', 'data-path': '', 'output_dir': '', 'device': 'cuda', 'resume': '',
+        'dist_url': 'env://',
+    },
+    (): {
+        'model-ema': True, 'no-model-ema': True, 'model-ema-force-cpu': False, 'repeated-aug': True,
+        'no-repeated-aug': True, 'resplit': False, 'eval': False, 'dist-eval': True, 'pin-mem': True,
+        'no-pin-mem': True, 'distributed': False,
+    },
+}  # fmt: skip
+CHOICES = {
+    'distillation-type': {'none', 'soft', 'hard'},
+    'data-set': {'CIFAR', 'IMNET', 'INAT', 'INAT19'},
+    'inat-category': {'kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name'},
+    # Free words in the release; these are what its parts understood, but for the plateau schedule.
+    'sched': {'cosine', 'tanh', 'step', 'poly'},
+    'train-interpolation': {'random', 'bilinear', 'bicubic'},
+    'remode': {'const', 'rand', 'pixel'},
+    'mixup-mode': {'batch', 'pair', 'elem'},
+}
+WITH_MORE_CHOICES = {'data-set'}
+FLAGS = [(flag, default, words) for words, table in RELEASE.items() for flag, default in table.items()]
+
+
+def dest(flag: str) -> str:
+    return flag.removeprefix('no-').replace('-', '_')
+
+
+def test_the_table_holds_the_74_flags_of_the_release():
+    assert len(FLAGS) == len({flag for flag, _, _ in FLAGS}) == 74
+
+
+@pytest.mark.parametrize(('flag', 'default', 'words'), FLAGS, ids=[flag for flag, _, _ in FLAGS])
+def test_a_flag_of_the_release_keeps_name_default_choices_and_both_spellings(flag, default, words):
+    parser = main.get_args_parser()
+    unset = getattr(parser.parse_args([]), dest(flag))
+    assert unset == default
+    assert type(unset) is type(default) or flag == 'decay-epochs'  # 30 stands there for a float
+    spellings = [f'--{flag}', f'--{flag.replace("-", "_")}', f'--{flag.replace("_", "-")}']
+    parsed = [vars(parser.parse_args([spelling, *words])) for spelling in spellings]
+    assert parsed[0] == parsed[1] == parsed[2]
+    if not words:
+        assert bool(parsed[0][dest(flag)]) is not flag.startswith('no-')
+    elif len(words) == 1 and flag not in CHOICES and words != ('a_word',):
+        assert parsed[0][dest(flag)] == ast.literal_eval(words[0])
+    elif len(words) == 2:
+        assert parsed[0][dest(flag)] == [ast.literal_eval(word) for word in words]
+    else:
+        assert parsed[0][dest(flag)] == words[0]
+    action = next(action for action in parser._actions if f'--{flag}' in action.option_strings)
+    choices = set(action.choices or ())
+    assert choices == CHOICES.get(flag, set()) or (flag in WITH_MORE_CHOICES and choices > CHOICES[flag])
+
+
+def test_the_short_name_of_the_decay_rate_is_known_too():
+    assert main.get_args_parser().parse_args(['--dr', '0.3']).decay_rate == 0.3
+
+
+def test_a_flag_can_be_joined_to_its_value_and_values_keep_their_underscores():
+    args = main.get_args_parser().parse_args(['--output_dir=a_b=c_d', '--model_kwargs', 'img_size=3', '--s-id', '-1'])
+    assert (args.output_dir, args.model_kwargs, args.s_id) == ('a_b=c_d', {'img_size': 3}, [-1])
+
+
+class Watched(argparse.Namespace):
+    """Remembers which of its values were asked for."""
+
+    def __getattribute__(self, name: str):
+        if not name.startswith('_'):
+            super().__getattribute__('_asked').add(name)
+        return super().__getattribute__(name)
+
+
+def test_every_flag_has_help_and_a_reader_or_says_that_it_has_no_effect():
+    parser = main.get_args_parser()
+    tree = ast.parse(inspect.getsource(main))
+    readers = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'args'
+    }
+    args = Watched(_asked=set(), **vars(parser.parse_args([])))
+    optimizer_kwargs(args), scheduler_kwargs(args)
+    # timm's bridge asks for the idle ones too, and does nothing with them.
+    idle = {action.dest for action in parser._actions if 'no effect' in (action.help or '')}
+    assert idle == {'cooldown_epochs', 'patience_epochs', 'resplit', 'local_rank', 'distributed', 'world_size'}
+    assert not idle & readers
+    known = {action.dest for action in parser._actions} - {'help'}
+    assert known - idle - readers - args._asked == set()
+    assert [action.dest for action in parser._actions if len(action.help or '') < 5] == []
+
+
+def test_help_prints_and_ends_the_run_well(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main.main(['--help'])
+    assert stopped.value.code == 0
+    assert '--w-patch' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('word', 'meant'), [('--batchsize', '--batch-size'), ('--w-smaple=3', '--w-sample'), ('stray', None)]
+)
+def test_an_unknown_flag_is_refused_with_the_nearest_one(word, meant):
+    with pytest.raises(UsageError, match=f'^{word}: no such flag' + (f'.*{meant}' if meant else '$')):
+        main.parse_args([word])
+
+
+# Wrong use ------------------------------------------------------------------------------------------------------------
+
+FOLDER = {'data_set': 'FOLDER', **toys.ALONE}
+# The flag and the value that the line must name come first; then what else the run needs, and further words.
+WRONG = [
+    # the method
+    ({'s_id': '0 1 2', 't_id': '0 1'}, '--t-id 0 1'),
+    ({'s_id': '0 1', 't_id': None}, '--t-id'),
+    ({'t_id': '0', 's_id': None}, '--s-id'),
+    ({'s_id': '0 4', 't_id': '0 1'}, 'no block 4'),
+    ({'t_id': '-7 0', 's_id': '0 1'}, 'no block -7'),
+    ({'s_id': 'first', 't_id': '0'},),
+    ({'K': 0},),
+    ({'K': 'all'},),
+    ({'distillation_type': 'medium'},),
+    ({'distillation_type': 'soft', 'teacher_path': ''}, '--teacher-path'),
+    ({'distillation_type': 'hard', 'teacher_path': ''}, '--teacher-path'),
+    ({'distillation_alpha': 1.5},),
+    ({'distillation_tau': 0},),
+    ({'w_patch': -1},),
+    ({'w_rand': 'nan'},),
+    # models
+    ({'model': 'deit_tinny_patch16_224'}, 'deit_tiny_patch16_224'),
+    ({'teacher_model': 'cait_s42_224'}, 'cait_s24_224'),
+    ({'model': 'resnet18', 'model_kwargs': None}, '--s-id'),
+    ({'model': 'deit_tiny_patch16_224', 'model_kwargs': 'patch_size=16 embed_dim=32 depth=4 num_heads=2'},
+     '2×2', '--teacher-model cait_s24_224', '4×4'),
+    ({'model_kwargs': 'depth'},),
+    ({'model': 'deit_tiny_patch16_224', 'model_kwargs': 'no_such_thing=3'}, 'no_such_thing'),
+    ({'model': 'deit_tiny_patch16_224', 'model_kwargs': 'num_classes=3'}, 'num_classes'),
+    ({'input_size': 4, **toys.ALONE},),
+    ({'input_size': 0},),
+    ({'eval_teacher': True, **toys.ALONE}, '--teacher-path'),
+    # weights
+    ({'teacher_path': '{files}/no.pth'}, 'No such file'),
+    ({'teacher_path': '{files}'},),
+    ({'teacher_path': '{files}/text.pth'},),
+    ({'teacher_path': '{files}/student.pth'}, 'does not fit'),
+    ({'teacher_path': '{files}/teacher.pth', 'data_set': 'FOLDER', 'data_path': '{files}/tree'}, '10', '2'),
+    ({'resume': '{files}/no.pth'}, 'No such file'),
+    ({'resume': '{files}/list.pth'},),
+    ({'resume': '{files}/words.pth'},),
+    ({'resume': '{files}/code.pth'}, 'Linear'),
+    ({'resume': '{files}/teacher.pth'}, 'does not fit'),
+    ({'resume': '{files}/one_group.pth'}, 'parameter groups'),
+    ({'resume': '{files}/no_groups.pth'},),
+    ({'resume': '{files}/no_optimizer.pth'},),
+    ({'resume': '{files}/sgd.pth'},),
+    ({'finetune': '{files}/no.pth'}, 'No such file'),
+    ({'finetune': '{files}/text.pth'},),
+    ({'finetune': '{files}/teacher.pth'},),
+    ({'eval': True}, '--resume'),
+    ({'resume': '{files}/no.pth', 'eval': True}, 'No such file'),
+    ({'eval_ema': True, 'eval': True, 'finetune': '{files}/student.pth'}, '--resume'),
+    ({'resume': '{files}/student.pth', 'eval': True, 'eval_ema': True}, 'EMA'),
+    # data
+    ({'data_set': 'IMAGENET'},),
+    ({'data_path': '', **FOLDER}, 'FOLDER'),
+    ({'data_path': '{files}/no', **FOLDER},),
+    ({'data_path': '{files}/flat', **FOLDER}, 'class folders'),
+    ({'data_path': '{files}/empty', **FOLDER},),
+    ({'data_path': '{files}/unlike', **FOLDER}, 'differ'),
+    ({'data_path': '{files}/no_train', **FOLDER},),
+    ({'data_path': '{files}/no', 'data_set': 'IMNET', **toys.ALONE},),
+    ({'data_path': '{files}/tree', 'data_set': 'CIFAR', **toys.ALONE},),
+    ({'data_path': '{files}/tree', 'data_set': 'INAT19', **toys.ALONE},),
+    ({'input_size': 24, 'data_path': '{files}/tree', **FOLDER}, '32×32'),
+    ({'batch_size': 32}, '16'),
+    ({'batch_size': 0},),
+    # recipe
+    ({'batch_size': 7}, 'even'),
+    ({'batch_size': 1, 'mixup': 0}, 'even'),
+    ({'sched': 'plateau'}, 'cosine'),
+    ({'epochs': 0},),
+    ({'epochs': -1},),
+    ({'opt': 'adamx'},),
+    ({'opt_betas': '0.9'},),
+    ({'opt_betas': '0.9 1.0'},),
+    ({'lr': 'nan'},),
+    ({'lr_noise': '0.1 0.2 0.3'},),
+    ({'clip_grad': 0},),
+    ({'smoothing': 1, 'mixup': 0, 'cutmix': 0},),
+    ({'aa': 'rand-q9'},),
+    ({'cutmix_minmax': '0.2'},),
+    ({'cutmix_minmax': '0.8 0.2'},),
+    ({'num_workers': -1},),
+    # run
+    ({'device': 'gpu'},),
+    ({'amp_dtype': 'int8'},),
+    ({'print_freq': 0},),
+    ({'output_dir': '{files}/run'}, '--resume'),
+    ({'output_dir': '{files}/text.pth'},),
+]  # fmt: skip
+
+
+def case(changes: dict, *words: str) -> str:
+    name, value = next(iter(changes.items()))
+    extra = [key for key in changes if key in ('data_set', 'model_kwargs', 'eval', 'eval_ema')]
+    return '-'.join([name, str(value).replace('{files}/', '').replace(' ', '_'), *extra])
+
+
+@pytest.mark.parametrize('wrong', WRONG, ids=[case(*wrong) for wrong in WRONG])
+def test_wrong_use_is_one_line_that_names_flag_and_value_before_any_training(wrong, files, tmp_path, epochs, capsys):
+    changes, *words = wrong
+    changes = {k: v.format(files=files) if isinstance(v, str) else v for k, v in changes.items()}
+    name, value = next(iter(changes.items()))
+    with pytest.raises(SystemExit) as stopped:
+        main.main(toys.flags(**{'teacher_path': files / 'teacher.pth', 'output_dir': tmp_path, **changes}))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count('\n') == 1
+    assert error.startswith('main.py: error: ')
+    assert f'--{name}'.replace('_', '-') in error.replace('_', '-')
+    for word in [*words, '' if value is True else str(value)]:
+        assert word in error
+    assert not epochs
+    assert list(tmp_path.iterdir()) == []
+
+
+# The parts of a run ---------------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_follows_the_published_recipe():
+    args = main.parse_args(toys.flags(epochs=None, batch_size=512, **toys.ALONE))  # all else as in the release
+    state = main.build_state(args, timm.create_model('deit_tiny_patch16_224'))
+    without, with_decay = sorted((len(g['params']), g['weight_decay']) for g in state.optimizer.param_groups)[::-1]
+    assert (without, with_decay) == ((102, 0.0), (50, 0.05))
+    rates = []
+    for epoch in range(300):
+        rates.append([group['lr'] for group in state.optimizer.param_groups])
+        state.lr_scheduler.step(epoch)
+    published = {0: 1e-6, 1: 1e-6, 2: 1.008e-4, 299: 1.0054e-5}
+    assert {epoch: rates[epoch][0] for epoch in published} == pytest.approx(published, rel=1e-4)
+    # Five epochs of warm-up, then half a cosine over all 300; everything one epoch late.
+    warm = [1e-6 + t / 5 * (5e-4 - 1e-6) for t in range(5)]
+    cosine = [1e-5 + (5e-4 - 1e-5) * (1 + math.cos(math.pi * t / 300)) / 2 for t in range(5, 299)]
+    expected = [1e-6, *warm, *cosine]
+    np.testing.assert_allclose(rates, np.stack([expected, expected], axis=1), rtol=1e-9)
+
+
+@pytest.mark.parametrize(('batch', 'scaled'), [(64, 6.25e-5), (1024, 1e-3)])
+def test_the_rate_is_scaled_by_the_batch_and_neither_warm_up_nor_minimum_are(batch, scaled):
+    state = main.build_state(main.parse_args(toys.flags(epochs=300, batch_size=batch, **toys.ALONE)), toys.student())
+    rate = lambda: state.optimizer.param_groups[0]['lr']  # noqa: E731
+    assert rate() == 1e-6
+    state.lr_scheduler.step(5)
+    assert rate() == pytest.approx(scaled, rel=1e-3)
+    state.lr_scheduler.step(300)
+    assert rate() == pytest.approx(1e-5)
+
+
+def test_dropout_reaches_positions_projections_and_mlp_but_neither_head_nor_attention_nor_teacher(files):
+    args = main.parse_args(toys.flags(drop=0.3, drop_path=0.2, teacher_path=files / 'teacher.pth'))
+    student, teacher = main.build_student(args, 10).model, main.build_teacher(args, 10).model
+    block = student.blocks[-1]
+    on = [student.pos_drop, block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2]
+    assert [module.p for module in on] == [0.3] * 4
+    assert [module.p for module in (student.head_drop, block.attn.attn_drop)] == [0] * 2
+    assert [path.drop_prob for path in (block.drop_path1, block.drop_path2)] == pytest.approx([0.2] * 2)
+    assert {module.p for module in teacher.modules() if isinstance(module, torch.nn.Dropout)} == {0}
+
+
+# Whole runs -----------------------------------------------------------------------------------------------------------
+
+TERMS = ['base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand']
+RELEASE_KEYS = {
+    'train_lr', 'train_loss', *(f'train_loss_{term}' for term in TERMS), 'test_loss', 'test_acc1', 'test_acc5', 'epoch',
+    'n_parameters',
+}  # fmt: skip
+
+
+def assert_sound(row: dict) -> None:
+    """The keys of the release, finite values, terms that add up."""
+    assert row.keys() >= RELEASE_KEYS
+    assert all(math.isfinite(value) for value in row.values())
+    assert row['train_loss'] == pytest.approx(sum(row[f'train_loss_{term}'] for term in TERMS), rel=1e-6)
+
+
+@pytest.mark.parametrize('kind', ['none', 'soft', 'hard'])
+def test_every_kind_of_distillation_trains_and_logs_the_keys_of_the_release(run, tmp_path, kind):
+    (row,) = run(distillation_type=kind)
+    assert_sound(row)
+    assert row['n_parameters'] == sum(p.numel() for p in toys.student().parameters())
+    assert (row['epoch'], row['train_lr']) == (0, 1e-6)
+    absent = {term for term in TERMS if row[f'train_loss_{term}'] == 0}
+    assert absent == (set(TERMS) - {'base'} if kind == 'none' else set())
+    checkpoint = toys.load(tmp_path / 'checkpoint.pth')
+    keys = {'model', 'optimizer', 'lr_scheduler', 'epoch', 'model_ema', 'scaler', 'args', 'best_acc1', 'versions'}
+    assert checkpoint.keys() == keys
+    assert (checkpoint['epoch'], checkpoint['args']['distillation_type']) == (0, kind)
+    toys.student().load_state_dict(checkpoint['model'], strict=True)
+
+
+# Each ran into the ground in the release, or is easily forgotten.
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'mixup': 0},
+        {'cutmix': 0},
+        {'mixup': 0, 'cutmix': 0, 'batch_size': 5},
+        {'mixup': 0, 'cutmix': 0, 'smoothing': 0},
+        {'mixup_mode': 'elem', 'cutmix_minmax': '0.2 0.8'},
+        {'aa': 'none'},
+        {'aa': ''},
+        {'aa': '', 'color_jitter': 0, 'reprob': 0, 'train_interpolation': 'random', 'input_size': 32},
+        {'repeated_aug': True},
+        {'no_model_ema': True},
+        {'model_ema_force_cpu': True, 'eval_ema': True},
+        {'amp_dtype': 'float16'},
+        {'amp_dtype': 'bfloat16'},
+        {'clip_grad': 1, 'drop': 0.1, 'drop_path': 0.1},
+        {'opt': 'sgd', 'sched': 'step'},
+        {'opt_betas': '0.9 0.99', 'lr_noise': '0.1 0.9'},
+        {'K': 10**6},
+        {'s_id': '-1 0 0', 't_id': '0 -1 3'},
+        {'model': 'vit_small_patch14_reg4_dinov2'},
+        {'model': 'deit_tiny_distilled_patch16_224', 'distillation_alpha': 1},
+        {'teacher_model': 'deit_tiny_distilled_patch16_224', 'teacher_path': '{two_headed}'},
+    ],
+    ids=lambda changes: ' '.join(f'{key}={value}' for key, value in changes.items()),
+)
+def test_a_run_with_these_flags_trains(run, tmp_path, changes):
+    torch.manual_seed(3)
+    two_headed = timm.create_model('deit_tiny_distilled_patch16_224', num_classes=10, img_size=32, **toys.TEACHER)
+    path = toys.save(tmp_path / 'two_headed.pth', two_headed.state_dict())
+    (row,) = run(**{k: path if v == '{two_headed}' else v for k, v in changes.items()})
+    assert_sound(row)
+    assert row['train_loss_dist'] > 0
+    assert row['train_loss_mf_rand'] > 0
+    assert ('model_ema' in toys.load(tmp_path / 'checkpoint.pth')) is not ('no_model_ema' in changes)
+
+
+@pytest.mark.parametrize(('alpha', 'absent'), [(0, 'dist'), (1, 'base')])
+def test_at_either_end_of_alpha_the_relation_terms_stay(run, alpha, absent):
+    (row,) = run(distillation_alpha=alpha)
+    assert {term for term in TERMS if row[f'train_loss_{term}'] == 0} == {absent}
+
+
+def test_the_weights_of_the_terms_are_those_of_the_flags(run, monkeypatch):
+    seen = []
+    build = main.build_criterion
+    monkeypatch.setattr(main, 'build_criterion', lambda args: seen.append(build(args)) or seen[-1])
+    names = ['alpha', 'tau', 'beta', 'w_sample', 'w_patch', 'w_rand', 'K']
+    values = [0.25, 2.0, 3.0, 0.1, 4.0, 0.2, 7]
+    run(**{f'distillation_{name}' if i < 3 else name: values[i] for i, name in enumerate(names)})
+    assert [getattr(seen[0], name) for name in names] == values
+
+
+def test_without_layer_lists_there_are_no_relations_and_the_first_screen_says_so(run, capsys):
+    (row,) = run(s_id=None, t_id=None)
+    assert_sound(row)
+    assert {term for term in TERMS if row[f'train_loss_{term}'] == 0} == {'mf_sample', 'mf_patch', 'mf_rand'}
+    assert 'no relation terms' in capsys.readouterr().out
+
+
+def test_the_first_screen_says_what_will_run(run, capsys):
+    run(batch_size=4, lr=0.01)
+    screen, training = capsys.readouterr().out.split('Epoch: [0]', 1)
+    for words in [
+        f'torch {torch.__version__}',
+        f'timm {timm.__version__}',
+        'cpu',
+        'float32',
+        'FAKE',
+        '10 classes',
+        '1 rank × 4 images = 4 a step',
+        f'{0.01 * 4 / 512:g}',
+        '16 for training',
+        '8 for validation',
+        '4 steps',
+        'shuffled',
+        f'{sum(p.numel() for p in toys.student().parameters()):,} parameters, blocks 0 1 3 of 4',
+        f'{sum(p.numel() for p in toys.teacher().parameters()):,} parameters, blocks 0 1 5 of 6',
+    ]:
+        assert words in screen
+    assert all(f'loss_{term}: ' in training for term in TERMS)
+
+
+def test_a_missing_gpu_is_said_and_the_cpu_taken(run, capsys):
+    run(device='cuda:3')
+    assert '--device cuda:3' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('typed', 'said'), [(True, 'repeated augmentation: 3 distinct'), (None, 'without repeats')])
+def test_in_one_process_images_repeat_only_if_the_flag_is_typed(run, capsys, typed, said):
+    run(repeated_aug=typed)
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('decay', 'epochs', 'warns'), [(0.5, 2, True), (0.5, 3, False), (0.99996, 3, True), (0, 2, False)]
+)
+def test_a_moving_average_that_cannot_move_is_warned_of(run, capsys, decay, epochs, warns):
+    run(model_ema_decay=decay, epochs=epochs)  # two steps an epoch; fewer than three lengths of the average are few
+    assert ('--model-ema-decay' in capsys.readouterr().out) is warns
+
+
+def test_the_teacher_is_frozen_and_in_no_checkpoint(run, files, tmp_path, monkeypatch):
+    built = []
+    build = main.build_teacher
+    monkeypatch.setattr(main, 'build_teacher', lambda *args: built.append(build(*args)) or built[0])
+    run(epochs=2, opt='sgd', lr=10)
+    original = toys.teacher()
+    toys.assert_same(built[0].model.state_dict(), original.state_dict())
+    assert not any(p.requires_grad or p.grad is not None for p in built[0].parameters())
+    images = torch.randn(3, 3, 32, 32)
+    # Frozen like the teacher: torch folds a matrix product, and rounds it, otherwise where a gradient may be asked for.
+    assert torch.equal(built[0](images).logits, original.eval().requires_grad_(False)(images))
+    checkpoint = toys.load(tmp_path / 'checkpoint.pth')
+    assert checkpoint['model'].keys() == checkpoint['model_ema'].keys() == toys.student().state_dict().keys()
+    held = [index for group in checkpoint['optimizer']['param_groups'] for index in group['params']]
+    assert len(held) == len(list(toys.student().parameters()))
+
+
+def test_imagenet_with_two_class_folders_keeps_its_1000_classes_and_warns(run, files, tmp_path, capsys):
+    (row,) = run(data_set='IMNET', data_path=files / 'tree', **toys.ALONE)
+    assert_sound(row)
+    assert toys.load(tmp_path / 'checkpoint.pth')['model']['head.weight'].shape[0] == 1000
+    warning = next(line for line in capsys.readouterr().out.splitlines() if 'class folders' in line)
+    assert '2' in warning
+    assert '1000' in warning
+
+
+@pytest.mark.parametrize(('option', 'stops_at'), [({}, 'loss_dist'), ({'s_id': None, 't_id': None}, 'loss_dist')])
+def test_a_teacher_that_answers_nan_stops_the_run_with_the_name_of_the_term(run, tmp_path, capsys, option, stops_at):
+    teacher = toys.teacher()
+    with torch.no_grad():
+        teacher.head.bias[0] = torch.nan
+    path = toys.save(tmp_path / 'nan.pth', teacher.state_dict())
+    with pytest.raises(SystemExit) as stopped:
+        run(teacher_path=path, output_dir=tmp_path / 'out', **option)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1
+    assert error.count('\n') == 1
+    assert stops_at in error
+    assert 'loss_mf' not in error
+    assert list((tmp_path / 'out').iterdir()) == []
+
+
+def test_the_best_checkpoint_is_the_best_by_the_raw_model_and_remembered(run, tmp_path, monkeypatch, epochs):
+    accuracies = iter([40.0, 60.0, 50.0, 55.0, 65.0])
+
+    def evaluate(*_) -> dict[str, float]:
+        return {'loss': 1.0, 'acc1': next(accuracies), 'acc5': 90.0}
+
+    monkeypatch.setattr(main, 'evaluate', evaluate)
+    last, best = tmp_path / 'checkpoint.pth', tmp_path / 'best_checkpoint.pth'
+    run(epochs=3)
+    assert (toys.load(last)['epoch'], toys.load(last)['best_acc1']) == (2, 60)
+    assert (toys.load(best)['epoch'], toys.load(best)['best_acc1']) == (1, 60)
+    run(epochs=4, resume=last)  # better than the last, worse than the best
+    assert (toys.load(last)['epoch'], toys.load(best)['epoch']) == (3, 1)
+    run(epochs=5, resume=last)
+    assert toys.load(best)['epoch'] == 4
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+
+def as_release(state: dict, ema: dict | None = None, **more) -> dict:
+    """The layout of the release's checkpoints; no part but the weights matters in evaluation."""
+    args = argparse.Namespace(model='deit_tiny_patch16_224', epochs=300, data_set='IMNET')
+    scaler = {'scale': 65536.0, 'growth_factor': 2.0, 'backoff_factor': 0.5, 'growth_interval': 2000}
+    scaler['_growth_tracker'] = 0
+    parts = {'model': state, 'optimizer': {'state': {}, 'param_groups': []}, 'lr_scheduler': {}, 'epoch': 299}
+    return {**parts, 'model_ema': ema or state, 'scaler': scaler, 'args': args, **more}
+
+
+LAYOUTS = {
+    'release': as_release,
+    'deit': lambda state: {'model': state},
+    'timm': lambda state: {'state_dict': state, 'epoch': 7},
+    'bare': lambda state: state,
+    'ddp': lambda state: {'model': {f'module.{key}': value for key, value in state.items()}},
+    'compiled': lambda state: {'model': {f'_orig_mod.{key}': value for key, value in state.items()}},
+    'safetensors': None,
+}
+# Of the five images three show c0: a model that always says so is right on 60 % of them and 100 logits off on 40 %.
+C0 = ['* Acc@1 60.000 Acc@5 100.000 loss 40.000', 'Accuracy of the network on the 5 test images: 60.0%']
+C1 = ['* Acc@1 40.000 Acc@5 100.000 loss 60.000', 'Accuracy of the network on the 5 test images: 40.0%']
+
+
+@pytest.fixture
+def evaluation(files, capsys):
+    """A function that evaluates on the tree without train/ and returns the lines with results."""
+
+    def start(**changes) -> list[str]:
+        main.main(toys.flags(**{'data_path': files / 'no_train', **FOLDER, 'eval': True, **changes}))
+        return [line for line in capsys.readouterr().out.splitlines() if 'Acc' in line]
+
+    return start
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_evaluation_prints_the_lines_of_the_release_from_files_of_any_layout(evaluation, tmp_path, layout):
+    state = toys.favouring(toys.student(2), 0).state_dict()
+    path = tmp_path / f'weights.{"safetensors" if layout == "safetensors" else "pth"}'
+    if layout == 'safetensors':
+        safetensors.torch.save_file(state, path)
+    else:
+        toys.save(path, LAYOUTS[layout](state))
+    assert evaluation(resume=path) == C0
+    assert evaluation(finetune=path) == C0
+
+
+@pytest.mark.parametrize(('eval_ema', 'lines'), [(True, C1), (None, C0)])
+def test_the_moving_average_is_evaluated_when_asked_for(evaluation, tmp_path, eval_ema, lines):
+    states = [toys.favouring(toys.student(2), winner).state_dict() for winner in (0, 1)]
+    assert evaluation(resume=toys.save(tmp_path / 'released.pth', as_release(*states)), eval_ema=eval_ema) == lines
+
+
+def test_our_own_checkpoint_evaluates_to_what_training_found(run, tmp_path, capsys):
+    (row,) = run(eval_ema=True, lr=10, warmup_epochs=0, model_ema_decay=0.5, epochs=1)
+    capsys.readouterr()
+    for eval_ema, name in [(None, 'test'), (True, 'test_ema')]:
+        expected = '* Acc@1 {:.3f} Acc@5 {:.3f} loss {:.3f}'.format(
+            *(row[f'{name}_{k}'] for k in ('acc1', 'acc5', 'loss'))
+        )
+        main.main(toys.flags(eval=True, resume=tmp_path / 'checkpoint.pth', eval_ema=eval_ema, **toys.ALONE))
+        assert expected in capsys.readouterr().out.splitlines()
+    assert row['test_loss'] != row['test_ema_loss']
+
+
+def test_the_teacher_is_evaluated_when_asked_for(run, files, tmp_path, capsys):
+    path = toys.save(tmp_path / 'c1.pth', toys.favouring(toys.teacher(2), 1).state_dict())
+    run(eval_teacher=True, teacher_path=path, data_set='FOLDER', data_path=files / 'tree', output_dir=tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    found = lines.index('Accuracy of the teacher on the 5 test images: 40.0%')
+    assert lines[found - 1] == C1[0]
+    assert not any(line.startswith('Epoch') for line in lines[:found])
+
+
+# Resuming and fine-tuning ---------------------------------------------------------------------------------------------
+
+
+class KilledError(Exception):
+    """Stands for whatever ends a run between two epochs."""
+
+
+@pytest.mark.parametrize('changes', [{}, {'model': 'deit_tiny_distilled_patch16_224', 'amp_dtype': 'float16'}])
+def test_two_epochs_are_one_and_resume_and_one_to_the_bit(run, tmp_path, monkeypatch, changes):
+    flags = {'epochs': 2, 'drop_path': 0.1, 'lr': 0.3, 'warmup_epochs': 0, 'model_ema_decay': 0.5, 'eval_ema': True}
+    flags |= {'teacher_kwargs': f'{toys.RUN["teacher_kwargs"]} drop_path_rate=0.3', **changes}
+    rows = run(**flags, output_dir=tmp_path / 'through')
+    finish_epoch = main.finish_epoch
+
+    def killed_in_epoch_1(args, state, *rest):
+        if state.epoch == 1:
+            raise KilledError
+        finish_epoch(args, state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, 'finish_epoch', killed_in_epoch_1)
+        with pytest.raises(KilledError):
+            run(**flags)
+    assert run(**flags, resume=tmp_path / 'checkpoint.pth') == rows
+    through, resumed = (toys.load(folder / 'checkpoint.pth') for folder in (tmp_path / 'through', tmp_path))
+    for key in ('model', 'model_ema', 'optimizer', 'scaler', 'epoch', 'best_acc1'):
+        toys.assert_same(resumed[key], through[key])
+    assert [row['epoch'] for row in rows] == [0, 1]
+    assert abs(rows[0]['test_loss'] - rows[1]['test_loss']) > 1e-3  # it did train
+
+
+def test_a_run_without_moving_average_resumes_without_one(run, tmp_path):
+    run(no_model_ema=True)
+    rows = run(no_model_ema=True, epochs=2, resume=tmp_path / 'checkpoint.pth')
+    assert [row['epoch'] for row in rows] == [0, 1]
+    assert 'model_ema' not in toys.load(tmp_path / 'checkpoint.pth')
+
+
+def released_in_mid_run(path, epoch: int) -> dict:
+    """A file as the release wrote it after some epoch, by an optimizer that counted its steps in ints."""
+    model = toys.student()
+    state = main.build_state(main.parse_args(toys.flags(**toys.ALONE)), model)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 2.0)
+    state.optimizer.step()
+    optimizer = state.optimizer.state_dict()
+    for moments in optimizer['state'].values():
+        moments['step'] = int(moments['step'])
+    contents = as_release(model.state_dict(), toys.student().state_dict(), optimizer=optimizer, epoch=epoch)
+    toys.save(path, contents)
+    return contents
+
+
+def test_a_file_of_the_release_resumes_after_its_last_finished_epoch(run, tmp_path, capsys, epochs):
+    contents = released_in_mid_run(tmp_path / 'released.pth', epoch=6)
+    # A decay of 1 keeps the average as it is: it must be the file's, which differs from the file's weights.
+    rows = run(resume=tmp_path / 'released.pth', epochs=8, model_ema_decay=1, lr=64 * 5e-4, warmup_epochs=2)
+    assert [row['epoch'] for row in rows] == [7]
+    assert 'epoch 6 done' in capsys.readouterr().out
+    (call,) = epochs
+    assert call.epoch == 7
+    toys.assert_same(call.student.model.state_dict(), contents['model'])
+    for index, moments in call.optimizer['state'].items():
+        assert moments['step'] == 1
+        assert torch.equal(moments['exp_avg'], contents['optimizer']['state'][index]['exp_avg'])
+        assert torch.equal(moments['exp_avg_sq'], contents['optimizer']['state'][index]['exp_avg_sq'])
+    # The rate of the eighth epoch: 64 * 5e-4 * 8/512 is the peak; after six epochs of eight the cosine is here.
+    rate = 1e-5 + (5e-4 - 1e-5) * (1 + math.cos(math.pi * 6 / 8)) / 2
+    assert [group['lr'] for group in call.optimizer['param_groups']] == pytest.approx([rate] * 2)
+    toys.assert_same(toys.load(tmp_path / 'checkpoint.pth')['model_ema'], contents['model_ema'])
+
+
+def test_a_file_of_the_release_trains_on(run, tmp_path):
+    released_in_mid_run(tmp_path / 'released.pth', epoch=0)
+    (row,) = run(resume=tmp_path / 'released.pth', epochs=2, amp_dtype='float16')
+    assert_sound(row)
+    assert toys.load(tmp_path / 'checkpoint.pth')['scaler']['scale'] <= 65536
+    steps = {m['step'].item() for m in toys.load(tmp_path / 'checkpoint.pth')['optimizer']['state'].values()}
+    assert steps <= {1, 2, 3}
+
+
+@pytest.mark.parametrize('start', [None, 1])
+def test_a_file_of_weights_alone_starts_fresh_with_the_average_of_its_weights(
+    run, files, tmp_path, capsys, epochs, start
+):
+    rows = run(resume=files / 'student.pth', start_epoch=start, epochs=2, model_ema_decay=1)
+    assert [row['epoch'] for row in rows] == list(range(start or 0, 2))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('resume'))
+    assert 'weights only' in line
+    assert f'epoch {start or 0}' in line
+    assert 'average from these weights' in line
+    assert epochs[0].optimizer['state'] == {}
+    weights = toys.load(files / 'student.pth')['model']
+    toys.assert_same(epochs[0].student.model.state_dict(), weights)
+    toys.assert_same(toys.load(tmp_path / 'checkpoint.pth')['model_ema'], weights)
+
+
+def test_a_run_that_is_done_already_says_so_and_ends_well(run, tmp_path, capsys, epochs):
+    before = run(epochs=2)
+    epochs.clear()
+    assert run(epochs=2, resume=tmp_path / 'checkpoint.pth') == before
+    assert epochs == []
+    assert '--epochs 2' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('taught', [False, True], ids=['without_teacher', 'with_teacher'])
+def test_fine_tuning_adapts_positions_and_head_and_trains_in_train_mode_only_with_a_teacher(
+    run, files, tmp_path, capsys, epochs, taught
+):
+    path = toys.save(tmp_path / 'teacher.pth', toys.teacher(2, 48).state_dict())
+    tree = tmp_path / 'images'
+    toys.write_images(tree / 'train', [4, 4], 48)
+    toys.write_images(tree / 'val', [1, 1], 48)
+    flags = {'teacher_path': path} if taught else toys.ALONE
+    run(finetune=files / 'student.pth', data_set='FOLDER', data_path=tree, input_size=48, **flags)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('finetune'))
+    assert 'position embeddings' in line
+    assert 'head' in line
+    (call,) = epochs
+    assert call.train_mode is taught
+    assert (call.teacher is not None) is taught
+    state, original = call.student.model.state_dict(), toys.load(files / 'student.pth')['model']
+    adapted = {key for key in state if state[key].shape != original[key].shape}
+    assert adapted == {'pos_embed', 'head.weight', 'head.bias'}
+    assert state['pos_embed'].shape[1] == 1 + 6 * 6
+    assert torch.equal(state['pos_embed'][:, 0], original['pos_embed'][:, 0])
+    toys.assert_same(
+        {k: v for k, v in state.items() if k not in adapted}, {k: original[k] for k in state if k not in adapted}
+    )
+
+
+def test_without_fine_tuning_the_student_trains_in_train_mode(run, epochs):
+    run(**toys.ALONE)
+    assert epochs[0].train_mode is True
+
+
+def test_another_seed_is_another_run_and_the_same_seed_the_same(run, tmp_path):
+    rows = [run(seed=seed, output_dir=tmp_path / name) for seed, name in [(1, 'a'), (1, 'b'), (2, 'c')]]
+    assert rows[0] == rows[1]
+    assert all(rows[0][0][f'train_loss_{term}'] != rows[2][0][f'train_loss_{term}'] for term in TERMS)

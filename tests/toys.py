@@ -1,0 +1,106 @@
+"""Toy runs of main.py: flags, weights files, trees of images. Shared by the tests that run more than one module."""
+
+import json
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image
+
+STUDENT = {'patch_size': 8, 'embed_dim': 32, 'depth': 4, 'num_heads': 2}
+TEACHER = {'patch_size': 8, 'embed_dim': 48, 'depth': 6, 'num_heads': 4}
+
+RUN = {
+    'data_set': 'FAKE',
+    'input_size': 32,
+    'model': 'deit_tiny_patch16_224',
+    'model_kwargs': ' '.join(f'{key}={value}' for key, value in STUDENT.items()),
+    'teacher_model': 'cait_s24_224',
+    'teacher_kwargs': ' '.join(f'{key}={value}' for key, value in TEACHER.items()),
+    'distillation_type': 'soft',
+    's_id': '0 1 -1',
+    't_id': '0 1 -1',
+    'epochs': 1,
+    'batch_size': 8,
+    'num_workers': 0,
+    'device': 'cpu',
+}
+ALONE = {'distillation_type': None, 's_id': None, 't_id': None, 'teacher_path': None}
+# Nothing that would make two runs see different images or labels.
+PLAIN_IMAGES = {'aa': 'none', 'mixup': 0, 'cutmix': 0, 'reprob': 0, 'color_jitter': 0, 'no_repeated_aug': True}
+
+
+def flags(**changes) -> list[str]:
+    """The words of a toy run's command line; None leaves a flag out, True types it bare."""
+    words = []
+    for name, value in {**RUN, **changes}.items():
+        if value is not None:
+            words.append('--' + name.replace('_', '-'))
+            words += [] if value is True else str(value).split() or ['']
+    return words
+
+
+def student(num_classes: int = 10, size: int = 32, **changes) -> torch.nn.Module:
+    kwargs = {**STUDENT, 'num_classes': num_classes, 'img_size': size, **changes}
+    return timm.create_model('deit_tiny_patch16_224', **kwargs)
+
+
+def teacher(num_classes: int = 10, size: int = 32, **changes) -> torch.nn.Module:
+    torch.manual_seed(7)
+    model = timm.create_model('cait_s24_224', num_classes=num_classes, img_size=size, **{**TEACHER, **changes})
+    with torch.no_grad():  # CaiT begins with layer scales of 1e-5, at which all its blocks put out the same
+        for name, parameter in model.named_parameters():
+            if 'gamma' in name:
+                parameter.fill_(0.5)
+    return model
+
+
+def favouring(model: torch.nn.Module, winner: int) -> torch.nn.Module:
+    """Makes a model answer every image with one class, 100 logits above the others."""
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.zero_()[winner] = 100
+    return model
+
+
+def save(path: Path, contents: dict) -> str:
+    torch.save(contents, path)
+    return str(path)
+
+
+def write_images(folder: Path, counts: list[int], size: int) -> None:
+    """A split of class folders `c0`, `c1`, … with so many images each, every image of one colour of its own."""
+    number = 0
+    for i, count in enumerate(counts):
+        (folder / f'c{i}').mkdir(parents=True)
+        for j in range(count):
+            colour = tuple(number * step % 256 for step in (97, 61, 151))
+            Image.new('RGB', (size, size), colour).save(folder / f'c{i}' / f'{j}.png')
+            number += 1
+
+
+def log_rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]
+
+
+def load(path: Path) -> dict:
+    """A checkpoint of ours, read with nothing on the allow-list."""
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(left, right) -> None:
+    """Bit-identical, however deeply nested."""
+    assert type(left) is type(right)
+    if isinstance(left, torch.Tensor):
+        assert left.dtype == right.dtype
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same(left[key], right[key])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for one, other in zip(left, right, strict=True):
+            assert_same(one, other)
+    else:
+        assert left == right
