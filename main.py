@@ -724,8 +724,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f'main.py: error: {error}', file=sys.stderr, flush=True)
         raise SystemExit(2 if usage else 1) from None
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        utils.leave_distributed()
 
 
 if __name__ == '__main__':

@@ -78,6 +78,15 @@ def init_distributed(device: str, dist_url: str) -> torch.device:
     return chosen
 
 
+def leave_distributed() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        # torch 2.6 joins gloo's threads while it holds the interpreter's lock, and a thread that is just letting go of
+        # the last reduced tensor waits for that lock: for ever. Asleep we hold no lock, and the thread gets done.
+        time.sleep(0.2)
+        dist.destroy_process_group()
+
+
 def _launched() -> tuple[int, int, int] | None:
     """(rank, world size, rank on this machine) as torchrun, torch.distributed.launch or Slurm tell them."""
     env = os.environ

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import toys
 import main
 
 ROOT = Path(main.__file__).parent
-PATIENCE = 240  # seconds after which a run counts as hanging; no figure of speed
+PATIENCE = 180  # seconds after which a run counts as hanging; no figure of speed
 TORCHRUN = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
 TERMS = ['base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand']
 
@@ -56,11 +57,17 @@ def start(*words, **variables) -> subprocess.Popen:
 
 def finish(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each; none is left behind."""
-    try:
-        texts = [process.communicate(timeout=PATIENCE) for process in processes]
-    finally:
-        for process in processes:
+    hanging = time.monotonic() + PATIENCE
+    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+        if time.monotonic() > hanging:
+            break
+        time.sleep(0.1)
+    for process in processes:
+        try:
+            process.wait(10)  # the others of a group miss the one that failed, sooner or later
+        except subprocess.TimeoutExpired:
             process.terminate()  # a launcher takes its ranks along
+    texts = [process.communicate() for process in processes]
     return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
 
 
@@ -79,13 +86,15 @@ def free_port() -> int:
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A tree of one-colour images, a teacher for it, and a student to be evaluated."""
+    """A tree of one-colour images, a teacher for it, and a student to begin with or to be evaluated."""
     folder = tmp_path_factory.mktemp('cli')
     toys.write_images(folder / 'images' / 'train', TRAIN, SIZE)
     toys.write_images(folder / 'images' / 'val', VAL, SIZE)
-    toys.save(folder / 'teacher.pth', toys.teacher(len(TRAIN), SIZE).state_dict())
     torch.manual_seed(0)
-    toys.save(folder / 'student.pth', toys.student(len(TRAIN), SIZE).state_dict())
+    for name, model in [('teacher', toys.teacher(len(TRAIN), SIZE)), ('student', toys.student(len(TRAIN), SIZE))]:
+        # At its usual 0.02 all patches of a one-colour image would be the same token, and their relations 1.
+        torch.nn.init.normal_(model.pos_embed)
+        toys.save(folder / f'{name}.pth', model.state_dict())
     return folder
 
 
@@ -101,8 +110,11 @@ def losses(row: dict) -> dict[str, float]:
 
 def test_launch_torchrun_and_plain_python_start_the_same_run(folder):
     names = ['launch', 'torchrun', 'plain']
-    argv = {name: ['main.py', *flags(folder, output_dir=folder / name, **WORLD_OF_TWO)] for name in names}
-    argv['plain'] = ['main.py', *flags(folder, output_dir=folder / 'plain', **WORLD_OF_ONE)]
+    worlds = [WORLD_OF_TWO, WORLD_OF_TWO, WORLD_OF_ONE]
+    argv = {
+        name: ['main.py', *flags(folder, output_dir=folder / name, finetune=folder / 'student.pth', **world)]
+        for name, world in zip(names, worlds, strict=True)
+    }
     launch = ['-m', 'torch.distributed.launch', '--nproc_per_node=2', f'--master_port={free_port()}']
     outputs = finish_well(
         start(*launch, *argv['launch'], '--distributed'),  # as the release's README has it
@@ -115,7 +127,7 @@ def test_launch_torchrun_and_plain_python_start_the_same_run(folder):
     # Relations across images see a rank's own images only, so those two terms may differ.
     same = ['train_loss_base', 'train_loss_dist', 'train_loss_mf_patch']
     assert {key: launched[key] for key in same} == pytest.approx({key: plain[key] for key in same}, abs=1e-5)
-    assert all(plain[f'train_loss_{term}'] > 0 for term in TERMS)
+    assert all(plain[f'train_loss_{term}'] > 1e-3 for term in TERMS)
     assert '2 ranks × 8 images = 16 a step' in outputs[0]
     assert '1 rank × 16 images = 16 a step' in outputs[2]
     # Only the first rank speaks.
@@ -132,7 +144,7 @@ def ranks(folder):
     """What the first rank prints in each of these runs on two or three ranks, all by the same three interpreters."""
     weights = folder / 'student.pth'
     runs = {
-        'equal': (2, flags(folder, output_dir=folder / 'equal', **EQUAL, **WORLD_OF_TWO)),
+        'equal': (2, flags(folder, output_dir=folder / 'equal', finetune=weights, **EQUAL, **WORLD_OF_TWO)),
         # 16 images on two ranks by two: four steps
         'alpha 0': (2, flags(folder, output_dir=folder / 'alpha0', distillation_alpha=0, **TWO_HEADED)),
         'alpha 1': (2, flags(folder, output_dir=folder / 'alpha1', distillation_alpha=1, **TWO_HEADED)),
@@ -153,12 +165,13 @@ def results(text: str) -> list[str]:
 
 
 def test_two_ranks_train_as_one_process_does(folder, ranks):
-    main.main(flags(folder, output_dir=folder / 'one', **EQUAL, **WORLD_OF_ONE))
+    main.main(flags(folder, output_dir=folder / 'one', finetune=folder / 'student.pth', **EQUAL, **WORLD_OF_ONE))
     one, two = toys.log_rows(folder / 'one'), toys.log_rows(folder / 'equal')
     for expected, found in zip(one, two, strict=True):
         assert losses(found) == pytest.approx(losses(expected), abs=1e-5)
         assert found['train_lr'] == expected['train_lr']
-    assert abs(one[0]['train_loss'] - one[-1]['train_loss']) > 0.01  # the weights do move
+    for term in ('base', 'dist', 'mf_patch'):  # there is something to compare, and the weights do move
+        assert abs(one[0][f'train_loss_{term}'] - one[-1][f'train_loss_{term}']) > 1e-3
     assert '2 ranks × 8 images' in ranks['equal']
 
 

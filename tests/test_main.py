@@ -372,6 +372,12 @@ def test_the_rate_is_scaled_by_the_batch_and_neither_warm_up_nor_minimum_are(bat
     assert rate() == pytest.approx(1e-5)
 
 
+def test_the_epoch_loop_steps_the_schedule_one_epoch_late(run, epochs):
+    # Peak 64 * 5e-4 * 8/512 = 5e-4; two epochs of warm-up, then the middle of a cosine over four.
+    rows = run(epochs=4, warmup_epochs=2, lr=64 * 5e-4)
+    assert [row['train_lr'] for row in rows] == pytest.approx([1e-6, 1e-6, (1e-6 + 5e-4) / 2, (1e-5 + 5e-4) / 2])
+
+
 def test_dropout_reaches_positions_projections_and_mlp_but_neither_head_nor_attention_nor_teacher(files):
     args = main.parse_args(toys.flags(drop=0.3, drop_path=0.2, teacher_path=files / 'teacher.pth'))
     student, teacher = main.build_student(args, 10).model, main.build_teacher(args, 10).model
