@@ -24,6 +24,22 @@ SMALL = 32  # images up to this size are neither resized nor cropped out of larg
 FAKE_CLASSES, FAKE_TRAIN, FAKE_VAL = 10, 1024, 256
 
 
+class BadImageError(ValueError):
+    """An image cannot be decoded; says which and why."""
+
+
+def load_image(path: str) -> Image.Image:
+    """Reads an image as RGB.
+
+    Raises:
+        BadImageError: it cannot be decoded.
+    """
+    try:
+        return default_loader(path)
+    except (OSError, SyntaxError, ValueError) as error:  # PIL raises any of these for damaged files
+        raise BadImageError(f'{path}: {error}') from error
+
+
 class INatDataset(Dataset):
     """iNaturalist 2018 or 2019 in the layout of its JSON files.
 
@@ -53,7 +69,7 @@ class INatDataset(Dataset):
 
     def __getitem__(self, index: int):
         path, target = self.samples[index]
-        image = default_loader(path)
+        image = load_image(path)
         return (self.transform(image) if self.transform else image), target
 
 
@@ -114,7 +130,7 @@ def _open_inat(year: int) -> Callable[[Request], Dataset]:
 
 
 def _open_folder(ask: Request) -> Dataset:
-    return ImageFolder(str(ask.folder), transform=ask.transform)
+    return ImageFolder(str(ask.folder), transform=ask.transform, loader=load_image)
 
 
 def _open_fake(ask: Request) -> Dataset:

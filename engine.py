@@ -52,7 +52,8 @@ def train_one_epoch(
         after_step: called after each update, for the moving average.
         clip_grad: largest norm of the gradient.
         train_mode: False keeps drop-path and the like off.
-        print_freq: steps between log lines; between them the host never waits for the device.
+        print_freq: steps between log lines; between them the host never waits for the device, except for the
+            gradient scaler of float16, which reads at each step whether the gradients overflowed.
 
     Returns:
         Means over steps and ranks: `lr`, `loss`, and `loss_<name>` for each term.
@@ -72,7 +73,8 @@ def train_one_epoch(
             images, targets = mixup(images, targets)
 
         with _autocast(device, amp_dtype):
-            teacher_out = teacher(images) if teacher is not None else None
+            with torch.no_grad():  # not inference_mode: the student's backward saves the teacher's tensors
+                teacher_out = teacher(images) if teacher is not None else None
             student_out = student(images)
         losses = criterion(student_out, teacher_out, targets, generator)
         loss = sum(losses.values())

@@ -14,12 +14,12 @@ import math
 import os
 import platform
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import timm
 import torch
@@ -40,6 +40,9 @@ from engine import evaluate, train_one_epoch
 from losses import DISTILLATION_TYPES, ManifoldDistillationLoss
 from samplers import build_train_sampler, distinct_images
 from utils import UsageError, blame, say
+
+# What a run leaves in --output_dir.
+KEPT = ('log.txt', 'best_checkpoint.pth', 'checkpoint.pth')
 
 # Flags ----------------------------------------------------------------------------------------------------------------
 
@@ -81,31 +84,31 @@ class KeyValues(ParseKwargs):
         super().__call__(parser, namespace, values, option_string)
 
 
-def _number(kind: type, low: float, high: float = math.inf, *, open_ends: bool = False) -> Callable[[str], float]:
-    """An argparse type: finite numbers of `kind` from `low` to `high`, without these two if the ends are open."""
+def _number(kind: type, ends: str, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: numbers of `kind` in an interval, its ends as in mathematics: '[)' is low ≤ x < high."""
 
     def convert(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        inside = low < value < high if open_ends else low <= value <= high
-        if not inside or math.isinf(value):
+        above = low <= value if ends[0] == '[' else low < value
+        below = value <= high if ends[1] == ']' else value < high
+        if not (above and below):
             name = 'whole number' if kind is int else 'number'
-            limits = ('above', 'below') if open_ends else ('from', 'to')
-            wanted = f'{limits[0]} {low:g}' + (f' {limits[1]} {high:g}' if high < math.inf else '')
-            raise argparse.ArgumentTypeError(f'{text} is not a {name} {wanted}')
+            raise argparse.ArgumentTypeError(f'{text} is not a {name} in {ends[0]}{low:g}, {high:g}{ends[1]}')
         return value
 
     return convert
 
 
-COUNT = _number(int, 1)
-WHOLE = _number(int, 0)
-FRACTION = _number(float, 0, 1)
-AMOUNT = _number(float, 0)
-POSITIVE = _number(float, 0, open_ends=True)
-PROPER = _number(float, 0, math.nextafter(1, 0))  # from 0, below 1
+COUNT = _number(int, '[)', 1)
+WHOLE = _number(int, '[)', 0)
+SEED = _number(int, '[)', 0, 2**63)
+FRACTION = _number(float, '[]', 0, 1)
+PROPER = _number(float, '[)', 0, 1)
+AMOUNT = _number(float, '[)', 0)
+POSITIVE = _number(float, '()', 0)
 
 
 def get_args_parser() -> Parser:
@@ -219,7 +222,7 @@ def _add_run_flags(parser: Parser) -> None:
     add = parser.add_argument_group('run').add_argument
     add('--output_dir', '--output-dir', default='', help='checkpoints and log.txt go here; empty: nothing is kept')
     add('--resume', default='', help='go on from this checkpoint, a file or URL; weights alone start at epoch 0')
-    add('--start_epoch', '--start-epoch', type=WHOLE, default=0, help='first epoch with a file of weights alone')
+    add('--start_epoch', '--start-epoch', type=WHOLE, default=0, help='first epoch, where --resume does not tell it')
     add('--eval', action='store_true', help='evaluate --resume or --finetune and stop')
     add('--eval-ema', action='store_true', help='evaluate the moving average: instead with --eval, too in training')
     add('--eval-teacher', action='store_true', help='evaluate the teacher first')
@@ -228,7 +231,7 @@ def _add_run_flags(parser: Parser) -> None:
     add('--device', default='cuda', help='cuda, cuda:N or cpu; without a GPU cuda becomes cpu')
     add('--amp-dtype', choices=('bfloat16', 'float16', 'float32'), help='default: bfloat16 on a GPU that has it, else '
         'float16 with a gradient scaler, float32 on the CPU')  # fmt: skip
-    add('--seed', type=WHOLE, default=0, help='of weights, order, augmentation, mixing and random tokens')
+    add('--seed', type=SEED, default=0, help='of weights, order, augmentation, mixing and random tokens')
     add('--dist_url', '--dist-url', default='env://', help='where the ranks meet')
     add('--print-freq', type=COUNT, default=10, help='steps between log lines')
 
@@ -311,14 +314,17 @@ def _words(values: list) -> str:
 
 def build_student(args: argparse.Namespace, num_classes: int) -> models.TappedModel:
     """The student, its weights fresh or from --finetune, with hooks on --s-id."""
-    taught = args.distillation_type != 'none'
+    taught = args.distillation_type != 'none' and not args.eval
     dropout = {'pos_drop_rate': args.drop, 'proj_drop_rate': args.drop} if args.drop else {}
     kwargs = {'drop_path_rate': args.drop_path, **dropout, **args.model_kwargs}
-    with blame('--model', f'{args.model} with --input-size {args.input_size}'):
+    options = f'--input-size {args.input_size}' + (f' and --drop {args.drop}' if args.drop else '')
+    with blame('--model', f'{args.model} with {options}'):
         student = models.build(args.model, num_classes, args.input_size, kwargs=kwargs)
     if args.finetune:
         with blame('--finetune', args.finetune):
-            state, changes = models.adapt(student, models.named_weights(models.read_checkpoint(args.finetune)))
+            weights = models.named_weights(models.read_checkpoint(args.finetune))
+            # A fresh head is something to train, not to evaluate.
+            state, changes = models.adapt(student, weights, replace_heads=not args.eval)
             models.load_weights(student, state)
         say(f'finetune    {args.finetune}' + ''.join(f'; {change}' for change in changes))
     block_ids = (args.s_id or []) if taught else []
@@ -454,8 +460,11 @@ def _repeats(args: argparse.Namespace) -> bool:
 
 def build_state(args: argparse.Namespace, model: nn.Module) -> utils.TrainingState:
     """Optimizer, schedule, scaler and moving average of a timm model whose weights are loaded already."""
-    with blame('--opt', args.opt, AssertionError, IndexError, TypeError):
+    betas = f' with --opt-betas {_words(args.opt_betas)}' if args.opt_betas else ''
+    with blame('--opt', args.opt + betas, AssertionError, IndexError, TypeError):
         optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': _scaled_lr(args)})
+    if getattr(optimizer, 'is_second_order', False):
+        raise UsageError(f'--opt {args.opt}: needs second derivatives, which this training step does not make')
     scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
     device = next(model.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=_amp_dtype(args, device) == torch.float16)
@@ -478,36 +487,43 @@ def _amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
 
 def resume(args: argparse.Namespace, state: utils.TrainingState, checkpoint: dict) -> None:
     """Takes over what --resume holds beside the weights, and says what that was."""
-    with blame('--resume', args.resume):
-        if not state.load_progress(checkpoint):
-            state.epoch = args.start_epoch - 1
-            state.lr_scheduler.step(state.epoch) if args.start_epoch else None
-            say(
-                f'resume      {args.resume}: weights only; epoch {args.start_epoch}, fresh optimizer'
-                + (', moving average from these weights' if state.ema else '')
-            )
-            return
-        averaged = state.ema is not None and bool(checkpoint.get('model_ema'))
+    if not utils.has_progress(checkpoint):
+        average = ', moving average from these weights' if state.ema else ''
+        say(f'resume      {args.resume}: weights only; epoch {args.start_epoch}, fresh optimizer{average}')
+        state.start_after(args.start_epoch - 1)
+        return
+    flags = checkpoint.get('args') or {}
+    optimizer = (flags if isinstance(flags, dict) else vars(flags)).get('opt', args.opt)
+    if optimizer != args.opt:
+        raise UsageError(f'--resume {args.resume}: was trained with --opt {optimizer}, now it is {args.opt}')
+    averaged = state.ema is not None and bool(checkpoint.get('model_ema'))
+    with blame('--resume', args.resume, AttributeError, KeyError, RuntimeError, TypeError):
+        state.load_progress(checkpoint)
         if averaged:
             models.load_weights(state.ema.module, models.named_weights(checkpoint, ema=True))
     average = 'its moving average' if averaged else 'moving average from its weights' if state.ema else 'no average'
     say(f'resume      {args.resume}: epoch {state.epoch} done, {average}, best Acc@1 {state.best_acc1:.3f}')
 
 
-def prepare_output(args: argparse.Namespace) -> Path | None:
-    """Makes --output_dir; refuses to write over another run."""
+def prepare_output(args: argparse.Namespace, checkpoint: dict) -> Path | None:
+    """Makes --output_dir; a folder that holds a run is written to only by the run that goes on from its last epoch."""
     if not args.output_dir:
         say('warning: no --output_dir: neither checkpoints nor log.txt are kept')
         return None
     folder = Path(args.output_dir)
+    last = folder / 'checkpoint.pth'
+    goes_on = Path(args.resume).resolve() == last.resolve() and utils.has_progress(checkpoint)
     with blame('--output_dir', args.output_dir):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise ValueError('is not writable')
-        if (folder / 'checkpoint.pth').exists() and Path(args.resume).resolve().parent != folder.resolve():
-            raise ValueError(
-                f'holds a run already; go on with --resume {folder / "checkpoint.pth"} or choose another folder'
-            )
+        utils.read_log(folder / 'log.txt')  # a damaged one is found now, not after the first epoch
+        found = [name for name in KEPT if (folder / name).exists()]
+        if found and not goes_on:
+            advice = f'go on with --resume {last} or choose' if last.exists() else 'choose'
+            raise ValueError(f'holds {" and ".join(found)} already; {advice} another folder')
+    if utils.has_progress(checkpoint) and not goes_on:
+        say(f'note        {folder} begins anew: earlier epochs are not in its log.txt, nor in its best_checkpoint.pth')
     return folder
 
 
@@ -554,6 +570,8 @@ def describe_training(args: argparse.Namespace, train: DataLoader, val: DataLoad
         why = ' (repeated augmentation starts at two ranks)' if args.repeated_aug else ''
         say(f'sampler     shuffled without repeats{why}')
     say(f'loss        {describe_loss(args, criterion)}')
+    if args.epochs <= args.warmup_epochs:
+        say(f'warning: --warmup-epochs {args.warmup_epochs}: the run ends before the learning rate is up')
     steps = args.epochs * len(train)
     if args.model_ema and steps * (1 - args.model_ema_decay) < 3:
         say(
@@ -640,10 +658,12 @@ def train(
     train_loader = build_train_loader(args, device)
     criterion = build_criterion(args)
     describe_training(args, train_loader, val_loader, criterion)
-    folder = prepare_output(args)
+    folder = prepare_output(args, checkpoint)
     state = build_state(args, student.model)
     if checkpoint:
         resume(args, state, checkpoint)
+    else:
+        state.start_after(args.start_epoch - 1)
     options = {
         'device': device,
         'amp_dtype': _amp_dtype(args, device),
@@ -699,10 +719,9 @@ def finish_epoch(
     parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     utils.write_log_row(folder / 'log.txt', {**row, 'epoch': state.epoch, 'n_parameters': parameters})
     contents = state.state_dict(vars(args))
-    utils.write_durably(folder / 'checkpoint.pth', lambda file: torch.save(contents, file))
-    if best:
-        with open(folder / 'checkpoint.pth', 'rb') as last:
-            utils.write_durably(folder / 'best_checkpoint.pth', lambda file: shutil.copyfileobj(last, file))
+    # The last one at the end: once it is there, all of the epoch is kept.
+    for name in ('best_checkpoint.pth', 'checkpoint.pth') if best else ('checkpoint.pth',):
+        utils.write_durably(folder / name, lambda file: torch.save(contents, file))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -712,19 +731,32 @@ def main(argv: list[str] | None = None) -> None:
         argv: the flags; those of the command line if None.
 
     Raises:
-        SystemExit: 2 for bad input, after one line on stderr; 1 for a loss that is not finite; 0 after --help.
+        SystemExit: 2 for bad input, after one line on stderr; 1 for a loss that is not finite or an image that cannot
+            be read; 130 for Ctrl-C; 0 after --help.
     """
     try:
         args = parse_args(argv)
-        run(args, utils.init_distributed(args.device, args.dist_url))
-    except (UsageError, FloatingPointError) as error:
-        usage = isinstance(error, UsageError)
-        # One line per machine: bad input is bad on all its ranks. A loss may go wrong on one rank alone.
-        if not usage or os.environ.get('LOCAL_RANK', '0') == '0':
-            print(f'main.py: error: {error}', file=sys.stderr, flush=True)
-        raise SystemExit(2 if usage else 1) from None
-    finally:
-        utils.leave_distributed()
+        with blame('--dist_url', args.dist_url, RuntimeError):
+            device = utils.init_distributed(args.device, args.dist_url)
+        run(args, device)
+    except UsageError as error:
+        # Bad input is bad on all ranks. The first of a machine says so, and its launcher ends the others while they
+        # wait; a fault they alone have is said after all.
+        if os.environ.get('LOCAL_RANK', '0') != '0':
+            time.sleep(10)
+        _stop(error, 2)
+    except (FloatingPointError, datasets.BadImageError) as error:
+        _stop(error, 1)
+    except KeyboardInterrupt:
+        _stop('interrupted', 130)
+    # Only after success: with nccl it waits for the other ranks.
+    utils.leave_distributed()
+
+
+def _stop(reason: object, code: int) -> NoReturn:
+    # The last line is the reason; what a loader process raised has its traceback before it.
+    print(f'main.py: error: {str(reason).strip().splitlines()[-1]}', file=sys.stderr, flush=True)
+    raise SystemExit(code) from None
 
 
 if __name__ == '__main__':

@@ -40,7 +40,8 @@ def blame(flag: str, value: object, *kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UsageError(f'{flag} {value}: {error.strerror or " ".join(str(error).split())}') from error
+        where = f'{error.filename}: ' if error.filename not in (None, value) else ''
+        raise UsageError(f'{flag} {value}: {where}{error.strerror or " ".join(str(error).split())}') from error
     except (ValueError, *kinds) as error:
         raise UsageError(f'{flag} {value}: {" ".join(str(error).split())}') from error
 
@@ -60,9 +61,11 @@ def init_distributed(device: str, dist_url: str) -> torch.device:
     chosen = torch.device('cpu')
     if cuda:
         index = ranks[2] if ranks else torch.device(device).index or 0
-        if index >= torch.cuda.device_count():
+        # Asked by all ranks of a machine alike, so that all stop: the others would wait for a surplus one.
+        needed = int(os.environ.get('LOCAL_WORLD_SIZE', index + 1)) if ranks else index + 1
+        if needed > torch.cuda.device_count():
             raise UsageError(
-                f'--device {device}: GPU {index} is asked for, this machine has {torch.cuda.device_count()}'
+                f'--device {device}: {needed} GPUs are needed, this machine has {torch.cuda.device_count()}'
             )
         chosen = torch.device('cuda', index)
         torch.cuda.set_device(chosen)
@@ -88,12 +91,10 @@ def leave_distributed() -> None:
 
 
 def _launched() -> tuple[int, int, int] | None:
-    """(rank, world size, rank on this machine) as torchrun, torch.distributed.launch or Slurm tell them."""
+    """(rank, world size, rank on this machine) as torchrun and torch.distributed.launch tell them."""
     env = os.environ
     if 'RANK' in env and 'WORLD_SIZE' in env:
         return int(env['RANK']), int(env['WORLD_SIZE']), int(env.get('LOCAL_RANK', 0))
-    if int(env.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_PROCID' in env and 'MASTER_ADDR' in env:
-        return int(env['SLURM_PROCID']), int(env['SLURM_NTASKS']), int(env['SLURM_LOCALID'])
     return None
 
 
@@ -214,10 +215,21 @@ def peak_memory(device: torch.device) -> int:
     return peak >> (20 if sys.platform == 'darwin' else 10)
 
 
+def read_log(path: Path) -> list[dict]:
+    """The rows of a log, none if there is no file.
+
+    Raises:
+        ValueError: a line is no JSON object with an epoch.
+    """
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not all(isinstance(row, dict) and isinstance(row.get('epoch'), int) for row in rows):
+        raise ValueError(f'{path} is no log of epochs')
+    return rows
+
+
 def write_log_row(path: Path, row: dict) -> None:
     """Writes one epoch's JSON line; rows of this epoch and later ones give way, as a resumed run repeats them."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    rows = [old for old in rows if old['epoch'] < row['epoch']] + [row]
+    rows = [old for old in read_log(path) if old['epoch'] < row['epoch']] + [row]
     text = ''.join(json.dumps(row) + '\n' for row in rows)
     write_durably(path, lambda file: file.write(text.encode()))
 
@@ -284,18 +296,30 @@ class TrainingState:
         Raises:
             ValueError: the optimizer belongs to another model.
         """
-        if not {'optimizer', 'lr_scheduler', 'epoch'} <= checkpoint.keys():
+        if not has_progress(checkpoint):
             return False
+        if not isinstance(checkpoint['epoch'], int) or checkpoint['epoch'] < -1:
+            raise ValueError(f'its epoch is {checkpoint["epoch"]!r}, no number of an epoch')
         own, saved = self.optimizer.state_dict(), checkpoint['optimizer']
         if _signature(own) != _signature(saved):
             raise ValueError("its optimizer's parameter groups are not those of this model and these flags")
         self.optimizer.load_state_dict({'state': saved['state'], 'param_groups': own['param_groups']})
         if checkpoint.get('scaler'):
             self.scaler.load_state_dict(checkpoint['scaler'])
-        self.epoch = checkpoint['epoch']
-        self.best_acc1 = checkpoint.get('best_acc1', 0.0)
-        self.lr_scheduler.step(self.epoch)
+        self.best_acc1 = float(checkpoint.get('best_acc1', 0.0))
+        self.start_after(checkpoint['epoch'])
         return True
+
+    def start_after(self, epoch: int) -> None:
+        """Goes on after an epoch, with the learning rate the schedule then has."""
+        self.epoch = epoch
+        if epoch >= 0:
+            self.lr_scheduler.step(epoch)
+
+
+def has_progress(checkpoint: dict) -> bool:
+    """Whether a checkpoint tells how far its run had come, or holds weights alone."""
+    return {'optimizer', 'lr_scheduler', 'epoch'} <= checkpoint.keys()
 
 
 def _signature(optimizer: dict) -> object:

@@ -85,6 +85,8 @@ class TappedModel(nn.Module):
     def _measure(self, input_size: int) -> None:
         """One image through the model: what the blocks really put out, whatever its attributes say."""
         # timm's CaiT declares a prefix token its patch blocks never see, so they are counted on the output.
+        if not isinstance(getattr(self.model, 'patch_drop', nn.Identity()), nn.Identity):
+            raise ValueError('it drops patches in training (patch_drop_rate), and tokens would lose their partners')
         training = self.model.training
         captured = self.eval()._run(torch.zeros(1, 3, input_size, input_size))[1]
         self.train(training)

@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import math
 import re
+import warnings
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -95,7 +96,8 @@ def read_checkpoint(source: str) -> dict:
             return _read_safetensors(path)
         try:
             # Released files of 2020-2022 hold the flags of their run as a Namespace, a plain bag of values.
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # of a file it cannot read torch warns first
                 checkpoint = torch.load(file, map_location='cpu', weights_only=True)
         except Exception as error:  # torch raises a dozen kinds for one thing
             found = re.search(r'GLOBAL (\S+)', str(error))
@@ -169,12 +171,15 @@ def _count(verb: str, keys: list[str]) -> str:
     return f'{verb} {len(keys)} tensor{"s"[: len(keys) > 1]} ({keys[0]}{", …"[: 3 * (len(keys) > 1)]})' if keys else ''
 
 
-def adapt(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def adapt(
+    model: nn.Module, state: dict[str, Tensor], replace_heads: bool = True
+) -> tuple[dict[str, Tensor], list[str]]:
     """Fits weights of another input size or class count to a model, as fine-tuning needs it.
 
     Args:
         model: the model to load into.
         state: its state dict at another size.
+        replace_heads: False leaves heads of another size as they are, for `load_weights` to refuse.
 
     Returns:
         The state dict with position embeddings resampled to the model's grid and heads of another size replaced by
@@ -196,7 +201,7 @@ def adapt(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor]
             )
         state['pos_embed'] = resample_abs_pos_embed(embedding, list(grid), num_prefix_tokens=prefix)
         done.append(f'position embeddings resampled to {grid[0]}×{grid[1]}')
-    heads = model.pretrained_cfg.get('classifier') or ()
+    heads = (model.pretrained_cfg.get('classifier') or ()) if replace_heads else ()
     for head in (heads,) if isinstance(heads, str) else heads:
         keys = [f'{head}.weight', f'{head}.bias']
         if any(key in own and key in state and own[key].shape != state[key].shape for key in keys):

@@ -18,6 +18,7 @@ from timm.scheduler import scheduler_kwargs
 
 import datasets
 import main
+import utils
 from utils import UsageError
 
 TRAIN_IMAGES, VAL_IMAGES = 16, 8
@@ -799,3 +800,94 @@ def test_another_seed_is_another_run_and_the_same_seed_the_same(run, tmp_path):
     rows = [run(seed=seed, output_dir=tmp_path / name) for seed, name in [(1, 'a'), (1, 'b'), (2, 'c')]]
     assert rows[0] == rows[1]
     assert all(rows[0][0][f'train_loss_{term}'] != rows[2][0][f'train_loss_{term}'] for term in TERMS)
+
+
+# What must not be lost ------------------------------------------------------------------------------------------------
+
+
+def _refused(capsys, **changes) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main.main(toys.flags(**changes))
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1
+    assert stopped.value.code == 2
+    return error
+
+
+@pytest.mark.parametrize('resumed', ['best_checkpoint.pth', 'weights.pth', None])
+def test_a_finished_run_is_written_over_by_nothing_but_its_own_continuation(run, tmp_path, capsys, resumed):
+    run(**toys.ALONE)
+    toys.save(tmp_path / 'weights.pth', toys.student().state_dict())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    resume = str(tmp_path / resumed) if resumed else None
+    error = _refused(capsys, **toys.ALONE, epochs=2, output_dir=tmp_path, resume=resume)
+    assert f'--output_dir {tmp_path}: holds log.txt and best_checkpoint.pth and checkpoint.pth already' in error
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize('text', ['{"epoch": 299}\n', 'hello\n', '[1]\n'])
+def test_a_log_of_another_kind_is_noticed_before_training_and_kept(epochs, tmp_path, capsys, text):
+    (tmp_path / 'log.txt').write_text(text)
+    assert '--output_dir' in _refused(capsys, **toys.ALONE, output_dir=tmp_path)
+    assert (tmp_path / 'log.txt').read_text() == text
+    assert not epochs
+
+
+def test_a_kill_between_the_two_files_of_an_epoch_leaves_the_best_weights(run, tmp_path, monkeypatch):
+    write = utils.write_durably
+
+    def write_or_die(path, contents):
+        if path.name == 'checkpoint.pth':
+            raise KeyboardInterrupt
+        write(path, contents)
+
+    monkeypatch.setattr(utils, 'write_durably', write_or_die)
+    with pytest.raises(SystemExit) as stopped:
+        run(**toys.ALONE)
+    assert stopped.value.code == 130
+    assert toys.load(tmp_path / 'best_checkpoint.pth')['epoch'] == 0
+
+
+def test_the_first_epoch_can_be_chosen_without_a_checkpoint(run):
+    rows = run(**toys.ALONE, start_epoch=2, epochs=3, warmup_epochs=4, lr=0.5)
+    assert [row['epoch'] for row in rows] == [2]
+    # the schedule lags one epoch: epoch 2 has the rate of the second quarter of the warm-up, 0.5·8/512 being its top
+    assert rows[0]['train_lr'] == pytest.approx(1e-6 + (0.5 * 8 / 512 - 1e-6) / 4)
+
+
+def test_a_head_of_another_size_is_not_evaluated(files, capsys):
+    weights = files / 'student.pth'
+    error = _refused(capsys, **FOLDER, eval=True, data_path=files / 'no_train', finetune=weights)
+    assert f'--finetune {weights}: does not fit the model' in error
+    assert 'head.weight' in error
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_damaged_image_stops_the_run_in_one_line_with_its_name(files, tmp_path, capsys, workers):
+    toys.write_images(tmp_path / 'val', [2, 2], 32)
+    damaged = tmp_path / 'val' / 'c1' / '1.png'
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    weights = toys.save(tmp_path / 'weights.pth', toys.student(2).state_dict())
+    flags = {**toys.ALONE, **FOLDER, 'data_path': tmp_path, 'num_workers': workers}
+    with pytest.raises(SystemExit) as stopped:
+        main.main(toys.flags(**flags, eval=True, resume=weights))
+    assert stopped.value.code == 1
+    assert f'{damaged}: ' in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ('changes', 'word'),
+    [
+        ({'epoch': '3'}, "epoch is '3'"),
+        ({'epoch': -5}, 'epoch is -5'),
+        ({'best_acc1': 'x'}, 'x'),
+        ({'args': {'opt': 'lamb'}}, '--opt lamb'),
+        ({'optimizer': {}}, 'optimizer'),
+    ],
+)
+def test_a_checkpoint_with_one_odd_value_is_refused_in_words(run, tmp_path, capsys, changes, word):
+    run(**toys.ALONE)
+    odd = toys.save(tmp_path / 'odd.pth', {**toys.load(tmp_path / 'checkpoint.pth'), **changes})
+    error = _refused(capsys, **toys.ALONE, resume=odd, output_dir=tmp_path / 'new', epochs=2)
+    assert f'--resume {odd}' in error
+    assert word in error

@@ -30,7 +30,7 @@ CPU = torch.device('cpu')
 @pytest.mark.parametrize(
     ('error', 'words'),
     [
-        (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), 'x.pth'), 'No such file or directory'),
+        (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), 'x.pth'), 'x.pth: No such file or directory'),
         (ValueError('of two\n  lines'), 'of two lines'),
         (KeyError('a kind that was named'), 'a kind that was named'),
     ],
@@ -329,3 +329,28 @@ def test_the_scale_of_a_float16_run_is_no_obstacle_to_a_run_without_scaler():
     state = make_state()
     assert state.load_progress(make_state(scaled=True).state_dict({})) is True
     assert not state.scaler.is_enabled()
+
+
+# Set-up ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('local_rank', ['0', '3'])
+def test_more_ranks_than_gpus_stop_all_ranks_of_a_machine(monkeypatch, local_rank):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    for name, value in {
+        'RANK': local_rank,
+        'WORLD_SIZE': '4',
+        'LOCAL_RANK': local_rank,
+        'LOCAL_WORLD_SIZE': '4',
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(utils.UsageError, match='--device cuda: 4 GPUs are needed, this machine has 2'):
+        utils.init_distributed('cuda', 'env://')
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with pytest.raises(utils.UsageError, match='cuda:5: 6 GPUs are needed'):
+        utils.init_distributed('cuda:5', 'env://')
