@@ -289,7 +289,8 @@ def _check_recipe(args: argparse.Namespace) -> None:
         raise UsageError(f"--data-path '': --data-set {args.data_set} needs the folder it lies in")
     if not re.fullmatch(r'cpu|cuda(:\d+)?', args.device):
         raise UsageError(f'--device {args.device}: must be cpu, cuda or cuda:N')
-    if args.cutmix_minmax and (len(args.cutmix_minmax) != 2 or args.cutmix_minmax[0] > args.cutmix_minmax[1]):
+    sides = [int(args.input_size * side) for side in args.cutmix_minmax or (0, 1)]
+    if len(sides) != 2 or sides[0] >= sides[1]:  # timm draws the side in pixels, below the larger one
         raise UsageError(f'--cutmix-minmax {_words(args.cutmix_minmax)}: two numbers are needed, the smaller first')
     if _mixes(args) and args.batch_size % 2 and not args.eval:
         raise UsageError(f'--batch-size {args.batch_size}: mixup and cutmix pair the images and need an even batch')

@@ -307,6 +307,7 @@ WRONG = [
     ({'aa': 'rand-q9'},),
     ({'cutmix_minmax': '0.2'},),
     ({'cutmix_minmax': '0.8 0.2'},),
+    ({'cutmix_minmax': '0.5 0.5'},),
     ({'num_workers': -1},),
     # run
     ({'device': 'gpu'},),
