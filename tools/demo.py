@@ -122,7 +122,7 @@ def draw(runs: list[Run], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
     level = teacher.rows()[-1]['test_acc1']
     axes.axhline(level, color='0.45', linestyle='--', linewidth=1)
-    axes.annotate(f'teacher {level:.1f}', (1, level), xytext=(0, 4), textcoords='offset points', color='0.35')
+    axes.annotate(f'teacher {level:.1f}', (1, level), xytext=(6, 4), textcoords='offset points', color='0.35')
     for run, color in zip(students, ('#7f7f7f', '#1f5fa8', '#c2500b'), strict=True):
         rows = run.rows()
         last = rows[-1]['test_acc1']
