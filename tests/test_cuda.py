@@ -1,0 +1,60 @@
+"""What only a GPU can show; skipped without one."""
+
+import pytest
+import torch
+import toys
+
+import datasets
+import main
+
+DEVICE = 'cuda'
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'),
+    pytest.mark.filterwarnings('default'),  # drivers and devices differ, and so do their warnings
+]
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """A function that runs a toy with the flags given and returns the rows of its log."""
+    monkeypatch.setattr(datasets, 'FAKE_TRAIN', 32)
+    monkeypatch.setattr(datasets, 'FAKE_VAL', 8)
+    teacher = toys.save(tmp_path / 'teacher.pth', toys.teacher().state_dict())
+
+    def run(name: str, **changes) -> list[dict]:
+        flags = {
+            'device': DEVICE,
+            'teacher_path': teacher,
+            'output_dir': tmp_path / name,
+            'warmup_epochs': 0,
+            **changes,
+        }
+        main.main(toys.flags(**flags))
+        return toys.log_rows(tmp_path / name)
+
+    return run
+
+
+def test_the_gpu_finds_the_losses_of_the_cpu(rows):
+    # Random tokens are drawn on the device, each kind with its own generator: without them both see the same.
+    options = {'amp_dtype': 'float32', 'w_rand': 0, 'epochs': 2, 'lr': 0.05}
+    for here, there in zip(rows('gpu', **options), rows('cpu', device='cpu', **options), strict=True):
+        assert here == pytest.approx(there, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16', None])
+def test_a_run_in_any_precision_goes_on_after_a_resume(rows, tmp_path, dtype):
+    rows('out', amp_dtype=dtype, clip_grad=1)
+    first, second = rows('out', amp_dtype=dtype, clip_grad=1, epochs=2, resume=tmp_path / 'out' / 'checkpoint.pth')
+    assert (first['epoch'], second['epoch']) == (0, 1)
+    terms = [value for key, value in second.items() if key.startswith('train_loss_')]
+    assert sum(terms) == pytest.approx(second['train_loss'], rel=1e-3)
+    assert all(value > 0 for value in terms)
+
+
+def test_one_rank_over_nccl_is_a_plain_run(rows, tmp_path, monkeypatch):
+    plain = rows('plain')
+    for name, value in {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1'}.items():
+        monkeypatch.setenv(name, value)
+    launched = rows('launched', dist_url=f'file://{tmp_path / "meet"}')
+    assert launched[0] == pytest.approx(plain[0], rel=1e-3, abs=1e-4)
