@@ -624,6 +624,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         check_pair(args, student, teacher)
     checkpoint = load_student(args, student.model) if args.resume else {}
     student.to(device)
+    folder = prepare_output(args, checkpoint) if not args.eval else None
 
     val_loader = build_val_loader(args, device)
     found = len(getattr(val_loader.dataset, 'classes', range(num_classes)))
@@ -635,7 +636,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     if args.eval:
         report(evaluate(student.model, val_loader, device, _amp_dtype(args, device)), len(val_loader.dataset))
         return
-    train(args, device, num_classes, student, teacher if taught else None, val_loader, checkpoint)
+    train(args, device, num_classes, student, teacher if taught else None, val_loader, checkpoint, folder)
 
 
 def load_student(args: argparse.Namespace, model: nn.Module) -> dict:
@@ -654,12 +655,12 @@ def train(
     teacher: models.TappedModel | None,
     val_loader: DataLoader,
     checkpoint: dict,
+    folder: Path | None,
 ) -> None:
     """The epoch loop: train, evaluate, log, save."""
     train_loader = build_train_loader(args, device)
     criterion = build_criterion(args)
     describe_training(args, train_loader, val_loader, criterion)
-    folder = prepare_output(args, checkpoint)
     state = build_state(args, student.model)
     if checkpoint:
         resume(args, state, checkpoint)

@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +17,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import timm
 import torch
 import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 # Distributed set-up ---------------------------------------------------------------------------------------------------
+
+
+# The last tensors reduced. torch 2.6 joins gloo's threads while it holds the interpreter's lock; a thread that then
+# lets go of a tensor nobody else holds waits for that lock, and both wait for ever. Held here, none is the last holder.
+_reduced: deque[torch.Tensor] = deque(maxlen=8)
 
 
 class UsageError(Exception):
@@ -84,10 +91,8 @@ def init_distributed(device: str, dist_url: str) -> torch.device:
 def leave_distributed() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
-        # torch 2.6 joins gloo's threads while it holds the interpreter's lock, and a thread that is just letting go of
-        # the last reduced tensor waits for that lock: for ever. Asleep we hold no lock, and the thread gets done.
-        time.sleep(0.2)
         dist.destroy_process_group()
+        _reduced.clear()
 
 
 def _launched() -> tuple[int, int, int] | None:
@@ -116,6 +121,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     """The values (n,) added up over all ranks, on the same device."""
     if dist.is_initialized():
         dist.all_reduce(values)
+        _reduced.append(values)
     return values
 
 
@@ -280,7 +286,7 @@ class TrainingState:
             'scaler': self.scaler.state_dict(),
             'args': args,
             'best_acc1': self.best_acc1,
-            'versions': {'torch': str(torch.__version__)},
+            'versions': {'torch': str(torch.__version__), 'timm': timm.__version__},
         }
         return state | ({'model_ema': self.ema.module.state_dict()} if self.ema else {})
 
