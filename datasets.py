@@ -2,6 +2,8 @@
 
 import json
 import random
+import warnings
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -29,15 +31,19 @@ class BadImageError(ValueError):
 
 
 def load_image(path: str) -> Image.Image:
-    """Reads an image as RGB.
+    """Reads an image as PIL's RGB: of animations the first frame, not rotated.
 
     Raises:
         BadImageError: it cannot be decoded.
     """
     try:
-        return default_loader(path)
-    except (OSError, SyntaxError, ValueError) as error:  # PIL raises any of these for damaged files
-        raise BadImageError(f'{path}: {error}') from error
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of odd but readable files
+            return default_loader(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL raises a dozen kinds for damaged files
+        raise BadImageError(f'{path}: {getattr(error, "strerror", None) or error}') from error
 
 
 class INatDataset(Dataset):
@@ -274,25 +280,107 @@ def build_eval_transform(input_size: int) -> Callable:
     return transforms.Compose(steps)
 
 
-class KeyedDataset(Dataset):
-    """Draws each image's augmentation from (seed, epoch, position): the same on any worker, resumed or not.
+class CheckedDataset(Dataset):
+    """Says of an image that cannot be decoded what class it is of, or leaves it out and remembers it.
 
     Args:
-        dataset: augments with the global generators of `random`, numpy and torch, as timm and torchvision do.
-        seed: the run's.
+        dataset: of (image, class); those that read files have `samples` (path, class) and `classes`.
+        skip_bad: leave bad images out instead of raising BadImageError.
     """
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
+    TRIES = 100  # bad images in a row, after which something else is wrong
+
+    def __init__(self, dataset: Dataset, skip_bad: bool) -> None:
         self.dataset = dataset
-        self.seed = seed
+        self.skip_bad = skip_bad
+        self._listed: set[int] = set()
+        # Shared with the loader processes, which find them.
+        self.bad = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int, int]):
+    def read(self, index: int) -> tuple | None:
+        """One image and its class; None if it is bad and may be left out.
+
+        Raises:
+            BadImageError: it is bad, with its file and class.
+        """
+        try:
+            return self.dataset[index]
+        except BadImageError as error:
+            if not self.skip_bad:
+                raise BadImageError(f'{error} (class {self._class_of(index)})') from error
+            self.bad[index] = 1
+            return None
+
+    def first(self) -> tuple:
+        """The first image that can be read, and its class."""
+        for index in range(min(self.TRIES, len(self))):
+            item = self.read(index)
+            if item is not None:
+                return item
+        raise BadImageError(f'{self.describe(0)} and those after it: none can be read')
+
+    def _class_of(self, index: int) -> str:
+        return self.dataset.classes[self.dataset.samples[index][1]]
+
+    def list_bad(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], again: bool = False) -> list[str]:
+        """File and class of the images left out on any rank, those since the last call or all.
+
+        Args:
+            sum_over_ranks: adds a vector up over the ranks.
+            again: all of them.
+        """
+        if not self.skip_bad:
+            return []
+        bad = sum_over_ranks(self.bad.int()).nonzero().flatten().tolist()
+        found = [index for index in bad if again or index not in self._listed]
+        self._listed.update(bad)
+        return [self.describe(index) for index in found]
+
+    def describe(self, index: int) -> str:
+        """File and class of an image."""
+        return f'{self.dataset.samples[index][0]} (class {self._class_of(index)})'
+
+
+class TrainDataset(CheckedDataset):
+    """Draws each image's augmentation from (seed, epoch, position): the same on any worker, resumed or not.
+
+    An item is (image, class, index). In the place of a bad image stands the next good one of the data set.
+
+    Args:
+        dataset: augments with the global generators of `random`, numpy and torch, as timm and torchvision do.
+        skip_bad: see `CheckedDataset`.
+        seed: the run's.
+    """
+
+    def __init__(self, dataset: Dataset, skip_bad: bool, seed: int) -> None:
+        super().__init__(dataset, skip_bad)
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple:
         index, epoch, position = key
         number = counter_seed(self.seed, 'augment', epoch, position)
-        random.seed(number)
-        np.random.seed(number % 2**32)
-        torch.default_generator.manual_seed(number)
-        return self.dataset[index]
+        for instead in range(index, index + self.TRIES):
+            random.seed(number)
+            np.random.seed(number % 2**32)
+            torch.default_generator.manual_seed(number)
+            item = self.read(instead % len(self))
+            if item is not None:
+                return *item, instead % len(self)
+        raise BadImageError(f'{self.describe(index)} and the {self.TRIES - 1} after it: none can be read')
+
+
+class EvalDataset(CheckedDataset):
+    """An item is (image, class); a bad image is black and of class −1, which evaluation does not count."""
+
+    def __getitem__(self, index: int) -> tuple:
+        item = self.read(index)
+        return (torch.zeros_like(self.first()[0]), -1) if item is None else item
+
+
+def fingerprint(dataset: Dataset, num_classes: int) -> dict:
+    """What tells a training set from another, wherever it lies: number of images, of classes, and a sum of names."""
+    names = '\n'.join(map(str, getattr(dataset, 'classes', ())))
+    return {'images': len(dataset), 'classes': num_classes, 'names': zlib.crc32(names.encode())}

@@ -5,16 +5,122 @@ Letters: B images of a batch, C classes.
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from itertools import zip_longest
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import utils
+from utils import say
 
 
 def _autocast(device: torch.device, dtype: torch.dtype):
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+class Watch:
+    """Withholds the update of every step in which something was not finite, on all ranks, and says what and where.
+
+    A rank whose terms or logits are not finite multiplies its loss by NaN. So its gradients are NaN and, averaged over
+    the ranks, those of all: no rank takes the update, without a word between them and without waiting for the device.
+    The host learns of it when it looks.
+
+    Under float16 gradients overflow as a rule, and the scaler withholds the update: only terms, logits and a scale
+    below 1 count.
+
+    Args:
+        scaler: of the gradients.
+        allowed: steps that may be withheld before the run stops.
+        skipped: steps that were.
+        every_step: look at each step; where the device is the host itself nobody waits for that.
+    """
+
+    def __init__(
+        self, scaler: torch.amp.GradScaler, allowed: int = 0, skipped: int = 0, every_step: bool = True
+    ) -> None:
+        self.allowed = allowed
+        self.skipped = skipped
+        self.every_step = every_step
+        self._scaler = scaler
+        self._names: list[str] = []
+        self._rows: list[tuple[str, Tensor, Tensor]] = []  # since the last look: step, image indices, what is finite
+        self._here: tuple = ()
+        self._gradient: Tensor | None = None  # of this rank alone; None without DDP
+
+    def attach(self, wrapped: nn.parallel.DistributedDataParallel) -> None:
+        """Sees this rank's gradients before they are averaged."""
+        wrapped.register_comm_hook(self, Watch._average)
+
+    def _average(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        self._gradient = self._gradient & torch.isfinite(bucket.buffer()).all()
+        return allreduce_hook(None, bucket)
+
+    def factor(self, step: str, indices: Tensor, values: dict[str, Tensor]) -> Tensor:
+        """1, by which a loss stays what it is; NaN if one of the values is not finite.
+
+        Args:
+            step: its name.
+            indices: of the images, (B,), on the CPU.
+            values: terms and logits by name.
+        """
+        finite = torch.stack([torch.isfinite(value).all() for value in values.values()])
+        self._names = [*values, 'gradients']
+        self._here = (step, indices, finite)
+        self._gradient = torch.ones_like(finite[0])
+        return torch.where(finite.all(), 1.0, torch.nan)
+
+    def judge(self, norm: Tensor) -> Tensor:
+        """Whether the update may be taken, a bool on the device, the same on all ranks.
+
+        Args:
+            norm: of the gradient, averaged over the ranks.
+        """
+        step, indices, finite = self._here
+        good = torch.isfinite(norm)
+        gradient = self._gradient if dist.is_initialized() else good
+        self._rows.append((step, indices, torch.stack([*finite, gradient, good])))
+        return good
+
+    def look(self) -> int:
+        """How many updates were withheld since the last look. Waits for the device, and all ranks look together.
+
+        Raises:
+            FloatingPointError: more than are allowed; names what was not finite, step, rank and images.
+        """
+        rows, self._rows = self._rows, []
+        if not rows:
+            return 0
+        if self._scaler.is_enabled() and self._scaler.get_scale() < 1:
+            raise FloatingPointError(f'not finite at {rows[-1][0]}: gradients overflow at every scale of float16')
+        bad = [(row, flags) for row, flags in zip(rows, torch.stack([r[2] for r in rows]).tolist(), strict=True)
+               if not flags[-1]]  # fmt: skip
+        if not bad:
+            return 0
+        # `good` is the same on all ranks, so all come here.
+        told = zip(*utils.gather_objects([self._blame(row, flags) for row, flags in bad]), strict=True)
+        return sum(self._count(row[0], list(ranks)) for (row, _), ranks in zip(bad, told, strict=True))
+
+    def _blame(self, row: tuple, flags: list[bool]) -> str:
+        """What was not finite in a step of this rank, in words; '' if nothing was."""
+        *forward, gradient, _ = flags
+        names = [name for name, finite in zip(self._names, forward, strict=False) if not finite]
+        if not names and not gradient and not self._scaler.is_enabled():
+            names = ['gradients']
+        return f'{", ".join(names)}; images {" ".join(map(str, row[1].tolist()))}' if names else ''
+
+    def _count(self, step: str, ranks: list[str]) -> int:
+        if not any(ranks) and self._scaler.is_enabled():
+            return 0
+        what = '; '.join(f'on rank {rank}: {words}' for rank, words in enumerate(ranks) if words)
+        what = what or 'on all ranks: the norm of the averaged gradient'
+        self.skipped += 1
+        if self.skipped > self.allowed:
+            raise FloatingPointError(f'not finite at {step} {what}')
+        say(f'warning: not finite at {step} {what}; update withheld, {self.skipped} of {self.allowed} allowed')
+        return 1
 
 
 def train_one_epoch(
@@ -24,50 +130,65 @@ def train_one_epoch(
     loader: Iterable,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    meters: utils.Meters,
+    watch: Watch,
     *,
     device: torch.device,
     amp_dtype: torch.dtype,
     epoch: int,
     seed: int,
+    step: int = 0,
+    done: int = 0,
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    average: Callable[[], None] | None = None,
     after_step: Callable[[], None] | None = None,
     clip_grad: float | None = None,
     train_mode: bool = True,
     print_freq: int = 10,
 ) -> dict[str, float]:
-    """Trains the student for one epoch.
+    """Trains the student for one epoch, or for what is left of it.
 
     Args:
         student: images (B, 3, H, W) → output with logits and tokens; wrapped in DDP when there are several ranks.
         teacher: the same, frozen; None without distillation.
         criterion: (student_out, teacher_out, targets, generator) → weighted scalars by name; the loss is their sum.
-        loader: batches of images (B, 3, H, W) and classes (B,).
+        loader: batches of images (B, 3, H, W), classes (B,) and the images' indices (B,).
         optimizer: holds the student's parameters.
         scaler: of the gradients, enabled for float16 only.
+        meters: of the epoch so far.
+        watch: over what is not finite.
         device: where student and teacher are.
         amp_dtype: dtype of autocast for both models; float32 for none.
-        epoch: counts from 0; with `seed` it determines every random number of the epoch.
+        epoch: counts from 0, for the log lines.
         seed: the run's.
+        step: training steps of the run so far; with `seed` it determines every random number of the next.
+        done: steps of this epoch so far.
         mixup: images and classes → mixed images and soft labels (B, C).
-        after_step: called after each update, for the moving average.
+        average: called after each update, for the moving average.
+        after_step: called after each step, when all that belongs to it is done.
         clip_grad: largest norm of the gradient.
         train_mode: False keeps drop-path and the like off.
         print_freq: steps between log lines; between them the host never waits for the device, except for the
-            gradient scaler of float16, which reads at each step whether the gradients overflowed.
+            gradient scaler of float16, which reads at each step whether the gradients overflowed, and for an optimizer
+            that cannot be told on the device to leave an update out.
 
     Returns:
         Means over steps and ranks: `lr`, `loss`, and `loss_<name>` for each term.
 
     Raises:
-        FloatingPointError: a term is not finite; noticed at the next log line or at the end of the epoch.
+        FloatingPointError: a term, logits or gradients are not finite, see `Watch`.
     """
     student.train(train_mode)
-    meters = utils.Meters()
     generator = torch.Generator(device)
     lr = max(group['lr'] for group in optimizer.param_groups)
-    progress = utils.Progress(f'Epoch: [{epoch}]', print_freq, lambda: f'lr: {lr:.6g}  {meters.line()}', device=device)
-    for step, (images, targets) in enumerate(progress.over(loader), start=epoch * len(loader)):
-        utils.seed_step(generator, seed, step, utils.get_rank())
+
+    def line() -> str:
+        watch.look()
+        return f'lr: {lr:.6g}  {meters.line()}'
+
+    progress = utils.Progress(f'Epoch: [{epoch}]', print_freq, line, device=device)
+    for number, (images, targets, indices) in enumerate(progress.over(loader, done)):
+        utils.seed_step(generator, seed, step + number, utils.get_rank())
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         if mixup is not None:
             images, targets = mixup(images, targets)
@@ -78,51 +199,108 @@ def train_one_epoch(
             student_out = student(images)
         losses = criterion(student_out, teacher_out, targets, generator)
         loss = sum(losses.values())
+        loss = loss * watch.factor(
+            f'step {done + number} of epoch {epoch}', indices, _values(losses, student_out, teacher_out)
+        )
 
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        if clip_grad is not None:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(student.parameters(), clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
+        good = watch.judge(_gradient_norm(student, optimizer, scaler, clip_grad))
+        _update(optimizer, scaler, good)
+        meters.update(losses, len(images))
+        withheld = watch.look() if watch.every_step else 0
+        if average is not None and not withheld:
+            average()
         if after_step is not None:
             after_step()
-        meters.update(losses)
+    watch.look()
     return {'lr': lr, **meters.means()}
 
 
+def _values(losses: dict[str, Tensor], student_out, teacher_out) -> dict[str, Tensor]:
+    """All that must be finite, by name."""
+    values = {f'loss_{name}': value.detach() for name, value in losses.items()}
+    for side, out in (('student', student_out), ('teacher', teacher_out)):
+        if out is not None:
+            values[f'{side} logits'] = out[0].detach()
+    if student_out[1] is not student_out[0]:
+        values['distillation logits'] = student_out[1].detach()
+    return values
+
+
+def _gradient_norm(
+    student: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_grad: float | None
+) -> Tensor:
+    """Norm of the gradient, which is clipped to `clip_grad`."""
+    if clip_grad is not None:
+        scaler.unscale_(optimizer)
+        return nn.utils.clip_grad_norm_(student.parameters(), clip_grad)
+    return nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
+
+
+def _update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, good: Tensor) -> None:
+    """Takes the optimizer's step if it is good."""
+    if scaler.is_enabled():
+        scaler.step(optimizer)  # finds out by itself
+        scaler.update()
+    elif getattr(optimizer, '_step_supports_amp_scaling', False):
+        # What the scaler would tell a fused optimizer: the device leaves the update out, and the host need not know.
+        optimizer.grad_scale, optimizer.found_inf = None, (~good).float()
+        optimizer.step()
+    elif good:
+        optimizer.step()
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Iterable, device: torch.device, amp_dtype: torch.dtype) -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    loader: Iterable,
+    device: torch.device,
+    amp_dtype: torch.dtype,
+    poll: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Accuracy and cross-entropy of a timm model, summed exactly over the batches of all ranks.
 
     Args:
         model: images (B, 3, H, W) → logits (B, C).
-        loader: this rank's share of the images, each image on one rank; shares may differ in length.
+        loader: this rank's share of the images, each image on one rank; shares may differ in length. Images of a
+            negative class count for nothing.
         device: where the model is.
         amp_dtype: dtype of autocast; float32 for none.
+        poll: called after each batch, equally often on all ranks.
 
     Returns:
         `loss` per image, `acc1` and `acc5` in percent, and the counts `correct1`, `correct5`, `images`.
     """
     model.eval()
     # float64 holds counts exactly, so that one reduction serves them and the loss.
-    sums, seen = torch.zeros(3, dtype=torch.float64, device=device), 0
-    for images, targets in loader:
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        with _autocast(device, amp_dtype):
-            logits = model(images)
-        logits = logits.float()
-        ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-        loss = F.cross_entropy(logits, targets, reduction='none').double()
-        sums += torch.stack([loss.sum(), ranked[:, :1].sum(), ranked.sum()])
-        seen += len(targets)
-    loss, correct1, correct5, images = utils.sum_over_ranks(torch.cat([sums, sums.new_tensor([seen])])).tolist()
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    rounds = max(
+        int(length) for (length,) in utils.gather_over_ranks(torch.tensor([float(len(loader))], device=device))
+    )
+    for _, batch in zip_longest(range(rounds), utils.undisturbed(loader)):
+        if batch is not None:
+            sums += _count_correct(model, *batch, device, amp_dtype)
+        poll()
+    loss, correct1, correct5, images = utils.sum_over_ranks(sums).tolist()
     return {
-        'loss': loss / images,
-        'acc1': 100 * correct1 / images,
-        'acc5': 100 * correct5 / images,
+        'loss': loss / max(images, 1),
+        'acc1': 100 * correct1 / max(images, 1),
+        'acc5': 100 * correct5 / max(images, 1),
         'correct1': int(correct1),
         'correct5': int(correct5),
         'images': int(images),
     }
+
+
+def _count_correct(
+    model: nn.Module, images: Tensor, targets: Tensor, device: torch.device, amp_dtype: torch.dtype
+) -> Tensor:
+    """(4,) sums over a batch: cross-entropy, right among the first one and the first five, images."""
+    images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    with _autocast(device, amp_dtype):
+        logits = model(images)
+    logits = logits.float()
+    ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+    loss = F.cross_entropy(logits, targets.clamp(min=0), reduction='none').double() * (targets >= 0)
+    return torch.stack([loss.sum(), ranked[:, :1].sum(), ranked.sum(), (targets >= 0).sum()])

@@ -2,6 +2,7 @@
 
     python main.py --data-set FAKE --input-size 32 …             one process
     torchrun --nproc_per_node=8 main.py --data-path …            eight GPUs (or python -m torch.distributed.launch)
+    torchrun … main.py --output_dir OUT --resume auto …          start, or go on wherever the run was interrupted
     python main.py --eval --resume checkpoint.pth --data-path …  evaluate a checkpoint
 
 `scripts/` holds complete commands, one flag per line; README.md explains the flags by group.
@@ -17,6 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -33,16 +35,24 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+import checkpoints
 import datasets
 import models
 import utils
-from engine import evaluate, train_one_epoch
+from checkpoints import Keeper, RunFolder, TrainingState
+from datasets import EvalDataset, TrainDataset
+from engine import Watch, evaluate, train_one_epoch
 from losses import DISTILLATION_TYPES, ManifoldDistillationLoss
 from samplers import build_train_sampler, distinct_images
 from utils import UsageError, blame, say
 
-# What a run leaves in --output_dir.
-KEPT = ('log.txt', 'best_checkpoint.pth', 'checkpoint.pth')
+# Flags whose change would make a resumed run another run, and those whose change is nobody's business.
+FIXED = ('model', 'model_kwargs', 'seed', 'opt')
+FREE = (
+    'output_dir', 'resume', 'eval', 'eval_ema', 'eval_teacher', 'start_epoch', 'data_path', 'num_workers',
+    'pin_mem', 'device', 'dist_url', 'dist_eval', 'print_freq', 'keep', 'save_interval_steps', 'save_interval_minutes',
+    'distributed', 'local_rank', 'world_size', 'cooldown_epochs', 'patience_epochs', 'resplit',
+)  # fmt: skip
 
 # Flags ----------------------------------------------------------------------------------------------------------------
 
@@ -109,6 +119,12 @@ FRACTION = _number(float, '[]', 0, 1)
 PROPER = _number(float, '[)', 0, 1)
 AMOUNT = _number(float, '[)', 0)
 POSITIVE = _number(float, '()', 0)
+
+
+def _non_finite(text: str) -> str:
+    if not re.fullmatch(r'stop|skip:\d+', text):
+        raise argparse.ArgumentTypeError(f'{text} is neither stop nor skip:N')
+    return text
 
 
 def get_args_parser() -> Parser:
@@ -214,6 +230,8 @@ def _add_data_flags(parser: Parser) -> None:
     add('--data-path', default='', help='folder that holds train/ and val/, or the files of CIFAR or iNaturalist')
     add('--inat-category', default='name', choices=datasets.INAT_CATEGORIES, help='level that is the class')
     add('--num_workers', '--num-workers', type=WHOLE, default=10, help='loader processes per rank')
+    add('--bad-images', default='stop', choices=('stop', 'skip'), help='images that cannot be decoded; skip: train on '
+        'the next one instead, leave them out of evaluation, and list them')  # fmt: skip
     add('--pin-mem', action='store_true', default=True, help='page-locked batches, with a GPU only (default)')
     add('--no-pin-mem', action='store_false', dest='pin_mem', help='pageable batches')
 
@@ -221,7 +239,13 @@ def _add_data_flags(parser: Parser) -> None:
 def _add_run_flags(parser: Parser) -> None:
     add = parser.add_argument_group('run').add_argument
     add('--output_dir', '--output-dir', default='', help='checkpoints and log.txt go here; empty: nothing is kept')
-    add('--resume', default='', help='go on from this checkpoint, a file or URL; weights alone start at epoch 0')
+    add('--resume', default='', help='go on from this checkpoint, a file or URL; weights alone start at epoch 0; auto: '
+        'from the newest whole one of --output_dir, or begin')  # fmt: skip
+    add('--save-interval-minutes', type=AMOUNT, default=10.0, help='between checkpoints inside an epoch; 0: none')
+    add('--save-interval-steps', type=WHOLE, default=0, help='the same in training steps; 0: by time only')
+    add('--keep', type=WHOLE, default=1, help='checkpoints kept before the last one')
+    add('--non-finite', type=_non_finite, default='stop', metavar='{stop,skip:N}', help='a loss or gradient that is '
+        'not finite never reaches the weights: stop, or leave out up to N updates, looking at each step')  # fmt: skip
     add('--start_epoch', '--start-epoch', type=WHOLE, default=0, help='first epoch, where --resume does not tell it')
     add('--eval', action='store_true', help='evaluate --resume or --finetune and stop')
     add('--eval-ema', action='store_true', help='evaluate the moving average: instead with --eval, too in training')
@@ -280,6 +304,8 @@ def _check_method(args: argparse.Namespace) -> None:
         raise UsageError('--eval-teacher: needs --teacher-path FILE or --teacher-pretrained')
     if args.eval and not (args.resume or args.finetune):
         raise UsageError('--eval: needs the weights to evaluate, --resume FILE or --finetune FILE')
+    if args.resume == 'auto' and not args.output_dir:
+        raise UsageError('--resume auto: needs the folder to look in, --output_dir')
     if args.eval and args.eval_ema and not args.resume:
         raise UsageError('--eval-ema: needs the checkpoint that holds them, --resume FILE')
 
@@ -323,7 +349,7 @@ def build_student(args: argparse.Namespace, num_classes: int) -> models.TappedMo
         student = models.build(args.model, num_classes, args.input_size, kwargs=kwargs)
     if args.finetune:
         with blame('--finetune', args.finetune):
-            weights = models.named_weights(models.read_checkpoint(args.finetune))
+            weights = models.named_weights(checkpoints.read_checkpoint(args.finetune))
             # A fresh head is something to train, not to evaluate.
             state, changes = models.adapt(student, weights, replace_heads=not args.eval)
             models.load_weights(student, state)
@@ -340,7 +366,7 @@ def build_teacher(args: argparse.Namespace, num_classes: int) -> models.TappedMo
         teacher = models.build(args.teacher_model, num_classes, args.input_size, pretrained, args.teacher_kwargs)
     if args.teacher_path:
         with blame('--teacher-path', args.teacher_path):
-            models.load_weights(teacher, models.named_weights(models.read_checkpoint(args.teacher_path)))
+            models.load_weights(teacher, models.named_weights(checkpoints.read_checkpoint(args.teacher_path)))
     block_ids = args.t_id or []
     with blame('--t-id', f'{_words(block_ids)} with --teacher-model {args.teacher_model}'):
         return models.freeze(models.tap(teacher, block_ids, args.input_size))
@@ -388,7 +414,8 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     )
 
 
-def _open_split(args: argparse.Namespace, train: bool, transform: Callable) -> torch.utils.data.Dataset:
+def _open_split(args: argparse.Namespace, train: bool, transform: Callable) -> datasets.CheckedDataset:
+    skip_bad = args.bad_images == 'skip'
     with blame('--data-path', args.data_path):
         dataset, _ = datasets.build_dataset(
             args.data_set,
@@ -398,7 +425,8 @@ def _open_split(args: argparse.Namespace, train: bool, transform: Callable) -> t
             input_size=args.input_size,
             inat_category=args.inat_category,
         )
-        shape = tuple(dataset[0][0].shape[1:])
+    dataset = TrainDataset(dataset, skip_bad, args.seed) if train else EvalDataset(dataset, skip_bad)
+    shape = tuple(dataset.first()[0].shape[1:])
     if shape != (args.input_size, args.input_size):
         raise UsageError(
             f'--input-size {args.input_size}: the images are {_times(shape)} pixels, '
@@ -432,12 +460,11 @@ def build_train_transform(args: argparse.Namespace) -> Callable:
         )
 
 
-def build_train_loader(args: argparse.Namespace, device: torch.device) -> DataLoader:
+def build_train_loader(args: argparse.Namespace, device: torch.device, repeated_aug: bool) -> DataLoader:
     """Augmented training images, this rank's share, whole batches only."""
     dataset = _open_split(args, True, build_train_transform(args))
     world, shuffle_seed = utils.get_world_size(), utils.counter_seed(args.seed, 'shuffle')
-    sampler = build_train_sampler(dataset, world, utils.get_rank(), _repeats(args), shuffle_seed)
-    dataset = datasets.KeyedDataset(dataset, args.seed)
+    sampler = build_train_sampler(dataset, world, utils.get_rank(), repeated_aug, shuffle_seed)
     loader = DataLoader(dataset, sampler=sampler, drop_last=True, **_loader_options(args, device))
     if not len(loader):
         raise UsageError(
@@ -454,24 +481,37 @@ def build_val_loader(args: argparse.Namespace, device: torch.device) -> DataLoad
     return DataLoader(dataset, sampler=range(rank, len(dataset), world), **_loader_options(args, device))
 
 
-def _repeats(args: argparse.Namespace) -> bool:
-    """Repeated augmentation: in one process the copies would only sit side by side in a batch."""
-    return args.repeated_aug == 'always' or (args.repeated_aug and utils.get_world_size() > 1)
+def choose_order(args: argparse.Namespace, checkpoint: dict) -> bool:
+    """Repeated augmentation or not: in one process the copies would only sit side by side in a batch.
+
+    A run keeps the order it began with, whatever the number of ranks, unless a flag is typed.
+    """
+    typed = {'always': True, False: False}.get(args.repeated_aug)
+    begun = checkpoint.get('repeated_aug')
+    if typed is None:
+        return utils.get_world_size() > 1 if begun is None else begun
+    if checkpoint.get('position') and typed != begun:
+        flag = '--repeated-aug' if typed else '--no-repeated-aug'
+        raise UsageError(f'{flag}: --resume {args.resume} is in the midst of an epoch that was begun without it')
+    return typed
 
 
-def build_state(args: argparse.Namespace, model: nn.Module) -> utils.TrainingState:
+def build_state(args: argparse.Namespace, model: nn.Module) -> TrainingState:
     """Optimizer, schedule, scaler and moving average of a timm model whose weights are loaded already."""
+    device = next(model.parameters()).device
     betas = f' with --opt-betas {_words(args.opt_betas)}' if args.opt_betas else ''
     with blame('--opt', args.opt + betas, AssertionError, IndexError, TypeError):
-        optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': _scaled_lr(args)})
+        options = {**optimizer_kwargs(args), 'lr': _scaled_lr(args)}
+        optimizer = create_optimizer_v2(model, **options)
+        if device.type == 'cuda' and 'fused' in optimizer.defaults:  # it can leave an update out on the device
+            optimizer = create_optimizer_v2(model, **options, fused=True)
     if getattr(optimizer, 'is_second_order', False):
         raise UsageError(f'--opt {args.opt}: needs second derivatives, which this training step does not make')
     scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
-    device = next(model.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=_amp_dtype(args, device) == torch.float16)
     ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
     ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device) if args.model_ema else None
-    return utils.TrainingState(model, optimizer, scheduler, scaler, ema)
+    return TrainingState(model, optimizer, scheduler, scaler, ema)
 
 
 def _scaled_lr(args: argparse.Namespace) -> float:
@@ -486,46 +526,130 @@ def _amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def resume(args: argparse.Namespace, state: utils.TrainingState, checkpoint: dict) -> None:
-    """Takes over what --resume holds beside the weights, and says what that was."""
-    if not utils.has_progress(checkpoint):
-        average = ', moving average from these weights' if state.ema else ''
-        say(f'resume      {args.resume}: weights only; epoch {args.start_epoch}, fresh optimizer{average}')
-        state.start_after(args.start_epoch - 1)
+# Going on -------------------------------------------------------------------------------------------------------------
+
+
+def read_resume(args: argparse.Namespace) -> tuple[dict, Path | None]:
+    """What --resume holds, {} for nothing; and where, if that is a state of the run in --output_dir itself.
+
+    The last state of a run that goes on in its own folder gives way to the one before if it is damaged.
+    """
+    folder = Path(args.output_dir)
+    if not args.resume:
+        return {}, None
+    last = folder / checkpoints.LAST
+    own = bool(args.output_dir) and not args.eval and Path(args.resume).resolve() == last.resolve() and last.exists()
+    # What the first rank finds counts for all.
+    if args.resume == 'auto' and not utils.gather_objects(bool(checkpoints.find_checkpoints(folder)))[0]:
+        if args.eval:
+            raise UsageError(f'--resume auto: there is no checkpoint in --output_dir {folder} to evaluate')
+        say(f'resume      auto: no checkpoint in {folder}, the run begins')
+        return {}, None
+    with blame('--resume', args.resume):
+        if args.resume != 'auto' and not own:
+            return checkpoints.read_checkpoint(args.resume), None
+        path, checkpoint, faults = checkpoints.read_newest(folder)
+        first = Path(utils.gather_objects(str(path))[0])
+        if first != path:
+            path, checkpoint = first, checkpoints.read_checkpoint(first)
+    for fault in faults:
+        say(f'warning: --resume {args.resume}: {fault}; going back to {path.name}')
+    return checkpoint, path if checkpoints.has_progress(checkpoint) else None
+
+
+def check_same_run(args: argparse.Namespace, checkpoint: dict) -> None:
+    """Refuses what would make it another run, and shows a table of the other flags that differ."""
+    flags = checkpoints.flags_of(checkpoint)
+    ours = 'format' in checkpoint  # of the release's files only the optimizer must fit
+    if args.eval:
         return
-    flags = checkpoint.get('args') or {}
-    optimizer = (flags if isinstance(flags, dict) else vars(flags)).get('opt', args.opt)
-    if optimizer != args.opt:
-        raise UsageError(f'--resume {args.resume}: was trained with --opt {optimizer}, now it is {args.opt}')
+    for name in FIXED if ours else ('opt',):
+        if name in flags and flags[name] != getattr(args, name):
+            was, now = (_shown(value) for value in (flags[name], getattr(args, name)))
+            raise UsageError(f'--resume {args.resume}: was trained with {_flag(name)} {was}, now it is {now}')
+    if not ours:
+        return
+    rows = [(_flag(name), _shown(was), _shown(getattr(args, name))) for name, was in flags.items()
+            if name not in FIXED + FREE and hasattr(args, name) and was != getattr(args, name)]  # fmt: skip
+    if checkpoint.get('ranks', utils.get_world_size()) != utils.get_world_size():
+        rows.append(('(ranks)', str(checkpoint['ranks']), str(utils.get_world_size())))
+    if rows:
+        say(f'resume      {args.resume}: flags that differ; those of now count')
+        for row in [('', 'was', 'now'), *rows]:
+            say('            {:<24} {:<24} {}'.format(*row))
+
+
+def check_same_data(args: argparse.Namespace, state: TrainingState, checkpoint: dict) -> None:
+    """Refuses other images or classes than the run was begun with."""
+    was, now = checkpoint.get('data'), state.data
+    if isinstance(was, dict) and was != now:
+        kind = 'classes of other names' if {**was, 'names': now['names']} == now else (
+            f'{was.get("images")} images of {was.get("classes")} classes, '
+            f'now there are {now["images"]} of {now["classes"]}'
+        )  # fmt: skip
+        raise UsageError(f'--data-path {args.data_path}: --resume {args.resume} was trained on {kind}')
+
+
+def _flag(name: str) -> str:
+    return '--' + (name if name in ('output_dir', 'num_workers', 'start_epoch') else name.replace('_', '-'))
+
+
+def _shown(value: object) -> str:
+    return _words(value) if isinstance(value, list) else str(value) if value not in ('', {}) else '(none)'
+
+
+def resume(args: argparse.Namespace, state: TrainingState, checkpoint: dict, steps: int) -> None:
+    """Takes over what --resume holds beside the weights, and says what that was.
+
+    Args:
+        args: the flags.
+        state: to go on with.
+        checkpoint: what was read; {} begins a run.
+        steps: of a whole epoch.
+    """
+    if not checkpoints.has_progress(checkpoint):
+        if checkpoint:
+            average = ', moving average from these weights' if state.ema else ''
+            say(f'resume      {args.resume}: weights only; epoch {args.start_epoch}, fresh optimizer{average}')
+        state.start_after(args.start_epoch - 1)
+        state.step = args.start_epoch * steps
+        return
     averaged = state.ema is not None and bool(checkpoint.get('model_ema'))
-    with blame('--resume', args.resume, AttributeError, KeyError, RuntimeError, TypeError):
-        state.load_progress(checkpoint)
+    with blame('--resume', args.resume, AttributeError, IndexError, KeyError, RuntimeError, TypeError):
+        state.load_progress(checkpoint, next(state.model.parameters()).device)
         if averaged:
             models.load_weights(state.ema.module, models.named_weights(checkpoint, ema=True))
+    if 'step' not in checkpoint:
+        state.step = (state.epoch + 1) * steps
     average = 'its moving average' if averaged else 'moving average from its weights' if state.ema else 'no average'
-    say(f'resume      {args.resume}: epoch {state.epoch} done, {average}, best Acc@1 {state.best_acc1:.3f}')
+    say(f'resume      {args.resume}: {state.describe()}, {average}, best Acc@1 {state.best_acc1:.3f}')
 
 
-def prepare_output(args: argparse.Namespace, checkpoint: dict) -> Path | None:
-    """Makes --output_dir; a folder that holds a run is written to only by the run that goes on from its last epoch."""
+def prepare_output(args: argparse.Namespace, checkpoint: dict, own: Path | None) -> RunFolder:
+    """Makes --output_dir; a folder that holds a run is written to only by the run that goes on from its last state."""
+    interval = 60 * args.save_interval_minutes or math.inf
     if not args.output_dir:
         say('warning: no --output_dir: neither checkpoints nor log.txt are kept')
-        return None
+        return RunFolder(None)
     folder = Path(args.output_dir)
-    last = folder / 'checkpoint.pth'
-    goes_on = Path(args.resume).resolve() == last.resolve() and utils.has_progress(checkpoint)
+    last = folder / checkpoints.LAST
     with blame('--output_dir', args.output_dir):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise ValueError('is not writable')
-        utils.read_log(folder / 'log.txt')  # a damaged one is found now, not after the first epoch
-        found = [name for name in KEPT if (folder / name).exists()]
-        if found and not goes_on:
-            advice = f'go on with --resume {last} or choose' if last.exists() else 'choose'
+        # a damaged log is found now, not after the first epoch
+        epochs = [row['epoch'] for row in checkpoints.read_log(folder / checkpoints.LOG)]
+        found = [name for name in checkpoints.KEPT if (folder / name).exists()]
+        # Killed after the first row of its log and before its first checkpoint, a run may begin again.
+        anew = args.resume == 'auto' and found == [checkpoints.LOG] and epochs in ([], [args.start_epoch])
+        if found and not own and not anew:
+            advice = 'go on with --resume auto or choose' if last.exists() and args.resume != 'auto' else (
+                f'move {"it" if len(found) == 1 else "them"} away or choose')  # fmt: skip
             raise ValueError(f'holds {" and ".join(found)} already; {advice} another folder')
-    if utils.has_progress(checkpoint) and not goes_on:
-        say(f'note        {folder} begins anew: earlier epochs are not in its log.txt, nor in its best_checkpoint.pth')
-    return folder
+        if checkpoints.has_progress(checkpoint) and not own:
+            say(f'note        {folder} begins anew: earlier epochs are not in its log.txt or best_checkpoint.pth')
+        whole = own is not None and own.name == checkpoints.LAST
+        return RunFolder(folder, args.keep, interval, checkpoint.get('step', 0) if whole else None)
 
 
 # The first screen -----------------------------------------------------------------------------------------------------
@@ -560,11 +684,13 @@ def describe_model(role: str, name: str, tapped: models.TappedModel) -> None:
     say(f'{role:<12}{name}, {parameters:,} parameters, {taps}')
 
 
-def describe_training(args: argparse.Namespace, train: DataLoader, val: DataLoader, criterion: nn.Module) -> None:
+def describe_training(
+    args: argparse.Namespace, train: DataLoader, val: DataLoader, criterion: nn.Module, repeated_aug: bool
+) -> None:
     """What is trained on and what on, and what may surprise."""
     world, images = utils.get_world_size(), len(train.dataset)
     say(f'images      {images:,} for training, {len(val.dataset):,} for validation, {len(train):,} steps an epoch')
-    if _repeats(args):
+    if repeated_aug:
         distinct = distinct_images(args.batch_size, world)
         say(f"sampler     repeated augmentation: {distinct} distinct images in a rank's batch of {args.batch_size}")
     else:
@@ -602,12 +728,20 @@ def _count(number: int, noun: str) -> str:
 # The run --------------------------------------------------------------------------------------------------------------
 
 
-def report(stats: dict[str, float], images: int, what: str = 'network') -> None:
-    say(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
-    say(f'Accuracy of the {what} on the {images} test images: {stats["acc1"]:.1f}%')
+@dataclass(frozen=True)
+class Parts:
+    """What `run` has built for `train`."""
+
+    device: torch.device
+    num_classes: int
+    student: models.TappedModel
+    teacher: models.TappedModel | None
+    val_loader: DataLoader
+    folder: RunFolder
+    agreement: utils.Agreement
 
 
-def run(args: argparse.Namespace, device: torch.device) -> None:
+def run(args: argparse.Namespace, device: torch.device, signals: utils.Signals) -> None:
     """Builds the parts, in the order that finds faults before work is done, and evaluates or trains."""
     with blame('--data-path', args.data_path):
         num_classes = datasets.count_classes(args.data_set, args.data_path, args.inat_category)
@@ -622,108 +756,141 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         teacher.to(device)
     if taught:
         check_pair(args, student, teacher)
-    checkpoint = load_student(args, student.model) if args.resume else {}
+    checkpoint, own = read_resume(args)
+    if checkpoint:
+        check_same_run(args, checkpoint)
+        load_student(args, student.model, checkpoint)
     student.to(device)
-    folder = prepare_output(args, checkpoint) if not args.eval else None
+    folder = prepare_output(args, checkpoint, own) if not args.eval else None
 
     val_loader = build_val_loader(args, device)
-    found = len(getattr(val_loader.dataset, 'classes', range(num_classes)))
+    found = len(getattr(val_loader.dataset.dataset, 'classes', range(num_classes)))
     if found != num_classes:
         say(f'warning: --data-path {args.data_path} has {found} class folders; the head keeps {num_classes} classes')
+    agreement = utils.Agreement(signals)
     if args.eval_teacher:
-        stats = evaluate(teacher.model, val_loader, device, _amp_dtype(args, device))
-        report(stats, len(val_loader.dataset), 'teacher')
+        measure(args, teacher.model, val_loader, device, lambda: stop_if_told(agreement), 'teacher')
     if args.eval:
-        report(evaluate(student.model, val_loader, device, _amp_dtype(args, device)), len(val_loader.dataset))
+        measure(args, student.model, val_loader, device, lambda: stop_if_told(agreement), 'network')
+        report_bad_images(device, val_loader)
         return
-    train(args, device, num_classes, student, teacher if taught else None, val_loader, checkpoint, folder)
+    signals.defer()
+    parts = Parts(device, num_classes, student, teacher if taught else None, val_loader, folder, agreement)
+    train(args, parts, checkpoint)
 
 
-def load_student(args: argparse.Namespace, model: nn.Module) -> dict:
-    """Loads the weights of --resume, the moving average with --eval --eval-ema; returns the whole checkpoint."""
+def load_student(args: argparse.Namespace, model: nn.Module, checkpoint: dict) -> None:
+    """Loads the weights of --resume, the moving average with --eval --eval-ema."""
     with blame('--resume', args.resume):
-        checkpoint = models.read_checkpoint(args.resume)
         models.load_weights(model, models.named_weights(checkpoint, ema=args.eval and args.eval_ema))
-    return checkpoint
 
 
-def train(
-    args: argparse.Namespace,
-    device: torch.device,
-    num_classes: int,
-    student: models.TappedModel,
-    teacher: models.TappedModel | None,
-    val_loader: DataLoader,
-    checkpoint: dict,
-    folder: Path | None,
-) -> None:
+def stop_if_told(agreement: utils.Agreement) -> None:
+    """Stops all ranks where one has received a signal and there is nothing to save."""
+    signum, _ = agreement.poll()
+    if signum:
+        raise utils.StoppedError(signum)
+
+
+def measure(
+    args: argparse.Namespace, model: nn.Module, loader: DataLoader, device: torch.device, poll: Callable, what: str
+) -> dict[str, float]:
+    """Evaluates and prints the result."""
+    stats = evaluate(model, loader, device, _amp_dtype(args, device), poll)
+    if not stats['images']:
+        raise datasets.BadImageError(f'{args.data_path}: no validation image can be read')
+    say(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
+    images = stats['images'] // (1 if args.dist_eval else utils.get_world_size())
+    say(f'Accuracy of the {what} on the {images} test images: {stats["acc1"]:.1f}%')
+    return stats
+
+
+def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
     """The epoch loop: train, evaluate, log, save."""
-    train_loader = build_train_loader(args, device)
+    device = parts.device
+    repeated_aug = choose_order(args, checkpoint)
+    train_loader = build_train_loader(args, device, repeated_aug)
     criterion = build_criterion(args)
-    describe_training(args, train_loader, val_loader, criterion)
-    state = build_state(args, student.model)
-    if checkpoint:
-        resume(args, state, checkpoint)
-    else:
-        state.start_after(args.start_epoch - 1)
+    describe_training(args, train_loader, parts.val_loader, criterion, repeated_aug)
+    state = build_state(args, parts.student.model)
+    state.data = datasets.fingerprint(train_loader.dataset.dataset, parts.num_classes)
+    state.repeated_aug = repeated_aug
+    check_same_data(args, state, checkpoint)
+    resume(args, state, checkpoint, len(train_loader))
+    allowed = _allowed_skips(args)
+    # A run that goes on after a withheld update must keep it from the moving average too.
+    watch = Watch(state.scaler, allowed, state.skipped, every_step=device.type == 'cpu' or allowed > 0)
+    wrapped = parts.student
+    if torch.distributed.is_initialized():
+        wrapped = DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == 'cuda' else None)
+        watch.attach(wrapped)
+    global_batch = args.batch_size * utils.get_world_size()
+    keeper = Keeper(state, parts.folder, parts.agreement, watch, vars(args), global_batch, args.save_interval_steps)
     options = {
         'device': device,
         'amp_dtype': _amp_dtype(args, device),
         'seed': args.seed,
-        'mixup': build_mixup(args, num_classes),
+        'mixup': build_mixup(args, parts.num_classes),
         # without `step`: a constant decay from the first step on
-        'after_step': (lambda: state.ema.update(state.model)) if state.ema else None,
+        'average': (lambda: state.ema.update(state.model)) if state.ema else None,
+        'after_step': keeper.after_step,
         'clip_grad': args.clip_grad,
         # As in the release: fine-tuning without a teacher keeps drop-path off and averages two heads.
-        'train_mode': not args.finetune or teacher is not None,
+        'train_mode': not args.finetune or parts.teacher is not None,
         'print_freq': args.print_freq,
     }
-    wrapped = student
-    if torch.distributed.is_initialized():
-        wrapped = DistributedDataParallel(student, device_ids=[device.index] if device.type == 'cuda' else None)
     if state.epoch + 1 >= args.epochs:
         say(f'--epochs {args.epochs}: all done already, nothing to train')
     start = time.monotonic()
+    keeper.settle()
     for epoch in range(state.epoch + 1, args.epochs):
-        train_loader.sampler.set_epoch(epoch)
+        train_loader.sampler.set_epoch(epoch, state.position)
+        progress = {'epoch': epoch, 'step': state.step, 'done': state.position // global_batch}
+        models_and_loss = (wrapped, parts.teacher, criterion)
         stats = train_one_epoch(
-            wrapped, teacher, criterion, train_loader, state.optimizer, state.scaler, epoch=epoch, **options
+            *models_and_loss, train_loader, state.optimizer, state.scaler, state.meters, watch, **progress, **options
         )
-        state.epoch = epoch
-        state.lr_scheduler.step(epoch)  # with the epoch just finished: the curve lags one epoch, as published
-        finish_epoch(args, state, stats, val_loader, device, folder)
-    say(f'Training time {timedelta(seconds=int(time.monotonic() - start))}')
+        finish_epoch(args, parts, state, keeper, stats)
+        report_bad_images(device, train_loader, parts.val_loader)
+    keeper.finish()
+    took = time.monotonic() - start
+    share = 100 * parts.folder.seconds / max(took, 1e-9)
+    say(f'Training time {timedelta(seconds=int(took))}, {share:.2f} % of it for {parts.folder.saves} saves')
+    report_bad_images(device, train_loader, parts.val_loader, again=True)
+
+
+def _allowed_skips(args: argparse.Namespace) -> int:
+    return 0 if args.non_finite == 'stop' else int(args.non_finite.removeprefix('skip:'))
 
 
 def finish_epoch(
-    args: argparse.Namespace,
-    state: utils.TrainingState,
-    stats: dict[str, float],
-    val_loader: DataLoader,
-    device: torch.device,
-    folder: Path | None,
+    args: argparse.Namespace, parts: Parts, state: TrainingState, keeper: Keeper, stats: dict[str, float]
 ) -> None:
-    """Evaluates, logs and saves. The log comes first: a run killed in between repeats the epoch and its row."""
-    images = len(val_loader.dataset)
-    rows = {'train': stats, 'test': evaluate(state.model, val_loader, device, _amp_dtype(args, device))}
-    report(rows['test'], images)
+    """Evaluates, logs and saves."""
+
+    def measured(model: nn.Module, what: str) -> dict[str, float]:
+        return measure(args, model, parts.val_loader, parts.device, keeper.poll, what)
+
+    rows = {'train': stats, 'test': measured(state.model, 'network')}
     if args.eval_ema and state.ema:
-        ema = state.ema.module if state.ema.device is None else copy.deepcopy(state.ema.module).to(device)
-        rows['test_ema'] = evaluate(ema, val_loader, device, _amp_dtype(args, device))
-        report(rows['test_ema'], images, 'moving average')
+        average = state.ema.module if state.ema.device is None else copy.deepcopy(state.ema.module).to(parts.device)
+        rows['test_ema'] = measured(average, 'moving average')
     best = rows['test']['acc1'] >= state.best_acc1  # of equals the last one
     state.best_acc1 = max(state.best_acc1, rows['test']['acc1'])
     say(f'Max accuracy: {state.best_acc1:.2f}%')
-    if folder is None or utils.get_rank() != 0:
-        return
+    state.finish_epoch()
     kept = {'train': stats.keys(), 'test': ('loss', 'acc1', 'acc5'), 'test_ema': ('loss', 'acc1', 'acc5')}
     row = {f'{split}_{key}': values[key] for split, values in rows.items() for key in kept[split]}
     parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
-    utils.write_log_row(folder / 'log.txt', {**row, 'epoch': state.epoch, 'n_parameters': parameters})
-    contents = state.state_dict(vars(args))
-    # The last one at the end: once it is there, all of the epoch is kept.
-    for name in ('best_checkpoint.pth', 'checkpoint.pth') if best else ('checkpoint.pth',):
-        utils.write_durably(folder / name, lambda file: torch.save(contents, file))
+    keeper.save({**row, 'epoch': state.epoch, 'n_parameters': parameters}, best)
+
+
+def report_bad_images(device: torch.device, *loaders: DataLoader, again: bool = False) -> None:
+    """Lists the images that were left out on any rank, those since the last list or all."""
+    for loader in loaders:
+        instead = 'left out of evaluation' if isinstance(loader.dataset, EvalDataset) else 'replaced by the next one'
+        for image in loader.dataset.list_bad(lambda bad: utils.sum_over_ranks(bad.to(device)), again):
+            say(f'warning: cannot be read, {instead}: {image}')
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -733,33 +900,60 @@ def main(argv: list[str] | None = None) -> None:
         argv: the flags; those of the command line if None.
 
     Raises:
-        SystemExit: 2 for bad input, after one line on stderr; 1 for a loss that is not finite or an image that cannot
-            be read; 130 for Ctrl-C; 0 after --help.
+        SystemExit: after one line on stderr; 2 for bad input; 1 for a loss that is not finite, an image that cannot be
+            read, a state that could not be saved, or another rank that has gone; 128 + n for signal n; 0 after --help.
     """
-    try:
-        args = parse_args(argv)
-        with blame('--dist_url', args.dist_url, RuntimeError):
-            device = utils.init_distributed(args.device, args.dist_url)
-        run(args, device)
-    except UsageError as error:
-        # Bad input is bad on all ranks. The first of a machine says so, and its launcher ends the others while they
-        # wait; a fault they alone have is said after all.
-        if os.environ.get('LOCAL_RANK', '0') != '0':
-            time.sleep(10)
-        _stop(error, 2)
-    except (FloatingPointError, datasets.BadImageError) as error:
-        _stop(error, 1)
-    except KeyboardInterrupt:
-        _stop('interrupted', 130)
+    with utils.Signals() as signals:
+        try:
+            _start(argv, signals)
+        except UsageError as error:
+            # Bad input is bad on all ranks. The first of a machine says so, and its launcher ends the others while they
+            # wait; a fault they alone have is said after all.
+            signals.restore()
+            if os.environ.get('LOCAL_RANK', '0') != '0':
+                time.sleep(10)
+            _stop(error, 2)
+        except FloatingPointError as error:
+            _stop(error if utils.get_rank() == 0 else '', 1)  # all ranks know it
+        except (datasets.BadImageError, checkpoints.NotSavedError) as error:
+            _stop(error, 1)
+        except utils.StoppedError as error:
+            _stop(error if utils.get_rank() == 0 else '', 128 + error.signum)
+        except RuntimeError as error:
+            if utils.lost_peer(error):  # which has said why
+                _stop(f'rank {utils.get_rank()} stops, for another rank has gone', 1)
+            if not str(error).startswith('DataLoader worker'):
+                raise
+            _stop(f'{str(error).rstrip(". ")}; was there memory enough for --num_workers?', 1)
+        except (ConnectionError, EOFError) as error:  # in the midst of a batch that it was handing over
+            _stop(f'a DataLoader worker has gone ({error}); was there memory enough for --num_workers?', 1)
     # Only after success: with nccl it waits for the other ranks.
     utils.leave_distributed()
 
 
+def _start(argv: list[str] | None, signals: utils.Signals) -> None:
+    args = parse_args(argv)
+    with blame('--dist_url', args.dist_url, RuntimeError):
+        device = utils.init_distributed(args.device, args.dist_url)
+    if utils.get_world_size() > 1:
+        signals.defer()  # until all ranks can stop together
+    try:
+        run(args, device, signals)
+    except BaseException:
+        utils.end_loader_processes()
+        raise
+
+
 def _stop(reason: object, code: int) -> NoReturn:
-    # The last line is the reason; what a loader process raised has its traceback before it.
-    print(f'main.py: error: {str(reason).strip().splitlines()[-1]}', file=sys.stderr, flush=True)
+    if str(reason):
+        # The last line is the reason; what a loader process raised has its traceback before it.
+        print(f'main.py: error: {str(reason).strip().splitlines()[-1]}', file=sys.stderr, flush=True)
     raise SystemExit(code) from None
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except SystemExit:
+        utils.ignore_signals()  # by which a launcher ends the other ranks once one has left; all are leaving
+        raise

@@ -5,6 +5,7 @@ W·B consecutive positions, whatever W is.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Dataset, DistributedSampler, Sampler
@@ -47,16 +48,22 @@ class KeyedSampler(Sampler[tuple[int, int, int]]):
         self.num_replicas = num_replicas
         self.rank = rank
         self.epoch = 0
+        self.start = 0
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Chooses the epoch, and the position from which all ranks together go on in it."""
         self.epoch = epoch
+        self.start = start
         self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        """As many on each rank, whatever position was begun at."""
+        return max(0, len(self.sampler) * self.num_replicas - self.start) // self.num_replicas
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        for i, index in enumerate(self.sampler):
+        # Fewer ranks may have stopped between two positions that are this rank's: its first is the one behind.
+        first = max(0, -(-(self.start - self.rank) // self.num_replicas))
+        for i, index in enumerate(islice(self.sampler, first, first + len(self)), start=first):
             yield index, self.epoch, self.rank + self.num_replicas * i
 
 

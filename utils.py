@@ -1,27 +1,24 @@
-"""What every part of a run needs: process groups, meters and log, checkpoints, counters for random numbers."""
+"""What every part of a run needs: process groups, stopping together, meters, counters for random numbers."""
 
-import json
-import math
+import multiprocessing
 import os
 import random
 import resource
+import signal
 import sys
+import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-import timm
 import torch
 import torch.distributed as dist
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 # Distributed set-up ---------------------------------------------------------------------------------------------------
 
@@ -77,11 +74,13 @@ def init_distributed(device: str, dist_url: str) -> torch.device:
         chosen = torch.device('cuda', index)
         torch.cuda.set_device(chosen)
     if ranks is not None:
+        store, rank, world_size = next(rendezvous(dist_url, *ranks[:2]))
         dist.init_process_group(
             'nccl' if cuda else 'gloo',
-            init_method=dist_url,
-            rank=ranks[0],
-            world_size=ranks[1],
+            # After a restart by torchrun some versions of torch meet at the old store, where dead ranks' addresses are.
+            store=dist.PrefixStore(f'attempt {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store),
+            rank=rank,
+            world_size=world_size,
             timeout=timedelta(minutes=30),
             device_id=chosen if cuda else None,
         )
@@ -118,60 +117,285 @@ def say(text: str) -> None:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The values (n,) added up over all ranks, on the same device."""
+    """The values (n,) added up over all ranks, in place, on the same device."""
     if dist.is_initialized():
         dist.all_reduce(values)
         _reduced.append(values)
     return values
 
 
-# Meters and logging ---------------------------------------------------------------------------------------------------
+def gather_over_ranks(values: Tensor) -> list[Tensor]:
+    """The values (n,) of every rank, in the order of the ranks."""
+    if not dist.is_initialized():
+        return [values]
+    gathered = [torch.empty_like(values) for _ in range(get_world_size())]
+    dist.all_gather(gathered, values)
+    _reduced.extend(gathered)
+    return gathered
+
+
+def gather_objects(value: object) -> list:
+    """A plain value of every rank, in the order of the ranks. Waits for the device."""
+    if not dist.is_initialized():
+        return [value]
+    gathered = [None] * get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+# Stopping together ----------------------------------------------------------------------------------------------------
+
+
+class StoppedError(BaseException):
+    """A signal asked the run to stop; no error, so nothing that survives errors takes it for one."""
+
+    def __init__(self, signum: int, where: str = 'nothing was trained') -> None:
+        super().__init__(f'stopped by {signal.Signals(signum).name}: {where}')
+        self.signum = signum
+
+
+class Signals:
+    """Notes SIGTERM, SIGINT, SIGUSR1 or SIGHUP instead of dying of it, inside `with` and in the main thread only.
+
+    As long as there is nothing to save, the signal stops the run at once. After `defer` the run goes on to the next
+    point at which all ranks can stop together. If it does not get there within PATIENCE seconds, and not within three
+    times what it has needed from one such point to the next, it stops all the same; a thread ends the process if it is
+    stuck where no Python runs. Further signals change nothing.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    PATIENCE = 20.0  # schedulers kill 30 s after they asked
+    STUCK = 3.0  # seconds more for a stop in an orderly way
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._deferred = False
+        self._seen, self._longest = 0.0, 0.0  # the last such point; the longest way between two
+        self._asked, self._leaving = 0.0, False
+        # Ranks outlive a launcher that is killed; nobody would ever end them.
+        self._launcher = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> 'Signals':
+        if threading.current_thread() is threading.main_thread():
+            # What `nohup` has made deaf to SIGHUP stays so.
+            deaf = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            numbers = [number for number in self.NUMBERS if not (deaf and number == signal.SIGHUP)]
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
+            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._lose_patience)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Signals do what they did before `with`."""
+        self._leaving = True
+        self.set_alarm(0)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, _) -> None:
+        if self.received:
+            return  # launchers and schedulers often send it twice
+        self.received = number
+        if not self._deferred:
+            raise StoppedError(number)
+        self._asked = time.monotonic()
+        self.set_alarm(self.PATIENCE)
+        threading.Thread(target=self._end_if_stuck, daemon=True).start()
+
+    def _left(self) -> float:
+        """Seconds of patience."""
+        until = max(self._asked + self.PATIENCE, self._seen + 3 * self._longest)
+        return until - time.monotonic()
+
+    def _lose_patience(self, *_) -> None:
+        if self._left() > 0:
+            return self.set_alarm(self._left())
+        raise self._too_late()
+
+    def _too_late(self) -> StoppedError:
+        where = f'within {self.PATIENCE:.0f} s there was no step after which to save; the last saved state counts'
+        return StoppedError(self.received, where)
+
+    def _end_if_stuck(self) -> None:
+        while not self._leaving:
+            left = self._left() + self.STUCK
+            if left <= 0:
+                os.write(2, f'main.py: error: {self._too_late()}\n'.encode())
+                os._exit(128 + self.received)
+            time.sleep(min(left, 1.0))
+
+    def set_alarm(self, seconds: float) -> None:
+        if self._before:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def seen_alive(self) -> None:
+        """The run is at a point where it could stop."""
+        if self._launcher and os.getppid() != self._launcher:
+            self.received = self.received or signal.SIGTERM
+        now = time.monotonic()
+        if self._seen:
+            self._longest = max(self._longest, now - self._seen)
+        self._seen = now
+
+    def defer(self) -> None:
+        """From now on there is something to save, or somebody to tell."""
+        self._deferred = True
+
+    def agreed(self) -> None:
+        """All ranks know and save now; nothing may disturb that any more."""
+        self._leaving = True
+        self.set_alarm(0)
+        if self._before:
+            ignore_signals()
+
+
+def ignore_signals() -> None:
+    """From now on nothing but SIGKILL ends this process from outside."""
+    for number in Signals.NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Agreement:
+    """Lets all ranks stop, and save, at the same step, at the cost of one tiny collective between hosts.
+
+    Beside a GPU it is read one poll later, so that nobody waits for it: the host waits neither for its device nor, as a
+    rule, for other hosts. On the CPU, where steps are long, it is read at once. All ranks must poll equally often.
+    """
+
+    def __init__(self, signals: Signals) -> None:
+        self._signals = signals
+        self._lags = get_world_size() > 1 and dist.get_backend() != 'gloo'
+        self._group = dist.new_group(backend='gloo') if self._lags else None
+        self._work: dist.Work | None = None
+        self._told = torch.zeros(2, dtype=torch.int32)
+
+    def poll(self, due: bool = False) -> tuple[int, bool]:
+        """Tells the others of a signal and that a save is due; returns the signal, or 0, and whether a save is due.
+
+        Beside a GPU among several ranks that is what was told at the poll before.
+        """
+        self._signals.seen_alive()
+        signum = self._signals.received
+        if get_world_size() > 1:
+            signum, agreed = self._read() if self._lags else (0, False)
+            # What was just agreed on is not asked for again.
+            self._told = torch.tensor([self._signals.received, int(due and not agreed)], dtype=torch.int32)
+            self._work = dist.all_reduce(self._told, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            _reduced.append(self._told)
+            signum, due = (signum, agreed) if self._lags else self._read()
+        if signum:
+            self._signals.agreed()
+        return signum, due
+
+    def _read(self) -> tuple[int, bool]:
+        if self._work is None:
+            return 0, False
+        self._work.wait()
+        signum, due = self._told.tolist()
+        return signum, bool(due)
+
+    def settle(self) -> int:
+        """Waits until all ranks are here; returns the signal any of them has received, or 0."""
+        return self.poll()[0] or self.poll()[0]
+
+    def wait_for_all(self) -> None:
+        """Waits until all ranks are here, or have gone."""
+        if get_world_size() > 1:
+            with suppress(RuntimeError):
+                dist.all_reduce(torch.zeros(1), group=self._group)
+
+
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has gone."""
+    text = str(error)
+    return dist.is_initialized() and (
+        'gloo' in text or isinstance(error, dist.DistBackendError) or 'Connection' in text
+    )
+
+
+def undisturbed(loader: Iterable) -> Iterator:
+    """An iterator whose loader processes never see the signals the run is to be stopped by."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, Signals.NUMBERS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_loader_processes() -> None:
+    """Kills them; they have nothing to lose, and would keep a run that has failed from ending."""
+    with suppress(RuntimeError):  # torch's watchman of the loaders, in the midst of which we are
+        _silence_loader_watchman()
+    children = multiprocessing.active_children()
+    for process in children:
+        process.kill()
+    for process in children:
+        process.join()
+
+
+def _silence_loader_watchman() -> None:
+    """One dead loader process is reported by an exception wherever the program is; from now on by none."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+# Meters and progress --------------------------------------------------------------------------------------------------
 
 
 class Meters:
-    """Running means of named scalars; the host reads them only when a line is printed or an epoch ends."""
+    """Running means over images of named scalars; the host reads them only when a line is printed or an epoch ends.
+
+    A row that is not finite counts for nothing: it is the business of `engine.Watch`.
+    """
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.total: Tensor | None = None
-        self.count = 0
-        self._printed = (0, 0.0)
+        self.total: Tensor | None = None  # float64: sums over images of each name, and their number
+        self._printed: np.ndarray | None = None
 
-    def update(self, values: dict[str, Tensor]) -> None:
-        """Adds one step's scalars, whatever their names; no host sync."""
+    def update(self, values: dict[str, Tensor], images: int) -> None:
+        """Adds one step's means over so many images, whatever their names; no host sync."""
         row = torch.stack([value.detach().float() for value in values.values()])
-        row = torch.cat([row.sum()[None], row])
+        # Weighed by images: a run may go on with larger batches on fewer ranks.
+        row = torch.cat([row.sum()[None], row, row.new_ones(1)]).double() * images
+        row = torch.where(torch.isfinite(row).all(), row, torch.zeros_like(row))
         self.names = ['loss', *(f'loss_{name}' for name in values)]
-        self.total = row.double() if self.total is None else self.total + row
-        self.count += 1
+        self.total = row if self.total is None else self.total + row
 
     def line(self) -> str:
-        """Means since the last line, and since the start of the epoch in brackets. Waits for the device.
-
-        Raises:
-            FloatingPointError: a value since the last line is not finite.
-        """
-        total, (count, before) = np.array(self.total.tolist()), self._printed
-        recent, whole = (total - before) / (self.count - count), total / self.count
-        self._check_finite(recent, f'steps {count} to {self.count - 1} of the epoch')
-        self._printed = (self.count, total)
-        return '  '.join(f'{n}: {r:.4f} ({w:.4f})' for n, r, w in zip(self.names, recent, whole, strict=True))
+        """Means since the last line, and since the start of the epoch in brackets. Waits for the device."""
+        total = np.array(self.total.tolist())
+        recent = total if self._printed is None else total - self._printed
+        self._printed = total
+        pairs = zip(self.names, recent[:-1] / max(recent[-1], 1), total[:-1] / max(total[-1], 1), strict=True)
+        return '  '.join(f'{name}: {now:.4f} ({mean:.4f})' for name, now, mean in pairs)
 
     def means(self) -> dict[str, float]:
-        """Means over all steps of all ranks. Waits for the device.
+        """Means over all images of all ranks. Waits for the device."""
+        *total, count = sum_over_ranks(self.total.clone()).tolist()
+        return {name: value / max(count, 1) for name, value in zip(self.names, total, strict=True)}
 
-        Raises:
-            FloatingPointError: a value on any rank is not finite.
-        """
-        sums = torch.cat([self.total, self.total.new_tensor([self.count])])
-        *total, count = sum_over_ranks(sums).tolist()
-        self._check_finite(total, 'some step of the epoch')
-        return {name: value / count for name, value in zip(self.names, total, strict=True)}
+    def state_dict(self) -> dict:
+        """Plain numbers; those of every rank for itself, or sums would be added in another order after a resume."""
+        if self.total is None:
+            return {}
+        return {'names': self.names, 'totals': [row.tolist() for row in gather_over_ranks(self.total)]}
 
-    def _check_finite(self, values: Iterable[float], where: str) -> None:
-        bad = [name for name, value in zip(self.names, values, strict=True) if not math.isfinite(value)]
-        if bad:
-            raise FloatingPointError(f'not finite in {where} (rank {get_rank()}): {", ".join(bad)}')
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        """Takes over this rank's numbers; with another number of ranks than they are of, the first takes all."""
+        if not state:
+            return
+        totals = torch.tensor(state['totals'], dtype=torch.float64, device=device)
+        if totals.shape[1:] != (len(state['names']) + 1,):
+            raise ValueError('its meters have not as many values as names')
+        if len(totals) != get_world_size():
+            totals = torch.cat([totals.sum(0, keepdim=True), totals.new_zeros(get_world_size() - 1, totals.shape[1])])
+        self.names, self.total = list(state['names']), totals[get_rank()]
+        self._printed = np.array(self.total.tolist())
 
 
 class Progress:
@@ -190,11 +414,12 @@ class Progress:
         self.line = line
         self.device = device
 
-    def over(self, loader: Iterable) -> Iterator:
-        steps, start = len(loader), time.monotonic()
-        last, printed, waited = start, 0, 0.0
-        batches = iter(loader)
-        for step in range(steps):
+    def over(self, loader: Iterable, first: int = 0) -> Iterator:
+        """The batches of the rest of an epoch, of which `first` steps are done already."""
+        steps, start = first + len(loader), time.monotonic()
+        last, printed, waited = start, first, 0.0
+        batches = undisturbed(loader)
+        for step in range(first, steps):
             asked = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - asked
@@ -204,7 +429,7 @@ class Progress:
                 text = self.line()  # waits for the device, so the clock below is right
                 now = time.monotonic()
                 since = done - printed
-                eta = timedelta(seconds=int((now - start) / done * (steps - done)))
+                eta = timedelta(seconds=int((now - start) / (done - first) * (steps - done)))
                 say(
                     f'{self.header} [{done:{len(str(steps))}}/{steps}]  eta: {eta}  {text}  '
                     f'time: {(now - last) / since:.4f}  data: {waited / since:.4f}  mem: {peak_memory(self.device)} MiB'
@@ -219,121 +444,6 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) >> 20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak >> (20 if sys.platform == 'darwin' else 10)
-
-
-def read_log(path: Path) -> list[dict]:
-    """The rows of a log, none if there is no file.
-
-    Raises:
-        ValueError: a line is no JSON object with an epoch.
-    """
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if not all(isinstance(row, dict) and isinstance(row.get('epoch'), int) for row in rows):
-        raise ValueError(f'{path} is no log of epochs')
-    return rows
-
-
-def write_log_row(path: Path, row: dict) -> None:
-    """Writes one epoch's JSON line; rows of this epoch and later ones give way, as a resumed run repeats them."""
-    rows = [old for old in read_log(path) if old['epoch'] < row['epoch']] + [row]
-    text = ''.join(json.dumps(row) + '\n' for row in rows)
-    write_durably(path, lambda file: file.write(text.encode()))
-
-
-# Checkpoints ----------------------------------------------------------------------------------------------------------
-
-
-def write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replaces a file in one step: whatever happens, the old or the new one is there, whole."""
-    temporary = path.with_name(f'.{path.name}.tmp')
-    with open(temporary, 'wb') as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-@dataclass
-class TrainingState:
-    """Everything a run needs to go on where it stopped. The teacher is no part of it.
-
-    Attributes:
-        model: the student, a plain timm model.
-        ema: its moving average, if any.
-        epoch: the last finished epoch, −1 before the first.
-        best_acc1: best accuracy of the raw model so far, in percent.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: object
-    scaler: torch.amp.GradScaler
-    ema: ModelEmaV3 | None
-    epoch: int = -1
-    best_acc1: float = 0.0
-
-    def state_dict(self, args: dict) -> dict:
-        """The checkpoint, with the keys of the 2022 release and plain types only.
-
-        Args:
-            args: the flags of the run.
-        """
-        state = {
-            'model': self.model.state_dict(),
-            'optimizer': self.optimizer.state_dict(),
-            'lr_scheduler': self.lr_scheduler.state_dict(),
-            'epoch': self.epoch,
-            'scaler': self.scaler.state_dict(),
-            'args': args,
-            'best_acc1': self.best_acc1,
-            'versions': {'torch': str(torch.__version__), 'timm': timm.__version__},
-        }
-        return state | ({'model_ema': self.ema.module.state_dict()} if self.ema else {})
-
-    def load_progress(self, checkpoint: dict) -> bool:
-        """Takes over epoch, optimizer, schedule, scaler and best accuracy; weights are loaded elsewhere.
-
-        The learning rate and the optimizer's options come from the flags, the moments from the file: the schedule is
-        a function of the epoch.
-
-        Returns:
-            False, with nothing changed, for a file of weights alone.
-
-        Raises:
-            ValueError: the optimizer belongs to another model.
-        """
-        if not has_progress(checkpoint):
-            return False
-        if not isinstance(checkpoint['epoch'], int) or checkpoint['epoch'] < -1:
-            raise ValueError(f'its epoch is {checkpoint["epoch"]!r}, no number of an epoch')
-        own, saved = self.optimizer.state_dict(), checkpoint['optimizer']
-        if _signature(own) != _signature(saved):
-            raise ValueError("its optimizer's parameter groups are not those of this model and these flags")
-        self.optimizer.load_state_dict({'state': saved['state'], 'param_groups': own['param_groups']})
-        if checkpoint.get('scaler'):
-            self.scaler.load_state_dict(checkpoint['scaler'])
-        self.best_acc1 = float(checkpoint.get('best_acc1', 0.0))
-        self.start_after(checkpoint['epoch'])
-        return True
-
-    def start_after(self, epoch: int) -> None:
-        """Goes on after an epoch, with the learning rate the schedule then has."""
-        self.epoch = epoch
-        if epoch >= 0:
-            self.lr_scheduler.step(epoch)
-
-
-def has_progress(checkpoint: dict) -> bool:
-    """Whether a checkpoint tells how far its run had come, or holds weights alone."""
-    return {'optimizer', 'lr_scheduler', 'epoch'} <= checkpoint.keys()
-
-
-def _signature(optimizer: dict) -> object:
-    """What two states of one optimizer have in common, whatever version of torch wrote them."""
-    groups = optimizer.get('param_groups') if isinstance(optimizer, dict) else None
-    if not isinstance(groups, list):
-        return None
-    return [(len(group['params']), {'betas', 'momentum'} & group.keys()) for group in groups]
 
 
 # Random numbers by counter --------------------------------------------------------------------------------------------

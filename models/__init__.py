@@ -4,7 +4,7 @@ Letters: B images, N patch tokens, D channels, C classes.
 """
 
 from models.tap import Output, TappedModel, freeze, tap
-from models.weights import adapt, build, load_weights, named_weights, read_checkpoint
+from models.weights import adapt, build, load_weights, named_weights
 
 __all__ = [
     'Output',
@@ -14,6 +14,5 @@ __all__ = [
     'freeze',
     'load_weights',
     'named_weights',
-    'read_checkpoint',
     'tap',
 ]

@@ -1,26 +1,17 @@
-"""Building timm models by name and reading their weights from files of any common layout."""
+"""Building timm models by name and fitting weights of any common layout to them."""
 
-import argparse
 import difflib
-import hashlib
 import math
-import re
-import warnings
-from pathlib import Path
-from urllib.parse import urlparse
 
-import safetensors.torch
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict
 from torch import Tensor, nn
-from torch.hub import download_url_to_file, get_dir
 
 # Where the weights of a checkpoint lie, first match first; a bare state dict has none of these keys.
 WEIGHT_KEYS = ('model', 'state_dict')
 EMA_KEYS = ('model_ema', 'state_dict_ema')
-_NOT_A_CHECKPOINT = 'is damaged, or no file of weights'
 
 
 def build(
@@ -77,53 +68,6 @@ def _create(name: str, pretrained: bool, kwargs: dict) -> nn.Module:
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def read_checkpoint(source: str) -> dict:
-    """The contents of a weights file, on the CPU; nothing is unpickled but tensors and plain types.
-
-    Args:
-        source: a path, or a URL (downloaded once into torch's hub folder); `.safetensors` or torch's own format.
-
-    Raises:
-        OSError: it is not there or cannot be downloaded.
-        ValueError: it cannot be read safely, or holds no dictionary.
-    """
-    url = '://' in source
-    path = _download(source) if url else Path(source)
-    with open(path, 'rb') as file:  # what the system has to say comes first: not there, a folder, no permission
-        if path.suffix == '.safetensors':
-            return _read_safetensors(path)
-        try:
-            # Released files of 2020-2022 hold the flags of their run as a Namespace, a plain bag of values.
-            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # of a file it cannot read torch warns first
-                checkpoint = torch.load(file, map_location='cpu', weights_only=True)
-        except Exception as error:  # torch raises a dozen kinds for one thing
-            found = re.search(r'GLOBAL (\S+)', str(error))
-            reason = f'holds {found[1]}, and only tensors and plain types are read' if found else _NOT_A_CHECKPOINT
-            raise ValueError(reason + (f' (downloaded to {path})' if url else '')) from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f'holds a {type(checkpoint).__name__}, not a dictionary of weights')
-    return checkpoint
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(_NOT_A_CHECKPOINT) from error
-
-
-def _download(url: str) -> Path:
-    # torch.hub.load_state_dict_from_url would unpickle whatever the file asks for; only its download is used.
-    # The hash tells two files of one name apart.
-    name = f'{hashlib.sha256(url.encode()).hexdigest()[:8]}-{Path(urlparse(url).path).name}'
-    path = Path(get_dir()) / 'checkpoints' / name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        download_url_to_file(url, str(path), progress=False)
-    return path
 
 
 def named_weights(checkpoint: dict, ema: bool = False) -> dict[str, Tensor]:

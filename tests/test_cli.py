@@ -190,11 +190,15 @@ def test_a_two_headed_student_trains_on_two_ranks_at_either_end_of_alpha(folder,
 def test_evaluation_counts_the_same_on_one_two_and_three_ranks(folder, ranks, capsys):
     main.main(flags(folder, resume=folder / 'student.pth', **EVALUATION))
     alone = results(capsys.readouterr().out)
-    evaluated = [results(text) for name, text in ranks.items() if name.startswith('eval')]
-    assert evaluated == [alone] * 3
+    assert [results(ranks[name]) for name in ('eval on 2', 'eval on 3')] == [alone] * 2
     assert alone[1].startswith(f'Accuracy of the network on the {sum(VAL)} test images: ')
     top1, top5 = (float(alone[0].split()[i]) * sum(VAL) / 100 for i in (2, 4))
     assert 0 < top1 < top5 < sum(VAL)
+
+
+def test_evaluation_that_is_not_shared_counts_every_image_once(folder, ranks, capsys):
+    main.main(flags(folder, resume=folder / 'student.pth', **EVALUATION))
+    assert results(ranks['eval on 2, unshared']) == results(capsys.readouterr().out)
 
 
 def test_wrong_use_under_a_launcher_is_said_once(folder):
@@ -218,6 +222,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_is_named(folder):
     ((code, _, err),) = finish(start(*TORCHRUN, folder / 'driver.py', folder / 'nan.json'))
     assert code == 1
     (line,) = [line for line in err.splitlines() if line.startswith('main.py: error: not finite')]
-    assert 'rank 1' in line
-    assert line.endswith(': loss, loss_dist')
+    assert 'not finite at step 0 of epoch 0 on rank 1: loss_dist, teacher logits; images ' in line
+    assert len(line.split('images ')[1].split()) == 2  # a rank's batch
+    assert 'rank 0' not in line
     assert list((folder / 'nan').iterdir()) == []

@@ -1,9 +1,15 @@
 """Every data set of the table on small files made here, the transforms against Pillow, and keyed augmentation."""
 
 import hashlib
+import io
 import json
+import os
 import pickle
 import random
+import struct
+import warnings
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +21,9 @@ from torchvision.datasets import CIFAR10, CIFAR100
 import datasets
 from datasets import (
     DATA_SETS,
-    KeyedDataset,
+    BadImageError,
+    EvalDataset,
+    TrainDataset,
     build_dataset,
     build_eval_transform,
     build_train_transform,
@@ -352,7 +360,7 @@ def test_every_policy_posterizes_to_no_bits_without_an_error(aa):
 
 
 def keyed(seed=3):
-    return KeyedDataset(build_dataset('FAKE', '', True, train_transform(), input_size=16)[0], seed)
+    return TrainDataset(build_dataset('FAKE', '', True, train_transform(), input_size=16)[0], False, seed)
 
 
 def test_augmentation_is_the_same_whatever_was_drawn_before():
@@ -370,7 +378,8 @@ def test_augmentation_is_the_same_whatever_was_drawn_before():
 
 @pytest.mark.parametrize(('seed', 'key'), [(3, (11, 2, 41)), (3, (11, 3, 40)), (4, (11, 2, 40)), (3, (11, 40, 2))])
 def test_another_position_epoch_or_seed_draws_another_augmentation(seed, key):
-    (expected, label), (found, target) = keyed()[11, 2, 40], keyed(seed)[key]
+    (expected, label, index), (found, target, other) = keyed()[11, 2, 40], keyed(seed)[key]
+    assert index == other == 11
     assert target == label  # the image itself is the same
     assert not torch.equal(found, expected)
 
@@ -379,8 +388,215 @@ def test_another_position_epoch_or_seed_draws_another_augmentation(seed, key):
 def test_augmentation_is_the_same_with_and_without_workers():
     keys = [(index, 5, position) for position, index in enumerate([4, 4, 4, 9, 9, 9, 2, 2, 2, 7])]
     alone, shared = (
-        torch.cat([images for images, _ in DataLoader(keyed(), 3, sampler=keys, num_workers=workers)])
+        torch.cat([images for images, *_ in DataLoader(keyed(), 3, sampler=keys, num_workers=workers)])
         for workers in (0, 2)
     )
     assert torch.equal(alone, shared)
     assert len({image.numpy().tobytes() for image in alone}) == 10  # copies of one image differ among themselves
+
+
+# Images that cannot be read -------------------------------------------------------------------------------------------
+
+
+def encoded(image, form, **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+HUGE = b'IHDR' + struct.pack('>IIBBBBB', 30_000, 30_000, 8, 2, 0, 0, 0)
+PNG, JPEG = encoded(noise(40, 40), 'PNG'), encoded(noise(40, 40), 'JPEG')
+BAD = {
+    'nothing': b'',
+    'a signature': PNG[:8],
+    'half a header': PNG[:20],
+    'half a png': PNG[: len(PNG) // 2],
+    'a png without its end': PNG[:-40],
+    'half a jpeg': JPEG[: len(JPEG) // 2],
+    'a jpeg header': JPEG[:100],
+    'text': b'<html>no image</html>',
+    'zeros': bytes(1000),
+    'a bomb': PNG[:12] + HUGE + struct.pack('>I', zlib.crc32(HUGE)) + PNG[33:],  # of which Pillow warns by itself
+    'no permission': None,
+    'vanished': None,
+    'a folder': None,
+}
+
+
+def spoil(path, kind):
+    """Makes a file unreadable in one of these ways."""
+    if kind == 'no permission':
+        path.chmod(0)
+        if os.access(path, os.R_OK):
+            pytest.skip('this user may read everything')
+    elif BAD[kind] is None:
+        path.unlink()
+        if kind == 'a folder':
+            path.mkdir()
+    else:
+        path.write_bytes(BAD[kind])
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A function that opens a tree of two classes with three images each, of which some are spoilt afterwards."""
+
+    def make(*bad, train=True, skip=True, kind='text'):
+        for split in ('train', 'val'):
+            for i in range(6):
+                path = tmp_path / split / 'ab'[i // 3] / f'{i}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(encoded(noise(40, 40, seed=i), 'PNG'))
+        transform = train_transform(36) if train else build_eval_transform(36)
+        dataset, _ = build_dataset('FOLDER', str(tmp_path), train, transform)
+        for index in bad:
+            spoil(Path(dataset.samples[index][0]), kind)
+        return TrainDataset(dataset, skip, 3) if train else EvalDataset(dataset, skip)
+
+    return make
+
+
+@pytest.mark.R11
+@pytest.mark.parametrize('kind', BAD)
+@pytest.mark.parametrize('train', [True, False], ids=['training', 'evaluation'])
+def test_an_image_that_cannot_be_read_is_named_with_its_class(tree, tmp_path, train, kind):
+    dataset = tree(4, train=train, skip=False, kind=kind)
+    key = (4, 0, 0) if train else 4
+    path = tmp_path / ('train' if train else 'val') / 'b' / '4.png'
+    with pytest.raises(BadImageError) as caught:
+        dataset[key]
+    assert str(caught.value).startswith(f'{path}: ')
+    assert str(caught.value).endswith(' (class b)')
+    assert dataset.list_bad(lambda bad: bad, again=True) == []
+
+
+@pytest.mark.R11
+@pytest.mark.parametrize('kind', BAD)
+def test_in_training_the_next_good_image_takes_its_place(tree, kind):
+    dataset = tree(2, 3, 5, kind=kind)
+    for bad, good in [(2, 4), (3, 4), (5, 0)]:
+        (found, target, index), (expected, label, _) = dataset[bad, 7, 11], dataset[good, 7, 11]
+        assert (index, target) == (good, label) == (good, int(good >= 3))
+        assert torch.equal(found, expected)  # and gets the augmentation of the place
+    assert dataset.list_bad(lambda bad: bad) == [
+        f'{dataset.dataset.samples[i][0]} (class {"ab"[i >= 3]})' for i in (2, 3, 5)
+    ]
+
+
+@pytest.mark.R11
+@pytest.mark.filterwarnings('ignore:.*multi-threaded.*fork:DeprecationWarning')
+@pytest.mark.parametrize('train', [True, False], ids=['training', 'evaluation'])
+def test_what_is_left_out_is_the_same_with_and_without_workers_and_listed_once(tree, train):
+    keys = [(i, 1, position) for position, i in enumerate([5, 0, 2, 4, 1, 3])] if train else range(6)
+    read = []
+    for workers in (0, 2):
+        dataset = tree(2, 5, train=train)
+        read.append(list(DataLoader(dataset, 2, sampler=keys, num_workers=workers)))
+        listed = [f'{dataset.dataset.samples[i][0]} (class {"ab"[i >= 3]})' for i in (2, 5)]
+        assert dataset.list_bad(lambda bad: bad) == listed
+        assert dataset.list_bad(lambda bad: bad) == []
+        assert dataset.list_bad(lambda bad: bad, again=True) == listed
+    for one, other in zip(*read, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    # what another rank has found is listed too
+    assert dataset.list_bad(lambda bad: bad + (torch.arange(6) == 0))[0].endswith('0.png (class a)')
+
+
+@pytest.mark.R11
+def test_in_evaluation_a_bad_image_is_of_no_class(tree):
+    dataset = tree(0, 4, train=False)
+    assert [target for _, target in (dataset[i] for i in range(6))] == [-1, 0, 0, 1, -1, 1]
+    assert dataset[4][0].shape == dataset[1][0].shape
+    assert not dataset[4][0].any()
+
+
+@pytest.mark.R11
+@pytest.mark.parametrize('train', [True, False])
+def test_where_nothing_can_be_read_the_run_stops(tree, train):
+    dataset = tree(*range(6), train=train)
+    with pytest.raises(BadImageError, match='none can be read'):
+        dataset[(0, 0, 0) if train else 0]
+
+
+def test_first_is_the_first_that_can_be_read(tree):
+    assert tree(0, 1).first()[1] == 0
+    assert tree(0, 1, 2).first()[1] == 1
+    with pytest.raises(BadImageError, match='class a'):
+        tree(0, skip=False).first()
+
+
+# Odd images that can be read ------------------------------------------------------------------------------------------
+
+
+def oddity(kind):
+    """Bytes of an image as some data sets hold them, and the ending of its name."""
+    image = noise(40, 24)
+    if kind == 'cmyk':
+        return encoded(image.convert('CMYK'), 'JPEG'), 'jpeg'
+    if kind == 'grey':
+        return encoded(image.convert('L'), 'JPEG'), 'jpeg'
+    if kind == 'grey and alpha':
+        return encoded(image.convert('LA'), 'PNG'), 'png'
+    if kind == 'palette and alpha':
+        return encoded(image.convert('P'), 'PNG', transparency=bytes(range(256))), 'png'
+    if kind == '16 bits':
+        values = np.random.RandomState(0).randint(0, 512, (24, 40)).astype(np.uint16)
+        return encoded(Image.fromarray(values), 'PNG'), 'png'
+    if kind == 'one bit':
+        return encoded(image.convert('1'), 'PNG'), 'png'
+    if kind == 'animated':
+        frames = [noise(40, 24, seed).convert('P') for seed in (1, 2)]
+        return encoded(noise(40, 24), 'WEBP', save_all=True, append_images=frames, lossless=True), 'webp'
+    if kind == 'animated gif':
+        return encoded(image, 'GIF', save_all=True, append_images=[noise(40, 24, 1)]), 'png'  # the name does not count
+    assert kind == 'rotated'
+    exif = Image.Exif()
+    exif[274] = 6  # a camera held upright
+    return encoded(image, 'JPEG', exif=exif), 'jpeg'
+
+
+KINDS = (
+    'cmyk',
+    'grey',
+    'grey and alpha',
+    'palette and alpha',
+    '16 bits',
+    'one bit',
+    'animated',
+    'animated gif',
+    'rotated',
+)
+
+
+@pytest.mark.R11
+@pytest.mark.parametrize('kind', KINDS)
+def test_an_odd_image_is_the_rgb_that_pillow_makes_of_its_first_frame_unrotated(tmp_path, kind):
+    data, ending = oddity(kind)
+    path = tmp_path / 'val' / 'a' / f'odd.{ending}'
+    path.parent.mkdir(parents=True)
+    path.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        expected = Image.open(path).convert('RGB')
+    assert expected.size == (40, 24)
+    (found, _), *others = build_dataset('FOLDER', str(tmp_path), False)[0]
+    assert (found.mode, found.size, others) == ('RGB', (40, 24), [])
+    assert found.tobytes() == expected.tobytes()
+    assert np.asarray(found).std() > 1
+
+
+# Telling data apart ---------------------------------------------------------------------------------------------------
+
+
+def test_data_are_told_apart_by_images_and_classes_and_not_by_their_place(tmp_path):
+    def of(name, splits):
+        dataset, classes = build_dataset('FOLDER', str(image_folder(tmp_path / name, splits)), True)
+        return datasets.fingerprint(dataset, classes)
+
+    first = of('first', {'train': ['a', 'b'], 'val': ['a', 'b']})
+    assert of('moved', {'train': ['a', 'b'], 'val': ['a', 'b']}) == first == {**first, 'images': 6, 'classes': 2}
+    assert of('renamed', {'train': ['a', 'c'], 'val': ['a', 'c']}) != first
+    assert of('more', {'train': ['a', 'b', 'c'], 'val': ['a', 'b', 'c']}) != first
+    save_image(tmp_path / 'moved' / 'train' / 'a' / 'one_more.png')
+    dataset, classes = build_dataset('FOLDER', str(tmp_path / 'moved'), True)
+    assert datasets.fingerprint(dataset, classes) == {**first, 'images': 7}

@@ -1,5 +1,6 @@
 """engine.py: what one epoch does to a student, and exact evaluation."""
 
+import copy
 import random
 from types import SimpleNamespace
 
@@ -7,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import toys
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
-from engine import evaluate, train_one_epoch
+import utils
+from engine import Watch, evaluate, train_one_epoch
 from losses import ManifoldDistillationLoss
 
 CPU = torch.device('cpu')
@@ -58,8 +62,12 @@ class Noisy(list):
 def batches(steps: int = 3, size: int = 4) -> list:
     generator = torch.Generator().manual_seed(3)
     return [
-        (torch.randn(size, 3, 32, 32, generator=generator), torch.randint(10, (size,), generator=generator))
-        for _ in range(steps)
+        (
+            torch.randn(size, 3, 32, 32, generator=generator),
+            torch.randint(10, (size,), generator=generator),
+            torch.arange(step * size, (step + 1) * size),
+        )
+        for step in range(steps)
     ]
 
 
@@ -78,29 +86,42 @@ def epoch(toy):
         scaled=False,
         amp_dtype=F32,
         number=0,
-        after_step=None,
+        average=None,
+        watch=None,
+        optimizer=torch.optim.SGD,
+        prepare=lambda made: None,
         **options,
     ):
         student = models.tap(toy(family, drop_path_rate=drop_path), [0, -1], 32, two_heads=True)
         if teacher == 'toy':
             teacher = models.freeze(models.tap(toy('cait', embed_dim=48), [0, -1], 32))
         criterion = Recorder() if criterion is None else criterion
-        optimizer = torch.optim.SGD(student.parameters(), lr)
         # A scale at which no float32 gradient overflows: every step is taken.
         scaler = torch.amp.GradScaler('cpu', enabled=scaled, init_scale=64.0)
-        before = {name: value.clone() for name, value in student.model.state_dict().items()}
-        stats = train_one_epoch(
+        made = SimpleNamespace(
+            student=student,
+            teacher=teacher,
+            optimizer=optimizer(student.parameters(), lr),
+            scaler=scaler,
+            meters=utils.Meters(),
+            watch=Watch(scaler, **(watch or {})),
+            before={name: value.clone() for name, value in student.model.state_dict().items()},
+            steps=getattr(criterion, 'steps', []),
+        )
+        prepare(made)
+        made.stats = train_one_epoch(
             student,
             teacher,
             criterion,
             batches() if loader is None else loader,
-            optimizer,
+            made.optimizer,
             scaler,
-            after_step=None if after_step is None else lambda: after_step(student.model),
+            made.meters,
+            made.watch,
+            average=None if average is None else lambda: average(student.model),
             **{'device': CPU, 'amp_dtype': amp_dtype, 'epoch': number, 'seed': 0, **options},
         )
-        steps = getattr(criterion, 'steps', [])
-        return SimpleNamespace(student=student, teacher=teacher, steps=steps, before=before, stats=stats)
+        return made
 
     return run
 
@@ -127,7 +148,7 @@ def test_each_step_follows_the_gradient_of_the_sum_of_its_own_terms(epoch, toy):
     options = {'base_criterion': torch.nn.CrossEntropyLoss(), 'distillation_type': 'soft', 'K': 10**6}  # draws nothing
     run = epoch(batches(2), criterion=Recorder(**options), lr=0.5)
     student = models.tap(toy('deit'), [0, -1], 32)
-    for images, targets in batches(2):
+    for images, targets, _ in batches(2):
         losses = ManifoldDistillationLoss(**options)(student(images), run.teacher(images), targets)
         gradients = torch.autograd.grad(sum(losses.values()), list(student.parameters()))
         with torch.no_grad():
@@ -164,7 +185,7 @@ def test_gradients_are_clipped_to_their_norm_after_the_scale_is_taken_out(epoch,
 
 def test_the_moving_average_is_called_once_a_step_after_the_weights_have_moved(epoch):
     seen = []
-    run = epoch(after_step=lambda model: seen.append(model.head.bias.detach().clone()))
+    run = epoch(average=lambda model: seen.append(model.head.bias.detach().clone()))
     assert len(seen) == 3
     steps = [run.before['head.bias'], *seen]
     assert not any(torch.equal(before, after) for before, after in zip(steps, seen, strict=False))
@@ -184,21 +205,21 @@ def soft() -> Recorder:
     return Recorder(base_criterion=SoftTargetCrossEntropy())
 
 
-def test_the_same_seed_and_epoch_give_the_same_bits_whatever_noise_came_before(epoch):
+def test_the_same_seed_and_step_give_the_same_bits_whatever_noise_came_before(epoch):
     runs = [epoch(Noisy(batches(), noise), criterion=soft(), **RANDOM) for noise in (0, 0, 5)]
     assert same_weights(runs[0], runs[1])
     assert same_weights(runs[0], runs[2])
     assert runs[0].stats == runs[1].stats == runs[2].stats
 
 
-@pytest.mark.parametrize('other', [{'number': 1}, {'seed': 1}])
-def test_another_epoch_or_seed_draws_otherwise(epoch, other):
+@pytest.mark.parametrize(('other', 'same'), [({'step': 1}, False), ({'seed': 1}, False), ({'number': 1}, True)])
+def test_another_step_or_seed_draws_otherwise_and_the_epoch_is_but_a_name(epoch, other, same):
     one, two = epoch(criterion=soft(), **RANDOM), epoch(criterion=soft(), **RANDOM, **other)
-    assert not same_weights(one, two)
+    assert same_weights(one, two) is same
 
 
-def test_every_step_of_every_epoch_draws_tokens_of_its_own(epoch):
-    orders = [step.order for number in range(3) for step in epoch(number=number).steps]
+def test_every_step_draws_tokens_of_its_own(epoch):
+    orders = [step.order for first in (0, 3, 6) for step in epoch(step=first).steps]
     assert len(set(orders)) == len(orders) == 9
 
 
@@ -224,18 +245,27 @@ class Copies(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def fused(parameters, lr: float) -> torch.optim.Optimizer:
+    """What CUDA gets: it can be told on the device to leave an update out."""
+    return torch.optim.AdamW(parameters, lr, fused=True)
+
+
 def test_between_log_lines_the_host_never_waits_for_the_device(epoch):
-    def waits(steps: int, print_freq: int, after_step=lambda model: None) -> int:
+    def waits(steps: int, print_freq: int, **changes) -> int:
         criterion = ManifoldDistillationLoss(SoftTargetCrossEntropy(), 'soft', K=5)
         options = {**RANDOM, 'clip_grad': 1.0, 'criterion': criterion, 'print_freq': print_freq}
+        device = {'watch': {'every_step': False}, 'optimizer': fused}
         with Reads() as reads, Copies() as copies:
-            epoch(batches(steps), after_step=after_step, **options)
+            epoch(batches(steps), **{**options, **device, 'average': lambda model: None, **changes})
         return reads.count + copies.count
 
     assert waits(4, 100) == waits(9, 100)
-    # The counter does count: a line more is a wait more, and so is a value read at every step.
-    assert waits(9, 4) == waits(9, 100) + 1
-    assert waits(9, 100, lambda model: model.head.bias[0].item()) == waits(9, 100) + 9
+    # The counter does count: a line more is a wait more for the watch and one for the means, and so is at every step
+    # a value that is read, a watch that looks, an optimizer that must be told by the host.
+    assert waits(9, 4) == waits(9, 100) + 2
+    assert waits(9, 100, average=lambda model: model.head.bias[0].item()) == waits(9, 100) + 9
+    assert waits(9, 100, watch={'every_step': True}) >= waits(9, 100) + 7  # less the two lines that looked anyway
+    assert waits(9, 100, optimizer=torch.optim.SGD) == waits(9, 100) + 9
 
 
 def test_the_teacher_stays_as_it_is(epoch, toy):
@@ -278,8 +308,200 @@ def test_a_loss_that_is_not_finite_stops_the_epoch_and_is_named(epoch, toy, prin
     with torch.no_grad():
         teacher.head.bias[3] = torch.nan
     teacher = models.freeze(models.tap(teacher, [0, -1], 32))
-    with pytest.raises(FloatingPointError, match=r': loss, loss_dist$'):
+    words = 'not finite at step 0 of epoch 0 on rank 0: loss_dist, teacher logits; images 0 1 2 3'
+    with pytest.raises(FloatingPointError, match=f'^{words}$'):
         epoch(batches(1), teacher=teacher, print_freq=print_freq)
+
+
+# What is not finite ---------------------------------------------------------------------------------------------------
+
+TERMS = ('base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand')
+GOOD = 2  # steps before the bad one
+BAD_VALUES = pytest.mark.parametrize('value', [torch.nan, torch.inf, -torch.inf])
+
+
+class Poisoned(Recorder):
+    """Puts a value in the place of a term of the loss at some steps."""
+
+    def __init__(self, term: str, value: float, *steps: int, **options) -> None:
+        super().__init__(**options)
+        self.term, self.value, self.bad = term, value, steps
+
+    def forward(self, *args):
+        losses = super().forward(*args)
+        if len(self.steps) - 1 in self.bad:
+            losses[self.term] = losses[self.term] * 0 + self.value
+        return losses
+
+
+class Average:
+    """A moving average of the weights of a timm model."""
+
+    def __init__(self) -> None:
+        self.ema = None
+
+    def __call__(self, model) -> None:
+        if self.ema is None:
+            self.ema = ModelEmaV3(model, decay=0.5)
+        self.ema.update(model)
+
+
+def adamw(parameters, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr)
+
+
+def at_call(number: int, value: float):
+    """A hook, of a module or of a gradient, that adds a value at one call."""
+    calls = []
+
+    def hook(*args):
+        calls.append(None)
+        return args[-1] + (value if len(calls) == number + 1 else 0)
+
+    return hook
+
+
+def state_of(made) -> dict:
+    """Parameters and moments; of the moments' counter too."""
+    return copy.deepcopy({'model': made.student.model.state_dict(), 'moments': made.optimizer.state_dict()['state']})
+
+
+@pytest.fixture
+def stopped(epoch):
+    """A function that trains until a bad step and returns what took part, the average, and the message."""
+
+    def run(**options):
+        parts, average = [], Average()
+        prepare = options.pop('prepare', lambda made: None)
+        with pytest.raises(FloatingPointError) as caught:
+            epoch(
+                **{'optimizer': adamw, 'average': average, 'number': 5, 'done': 0, **options},
+                loader=batches(GOOD + 2),
+                prepare=lambda made: (parts.append(made), prepare(made)),
+            )
+        return parts[0], average.ema, str(caught.value)
+
+    return run
+
+
+@pytest.fixture
+def sound(epoch):
+    """The same after the good steps alone."""
+    average = Average()
+    made = epoch(batches(GOOD), optimizer=adamw, average=average)
+    return {'made': state_of(made), 'average': average.ema.module.state_dict()}
+
+
+@BAD_VALUES
+@pytest.mark.parametrize('where', [*TERMS, 'student', 'teacher', 'gradients'])
+def test_a_step_in_which_something_is_not_finite_changes_nothing_and_is_named(stopped, sound, where, value):
+    def prepare(made) -> None:
+        if where == 'gradients':
+            made.student.model.norm.weight.register_hook(at_call(GOOD, value))
+        elif where in ('student', 'teacher'):
+            getattr(made, where).model.head.register_forward_hook(at_call(GOOD, value))
+
+    made, average, message = stopped(
+        criterion=Poisoned(where, value, GOOD) if where in TERMS else Recorder(), prepare=prepare
+    )
+    toys.assert_same(state_of(made), sound['made'])
+    toys.assert_same(average.module.state_dict(), sound['average'])
+    named = {
+        'student': 'loss_base, loss_dist, student logits',
+        'teacher': 'loss_dist, teacher logits',
+        'gradients': 'gradients',
+    }.get(where, f'loss_{where}')
+    assert message == f'not finite at step {GOOD} of epoch 5 on rank 0: {named}; images 8 9 10 11'
+    assert len(made.steps) == GOOD + 1  # on a CPU it is noticed in that very step
+
+
+def test_the_distillation_head_is_watched_too(stopped):
+    message = stopped(
+        family='distilled',
+        prepare=lambda made: made.student.model.head_dist.register_forward_hook(at_call(0, torch.nan)),
+    )[2]
+    assert 'at step 0 of epoch 5 on rank 0: loss_dist, distillation logits; images 0 1 2 3' in message
+
+
+def test_steps_done_before_a_resume_are_counted(stopped):
+    assert 'at step 9 of epoch 5 ' in stopped(criterion=Poisoned('base', torch.nan, GOOD), done=7)[2]
+
+
+@pytest.mark.parametrize('where', ['mf_patch', 'gradients'])
+@pytest.mark.parametrize('clip_grad', [None, 1.0])
+def test_a_fused_optimizer_leaves_the_update_out_in_that_very_step_and_the_host_learns_it_later(
+    epoch, stopped, where, clip_grad
+):
+    options = {'optimizer': fused, 'watch': {'every_step': False}, 'clip_grad': clip_grad, 'average': None}
+    before = state_of(epoch(batches(GOOD), **options))
+    seen = []
+
+    def prepare(made) -> None:
+        options['after_step'] = lambda: seen.append(state_of(made))
+        if where == 'gradients':
+            made.student.model.norm.weight.register_hook(at_call(GOOD, torch.nan))
+
+    criterion = Poisoned(where, torch.nan, GOOD) if where in TERMS else Recorder()
+    options['after_step'] = lambda: seen.append(state_of(parts[0]))
+    parts = []
+    _, _, message = stopped(
+        **options, criterion=criterion, print_freq=100, prepare=lambda made: (parts.append(made), prepare(made))
+    )
+    toys.assert_same(seen[GOOD - 1], before)
+    toys.assert_same(seen[GOOD], before)
+    assert len(seen) >= GOOD + 1  # the first and the last step print; the host reads there
+    name = 'gradients' if where == 'gradients' else f'loss_{where}'
+    assert message == f'not finite at step {GOOD} of epoch 5 on rank 0: {name}; images 8 9 10 11'
+    with pytest.raises(AssertionError):  # a good step does change it
+        toys.assert_same(seen[0], seen[1])
+
+
+@pytest.mark.parametrize('optimizer', [adamw, fused])
+@pytest.mark.parametrize('every_step', [True, False])
+def test_as_many_updates_as_allowed_are_left_out_and_their_rows_too(epoch, capsys, optimizer, every_step):
+    watch = {'allowed': 2, 'every_step': every_step}
+    clean = epoch(batches(5), optimizer=optimizer)
+    poisoned, averaged = Poisoned('base', torch.nan, 1, 3), []
+    run = epoch(batches(5), optimizer=optimizer, watch=watch, criterion=poisoned, average=averaged.append)
+    assert run.watch.skipped == 2
+    assert len(averaged) == 3 or not every_step
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('warning')]
+    assert lines == [
+        f'warning: not finite at step {step} of epoch 0 on rank 0: loss_base; images {images}; '
+        f'update withheld, {count} of 2 allowed'
+        for count, step, images in [(1, 1, '4 5 6 7'), (2, 3, '12 13 14 15')]
+    ]
+    values = [step.values['base'] for number, step in enumerate(run.steps) if number not in (1, 3)]
+    assert run.stats['loss_base'] == pytest.approx(np.mean(values), rel=1e-6)
+    assert {moments['step'].item() for moments in run.optimizer.state_dict()['state'].values()} == {3}
+    assert not same_weights(run, clean)
+    watch['allowed'] = 1
+    with pytest.raises(FloatingPointError, match='at step 3 of epoch 0 '):
+        epoch(batches(5), optimizer=optimizer, watch=watch, criterion=Poisoned('base', torch.nan, 1, 3))
+    with pytest.raises(FloatingPointError, match='at step 1 of epoch 0 '):  # those before a resume count
+        epoch(batches(5), watch={'allowed': 1, 'skipped': 1}, criterion=Poisoned('base', torch.nan, 1, 3))
+
+
+def test_gradients_that_overflow_in_float16_are_the_business_of_the_scaler(epoch, capsys):
+    def prepare(made) -> None:
+        made.student.model.norm.weight.register_hook(at_call(1, torch.inf))
+
+    run = epoch(scaled=True, amp_dtype=torch.float16, prepare=prepare)
+    assert (run.watch.skipped, run.scaler.get_scale()) == (0, 32)
+    assert 'not finite' not in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_in_float16_is_an_error(epoch):
+    with pytest.raises(FloatingPointError, match='at step 1 of epoch 0 on rank 0: loss_mf_rand; images 4 5 6 7'):
+        epoch(scaled=True, amp_dtype=torch.float16, criterion=Poisoned('mf_rand', torch.nan, 1))
+
+
+def test_a_scale_below_one_is_an_error(epoch):
+    def prepare(made) -> None:
+        made.student.model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
+
+    with pytest.raises(FloatingPointError, match=r'at step 6 of .*gradients overflow at every scale of float16'):
+        epoch(batches(9), scaled=True, amp_dtype=torch.float16, prepare=prepare)  # from 64 down to 1/2
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------
@@ -324,3 +546,21 @@ def test_evaluation_counts_every_image_once_whatever_the_batches(classes, sizes)
     assert stats['acc5'] == pytest.approx(100 * counts['correct5'] / 23, rel=1e-12)
     assert stats['loss'] == pytest.approx(loss, abs=1e-6)
     assert 0 < counts['correct1'] < counts['correct5'] <= 23
+
+
+@pytest.mark.parametrize('sizes', [[23], [10, 10, 3]])
+def test_images_of_no_class_count_for_nothing(sizes):
+    logits, targets = answers(23, 10)
+    bad = np.arange(23) % 4 == 1
+    stats = evaluate(FromPixels(10), split(logits, np.where(bad, -1, targets), sizes), CPU, F32)
+    expected = evaluate(FromPixels(10), split(logits[~bad], targets[~bad], [sum(~bad)]), CPU, F32)
+    assert stats == pytest.approx(expected, rel=1e-6)
+    assert stats['images'] == 17
+    nothing = evaluate(FromPixels(10), split(logits, np.full(23, -1), sizes), CPU, F32)
+    assert nothing == {'loss': 0, 'acc1': 0, 'acc5': 0, 'correct1': 0, 'correct5': 0, 'images': 0}
+
+
+def test_evaluation_asks_after_every_batch_whether_to_stop():
+    asked = []
+    evaluate(FromPixels(10), split(*answers(23, 10), [10, 10, 3]), CPU, F32, lambda: asked.append(None))
+    assert len(asked) == 3

@@ -5,6 +5,9 @@ import ast
 import copy
 import inspect
 import math
+import os
+import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +19,9 @@ import toys
 from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
 
+import checkpoints
 import datasets
+import engine
 import main
 import utils
 from utils import UsageError
@@ -81,7 +86,7 @@ def epochs(monkeypatch):
     """What train_one_epoch was called with; it trains nothing."""
     calls = []
 
-    def record(student, teacher, criterion, loader, optimizer, scaler, **options) -> dict[str, float]:
+    def record(student, teacher, criterion, loader, optimizer, scaler, meters, watch, **options) -> dict[str, float]:
         parts = {'student': student, 'teacher': teacher, 'optimizer': copy.deepcopy(optimizer.state_dict())}
         calls.append(SimpleNamespace(**parts, scaler=scaler.state_dict(), **options))
         return {'lr': max(group['lr'] for group in optimizer.param_groups), 'loss': 0.0}
@@ -262,6 +267,7 @@ WRONG = [
     ({'teacher_path': '{files}/student.pth'}, 'does not fit'),
     ({'teacher_path': '{files}/teacher.pth', 'data_set': 'FOLDER', 'data_path': '{files}/tree'}, '10', '2'),
     ({'resume': '{files}/no.pth'}, 'No such file'),
+    ({'resume': 'auto', 'output_dir': ''}, '--output_dir'),
     ({'resume': '{files}/list.pth'},),
     ({'resume': '{files}/words.pth'},),
     ({'resume': '{files}/code.pth'}, 'Linear'),
@@ -313,6 +319,12 @@ WRONG = [
     ({'device': 'gpu'},),
     ({'amp_dtype': 'int8'},),
     ({'print_freq': 0},),
+    ({'keep': -1},),
+    ({'save_interval_minutes': -1},),
+    ({'save_interval_steps': 0.5},),
+    ({'non_finite': 'skip'},),
+    ({'non_finite': 'skip:-1'},),
+    ({'bad_images': 'ignore'},),
     ({'output_dir': '{files}/run'}, '--resume'),
     ({'output_dir': '{files}/text.pth'},),
 ]  # fmt: skip
@@ -417,6 +429,7 @@ def test_every_kind_of_distillation_trains_and_logs_the_keys_of_the_release(run,
     assert absent == (set(TERMS) - {'base'} if kind == 'none' else set())
     checkpoint = toys.load(tmp_path / 'checkpoint.pth')
     keys = {'model', 'optimizer', 'lr_scheduler', 'epoch', 'model_ema', 'scaler', 'args', 'best_acc1', 'versions'}
+    keys |= {'position', 'step', 'skipped', 'meters', 'data', 'repeated_aug', 'ranks', 'format'}
     assert checkpoint.keys() == keys
     assert (checkpoint['epoch'], checkpoint['args']['distillation_type']) == (0, kind)
     toys.student().load_state_dict(checkpoint['model'], strict=True)
@@ -563,7 +576,7 @@ def test_a_teacher_that_answers_nan_stops_the_run_with_the_name_of_the_term(run,
     error = capsys.readouterr().err
     assert stopped.value.code == 1
     assert error.count('\n') == 1
-    assert stops_at in error
+    assert f'not finite at step 0 of epoch 0 on rank 0: {stops_at}, teacher logits; images ' in error
     assert 'loss_mf' not in error
     assert list((tmp_path / 'out').iterdir()) == []
 
@@ -572,7 +585,7 @@ def test_the_best_checkpoint_is_the_best_by_the_raw_model_and_remembered(run, tm
     accuracies = iter([40.0, 60.0, 50.0, 55.0, 65.0])
 
     def evaluate(*_) -> dict[str, float]:
-        return {'loss': 1.0, 'acc1': next(accuracies), 'acc5': 90.0}
+        return {'loss': 1.0, 'acc1': next(accuracies), 'acc5': 90.0, 'images': 8}
 
     monkeypatch.setattr(main, 'evaluate', evaluate)
     last, best = tmp_path / 'checkpoint.pth', tmp_path / 'best_checkpoint.pth'
@@ -622,6 +635,7 @@ def evaluation(files, capsys):
     return start
 
 
+@pytest.mark.R8
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_evaluation_prints_the_lines_of_the_release_from_files_of_any_layout(evaluation, tmp_path, layout):
     state = toys.favouring(toys.student(2), 0).state_dict()
@@ -675,10 +689,10 @@ def test_two_epochs_are_one_and_resume_and_one_to_the_bit(run, tmp_path, monkeyp
     rows = run(**flags, output_dir=tmp_path / 'through')
     finish_epoch = main.finish_epoch
 
-    def killed_in_epoch_1(args, state, *rest):
-        if state.epoch == 1:
+    def killed_in_epoch_1(args, parts, state, *rest):
+        if state.epoch == 0:
             raise KilledError
-        finish_epoch(args, state, *rest)
+        finish_epoch(args, parts, state, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(main, 'finish_epoch', killed_in_epoch_1)
@@ -714,6 +728,7 @@ def released_in_mid_run(path, epoch: int) -> dict:
     return contents
 
 
+@pytest.mark.R8
 def test_a_file_of_the_release_resumes_after_its_last_finished_epoch(run, tmp_path, capsys, epochs):
     contents = released_in_mid_run(tmp_path / 'released.pth', epoch=6)
     # A decay of 1 keeps the average as it is: it must be the file's, which differs from the file's weights.
@@ -835,17 +850,16 @@ def test_a_log_of_another_kind_is_noticed_before_training_and_kept(epochs, tmp_p
 
 
 def test_a_kill_between_the_two_files_of_an_epoch_leaves_the_best_weights(run, tmp_path, monkeypatch):
-    write = utils.write_durably
+    write = checkpoints.write_durably
 
-    def write_or_die(path, contents):
+    def write_or_die(path, *rest):
         if path.name == 'checkpoint.pth':
-            raise KeyboardInterrupt
-        write(path, contents)
+            raise KilledError
+        write(path, *rest)
 
-    monkeypatch.setattr(utils, 'write_durably', write_or_die)
-    with pytest.raises(SystemExit) as stopped:
+    monkeypatch.setattr(checkpoints, 'write_durably', write_or_die)
+    with pytest.raises(KilledError):
         run(**toys.ALONE)
-    assert stopped.value.code == 130
     assert toys.load(tmp_path / 'best_checkpoint.pth')['epoch'] == 0
 
 
@@ -856,6 +870,7 @@ def test_the_first_epoch_can_be_chosen_without_a_checkpoint(run):
     assert rows[0]['train_lr'] == pytest.approx(1e-6 + (0.5 * 8 / 512 - 1e-6) / 4)
 
 
+@pytest.mark.R8
 def test_a_head_of_another_size_is_not_evaluated(files, capsys):
     weights = files / 'student.pth'
     error = _refused(capsys, **FOLDER, eval=True, data_path=files / 'no_train', finetune=weights)
@@ -863,6 +878,7 @@ def test_a_head_of_another_size_is_not_evaluated(files, capsys):
     assert 'head.weight' in error
 
 
+@pytest.mark.R11
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_damaged_image_stops_the_run_in_one_line_with_its_name(files, tmp_path, capsys, workers):
     toys.write_images(tmp_path / 'val', [2, 2], 32)
@@ -876,6 +892,7 @@ def test_a_damaged_image_stops_the_run_in_one_line_with_its_name(files, tmp_path
     assert f'{damaged}: ' in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.R13
 @pytest.mark.parametrize(
     ('changes', 'word'),
     [
@@ -892,3 +909,452 @@ def test_a_checkpoint_with_one_odd_value_is_refused_in_words(run, tmp_path, caps
     error = _refused(capsys, **toys.ALONE, resume=odd, output_dir=tmp_path / 'new', epochs=2)
     assert f'--resume {odd}' in error
     assert word in error
+
+
+# Going on -------------------------------------------------------------------------------------------------------------
+
+# Two epochs of four steps with all that draws random numbers, and an average that moves.
+LONG = {'epochs': 2, 'batch_size': 4, 'drop_path': 0.1, 'lr': 3, 'warmup_epochs': 0, 'model_ema_decay': 0.5, 'K': 5}
+LONG |= {'resume': 'auto', 'save_interval_steps': 1, 'keep': 20, 'eval_ema': True}
+HALF = {'amp_dtype': 'float16', 'model': 'deit_tiny_distilled_patch16_224', 'clip_grad': 1}
+forks = pytest.mark.filterwarnings('ignore:.*multi-threaded.*fork:DeprecationWarning')  # Python 3.12 on
+
+
+@pytest.fixture(scope='module')
+def through(files, tmp_path_factory):
+    """The folder of an uninterrupted run with every one of its states, in float32 or float16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, 'FAKE_TRAIN', TRAIN_IMAGES)
+        patch.setattr(datasets, 'FAKE_VAL', VAL_IMAGES)
+        folders = {}
+        for name, changes in (('float32', {}), ('float16', HALF)):
+            folders[name] = tmp_path_factory.mktemp(name)
+            flags = {**LONG, **changes, 'teacher_path': files / 'teacher.pth', 'output_dir': folders[name]}
+            main.main(toys.flags(**flags))
+    return folders
+
+
+def outcome(folder) -> dict:
+    """All in which a resumed run must equal one that was never interrupted."""
+    last = toys.load(folder / 'checkpoint.pth')
+    keys = ('model', 'model_ema', 'optimizer', 'scaler', 'lr_scheduler', 'best_acc1', 'epoch', 'position', 'step')
+    best = toys.load(folder / 'best_checkpoint.pth')
+    return {'log': toys.log_rows(folder), 'best': best['model'], **{key: last[key] for key in keys}}
+
+
+def differing(one: dict, other: dict) -> set[str]:
+    found = set()
+    for key in one:
+        try:
+            toys.assert_same(one[key], other[key])
+        except AssertionError:
+            found.add(key)
+    return found
+
+
+def interrupted(through, after: int, folder, **changes) -> None:
+    """What a run leaves that was killed after some step: its state, changed, and the log and best one of before."""
+    state = {**toys.load(through / f'checkpoint-{after:08d}.pth'), **changes}
+    (folder / 'checkpoint.pth').write_bytes(checkpoints.serialize(state))
+    if state['epoch'] == 0:
+        lines = (through / 'log.txt').read_text().splitlines(keepends=True)
+        (folder / 'log.txt').write_text(lines[0])
+        shutil.copy(through / 'checkpoint-00000004.pth', folder / 'best_checkpoint.pth')
+
+
+def test_the_whole_run_does_train_and_saves_every_step(through):
+    for folder in through.values():
+        rows = toys.log_rows(folder)
+        assert [row['epoch'] for row in rows] == [0, 1]
+        assert abs(rows[0]['test_loss'] - rows[1]['test_loss']) > 1e-3
+        assert max(row['test_acc1'] for row in rows) == toys.load(folder / 'checkpoint.pth')['best_acc1']
+        states = [toys.load(folder / f'checkpoint-{step:08d}.pth') for step in range(1, 8)]
+        # The state of the last step of an epoch is written again once it is evaluated.
+        assert [(s['epoch'], s['position']) for s in states] == [
+            (-1, 4), (-1, 8), (-1, 12), (0, 0), (0, 4), (0, 8), (0, 12)
+        ]  # fmt: skip
+        assert not any('teacher' in name for name in listing(folder))
+
+
+@pytest.mark.parametrize('step', [1, 3, 4, 6, 7])
+@pytest.mark.parametrize('kind', ['float32', 'float16'])
+def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one_to_the_bit(run, through, tmp_path, kind, step):
+    interrupted(through[kind], step, tmp_path)
+    run(**LONG, **(HALF if kind == 'float16' else {}))
+    assert differing(outcome(tmp_path), outcome(through[kind])) == set()
+
+
+@pytest.mark.parametrize(
+    ('dropped', 'differs'),
+    [
+        ({'position': 0}, {'model', 'optimizer', 'log'}),
+        ({'step': 0}, {'model', 'log'}),
+        ({'model_ema': None}, {'model_ema', 'log'}),
+        ({'optimizer': None}, {'model', 'optimizer'}),
+        ({'meters': {}}, {'log'}),
+        ({'best_acc1': 99.0}, {'best_acc1', 'best'}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_without_any_part_of_its_state_it_would_be_another_one(run, through, tmp_path, dropped, differs):
+    if 'optimizer' in dropped:
+        whole = toys.load(through['float32'] / 'checkpoint-00000006.pth')['optimizer']
+        dropped = {'optimizer': {**whole, 'state': {}}}
+    interrupted(through['float32'], 6, tmp_path, **dropped)
+    run(**LONG)
+    assert differing(outcome(tmp_path), outcome(through['float32'])) >= differs
+
+
+def after_calls(patch, module, name: str, count: int, act) -> None:
+    """Makes a function act on its own after so many calls."""
+    call, calls = getattr(module, name), []
+
+    def instead(*args, **kwargs):
+        found = call(*args, **kwargs)
+        calls.append(None)
+        if len(calls) == count:
+            act()
+        return found
+
+    patch.setattr(module, name, instead)
+
+
+def die() -> None:
+    raise KilledError
+
+
+PLACES = {
+    'the first step': (utils, 'seed_step', 1),
+    'a step': (utils, 'seed_step', 7),
+    'an evaluation': (engine, '_count_correct', 3),
+    'a save': (checkpoints, 'serialize', 5),
+}
+
+
+@forks
+@pytest.mark.parametrize(('place', 'workers'), [*((place, 0) for place in PLACES), ('a step', 2)])
+def test_a_run_that_dies_goes_on_to_the_same_end(run, through, tmp_path, monkeypatch, place, workers):
+    with monkeypatch.context() as patch:
+        after_calls(patch, *PLACES[place], die)
+        with pytest.raises(KilledError):
+            run(**LONG, num_workers=workers)
+    run(**LONG)
+    assert differing(outcome(tmp_path), outcome(through['float32'])) == set()
+
+
+@forks
+@pytest.mark.parametrize(
+    ('number', 'place', 'workers'),
+    [
+        (signal.SIGTERM, 'the first step', 0),
+        (signal.SIGINT, 'a step', 2),
+        (signal.SIGUSR1, 'an evaluation', 0),
+        (signal.SIGTERM, 'a save', 0),
+    ],
+)
+def test_a_signal_saves_and_stops_and_no_step_is_lost(
+    run, through, tmp_path, monkeypatch, capsys, number, place, workers
+):
+    flags = {**LONG, 'save_interval_steps': 0, 'num_workers': workers}
+    module, name, count = PLACES[place]
+    with monkeypatch.context() as patch:
+        # Saved by nothing but the signal and the end of an epoch.
+        after_calls(patch, module, name, 1 if place == 'a save' else count, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as stopped:
+            run(**flags)
+    assert stopped.value.code == 128 + number
+    error = capsys.readouterr().err
+    assert error.startswith(f'main.py: error: stopped by {number.name}: ')
+    assert error.count('\n') == 1
+    assert f'saved in {tmp_path / "checkpoint.pth"}' in error
+    steps = {'the first step': 1, 'a step': 7, 'an evaluation': 4, 'a save': 4}
+    # During a save at the end of an epoch: the next step is made, for there the ranks agree.
+    assert toys.load(tmp_path / 'checkpoint.pth')['step'] - steps[place] in ((0, 1) if place == 'a save' else (0,))
+    run(**flags)
+    assert differing(outcome(tmp_path), outcome(through['float32'])) == set()
+
+
+def test_a_signal_before_there_is_anything_to_save_ends_the_run_at_once(run, tmp_path, monkeypatch, capsys):
+    after_calls(monkeypatch, main, 'build_val_loader', 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert stopped.value.code == 143
+    assert capsys.readouterr().err == 'main.py: error: stopped by SIGTERM: nothing was trained\n'
+    assert listing(tmp_path) == {}
+
+
+def test_a_signal_ends_a_plain_evaluation(evaluation, files, tmp_path, monkeypatch):
+    path = toys.save(tmp_path / 'weights.pth', toys.student(2).state_dict())
+    after_calls(monkeypatch, engine, '_count_correct', 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        evaluation(resume=path)
+    assert stopped.value.code == 143
+
+
+def listing(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def line_with(capsys, word: str) -> str:
+    return next(line for line in capsys.readouterr().out.splitlines() if word in line)
+
+
+def test_auto_begins_in_an_empty_folder_and_goes_on_in_a_used_one(run, tmp_path, capsys, epochs):
+    run(resume='auto')
+    assert f'auto: no checkpoint in {tmp_path}, the run begins' in line_with(capsys, 'resume ')
+    rows = run(resume='auto', epochs=2)
+    assert 'resume      auto: epoch 0 done, its moving average, best Acc@1 ' in capsys.readouterr().out
+    assert [call.epoch for call in epochs] == [0, 1]
+    assert [row['epoch'] for row in rows] == [0, 1]
+
+
+@pytest.mark.parametrize('resume', ['auto', '{folder}/checkpoint.pth'])
+@pytest.mark.parametrize('damage', [b'', b'<html>404</html>', None], ids=['empty', 'html', 'truncated'])
+def test_a_damaged_newest_state_is_named_and_the_one_before_taken(run, tmp_path, capsys, epochs, resume, damage):
+    run(epochs=2)
+    last = tmp_path / 'checkpoint.pth'
+    last.write_bytes(last.read_bytes()[:-100] if damage is None else damage)
+    (earlier,) = tmp_path.glob('checkpoint-*.pth')
+    assert toys.load(earlier)['epoch'] == 0
+    capsys.readouterr(), epochs.clear()
+    rows = run(epochs=2, resume=resume.format(folder=tmp_path))
+    warning = line_with(capsys, 'warning: --resume')
+    assert 'checkpoint.pth is damaged' in warning
+    assert f'going back to {earlier.name}' in warning
+    assert [call.epoch for call in epochs] == [1]
+    assert [row['epoch'] for row in rows] == [0, 1]
+    assert {toys.load(path)['epoch'] for path in tmp_path.glob('checkpoint*.pth')} == {0, 1}
+
+
+@pytest.mark.parametrize('resume', ['auto', '{folder}/checkpoint.pth'])
+def test_a_folder_in_which_all_is_damaged_is_refused_and_kept(run, tmp_path, capsys, epochs, resume):
+    run(epochs=2)
+    for path in tmp_path.glob('*.pth'):
+        path.write_bytes(b'')
+    before = listing(tmp_path)
+    capsys.readouterr()
+    error = _refused(capsys, resume=resume.format(folder=tmp_path), epochs=3, output_dir=tmp_path, **toys.ALONE)
+    assert all(f'{name} is damaged' in error for name in before if name.endswith('.pth'))
+    assert listing(tmp_path) == before
+
+
+def test_a_log_whose_checkpoint_is_gone_is_not_written_over_by_auto(tmp_path, capsys, epochs):
+    (tmp_path / 'log.txt').write_text('{"epoch": 0}\n{"epoch": 1}\n')
+    error = _refused(capsys, **toys.ALONE, resume='auto', output_dir=tmp_path)
+    assert f'--output_dir {tmp_path}: holds log.txt already' in error
+    assert (tmp_path / 'log.txt').read_text().count('\n') == 2
+
+
+def test_a_run_killed_between_its_first_row_and_its_first_state_begins_again(run, tmp_path):
+    (tmp_path / 'log.txt').write_text('{"epoch": 0}\n')
+    (row,) = run(resume='auto', epochs=1)
+    assert_sound(row)
+
+
+@pytest.mark.parametrize(('keep', 'earlier'), [(None, [4]), (0, []), (2, [2, 4])])
+def test_as_many_states_are_kept_as_asked_for(run, tmp_path, epochs, monkeypatch, keep, earlier):
+    train = main.finish_epoch
+
+    def counted(args, parts, state, *rest):
+        state.step += 2
+        train(args, parts, state, *rest)
+
+    monkeypatch.setattr(main, 'finish_epoch', counted)
+    run(epochs=3, keep=keep)
+    assert sorted(int(path.name[11:19]) for path in tmp_path.glob('checkpoint-*.pth')) == earlier
+
+
+@pytest.mark.R13
+def test_flags_that_differ_are_shown_in_a_table(run, tmp_path, capsys, epochs):
+    run(drop_path=0.1)
+    capsys.readouterr()
+    changed = {'lr': 0.3, 'epochs': 2, 'batch_size': 4, 's_id': '0 1 2', 'num_workers': 1, 'print_freq': 3}
+    run(resume='auto', **changed)
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if 'flags that differ' in line)
+    table = [line.split(maxsplit=1) for line in lines[start + 2 : start + 7]]
+    assert {flag: ' '.join(values.split()) for flag, values in table} == {
+        '--lr': '0.0005 0.3',
+        '--epochs': '1 2',
+        '--batch-size': '8 4',
+        '--s-id': '0 1 -1 0 1 2',
+        '--drop-path': '0.1 0.0',
+    }
+    assert not lines[start + 7].startswith(' ')
+
+
+@pytest.mark.R13
+def test_where_no_flag_differs_there_is_no_table(run, capsys, epochs):
+    run()
+    run(resume='auto')
+    assert 'differ' not in capsys.readouterr().out
+
+
+@pytest.mark.R13
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'model': 'deit_small_patch16_224'}, 'was trained with --model deit_tiny_patch16_224, now it is deit_small'),
+        ({'model_kwargs': 'patch_size=8 embed_dim=32 depth=4 num_heads=4'}, 'was trained with --model-kwargs'),
+        ({'seed': 1}, 'was trained with --seed 0, now it is 1'),
+        ({'opt': 'sgd'}, 'was trained with --opt adamw, now it is sgd'),
+        ({'data_set': 'FOLDER', 'data_path': '{tree}'}, 'does not fit the model'),  # another number of classes
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_another_model_seed_optimizer_or_head_is_refused_in_one_line(
+    run, files, tmp_path, capsys, epochs, changes, words
+):
+    run(**toys.ALONE)
+    before = listing(tmp_path)
+    capsys.readouterr(), epochs.clear()
+    changes = {key: str(value).format(tree=files / 'tree') for key, value in changes.items()}
+    error = _refused(capsys, **{**toys.ALONE, **changes}, epochs=2, resume='auto', output_dir=tmp_path)
+    assert f'--resume auto: {words}' in error
+    assert (listing(tmp_path), epochs) == (before, [])
+
+
+@pytest.mark.R13
+@pytest.mark.parametrize(
+    ('counts', 'names', 'words'),
+    [
+        ([5, 4], None, 'was trained on 8 images of 2 classes, now there are 9 of 2'),
+        ([4, 4], ['c0', 'x'], 'was trained on classes of other names'),
+        ([4, 4], None, None),
+    ],
+    ids=['images', 'names', 'another place'],
+)
+def test_other_data_are_refused_in_one_line_but_for_their_place(
+    run, files, tmp_path, capsys, epochs, counts, names, words
+):
+    flags = {**toys.ALONE, 'data_set': 'FOLDER', 'batch_size': 4, 'output_dir': tmp_path / 'out'}
+    run(**flags, data_path=files / 'tree')
+    for split, numbers in (('train', counts), ('val', [1, 1])):
+        toys.write_images(tmp_path / 'data' / split, numbers, 32)
+        for i, name in enumerate(names or ()):
+            (tmp_path / 'data' / split / f'c{i}').rename(tmp_path / 'data' / split / name)
+    flags |= {'data_path': tmp_path / 'data', 'resume': 'auto', 'epochs': 2}
+    capsys.readouterr()
+    if words is None:
+        assert len(run(**flags)) == 2
+        return
+    error = _refused(capsys, **flags)
+    assert f'--data-path {tmp_path / "data"}: --resume auto {words}' in error
+
+
+# What is not finite, and what cannot be read --------------------------------------------------------------------------
+
+
+def poisoned(monkeypatch, *steps: int) -> None:
+    """Makes the loss of these steps NaN, whatever was resumed."""
+    seed_step, build = utils.seed_step, main.build_criterion
+    now = []
+    monkeypatch.setattr(utils, 'seed_step', lambda *args: now.append(args[2]) or seed_step(*args))
+
+    def poison(module, inputs, losses):
+        return {**losses, 'mf_rand': losses['mf_rand'] * (math.nan if now[-1] in steps else 1)}
+
+    def built(args):
+        criterion = build(args)
+        criterion.register_forward_hook(poison)
+        return criterion
+
+    monkeypatch.setattr(main, 'build_criterion', built)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_state_before_it(run, tmp_path, monkeypatch, capsys):
+    poisoned(monkeypatch, 5)
+    with pytest.raises(SystemExit) as stopped:
+        run(**LONG)
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith('main.py: error: not finite at step 1 of epoch 1 on rank 0: loss_mf_rand; images ')
+    assert toys.load(tmp_path / 'checkpoint.pth')['step'] == 5
+    assert all(value.isfinite().all() for value in toys.load(tmp_path / 'checkpoint.pth')['model'].values())
+
+
+def test_as_many_updates_are_left_out_as_allowed_counted_across_a_resume(run, through, tmp_path, monkeypatch, capsys):
+    poisoned(monkeypatch, 2, 6)
+    flags = {**LONG, 'non_finite': 'skip:1'}
+    run(**{**flags, 'epochs': 1})
+    assert 'update withheld, 1 of 1 allowed' in capsys.readouterr().out
+    state = toys.load(tmp_path / 'checkpoint.pth')
+    assert (state['step'], state['skipped']) == (4, 1)
+    assert {moments['step'].item() for moments in state['optimizer']['state'].values()} == {3}
+    with pytest.raises(SystemExit):
+        run(**flags)
+    assert 'not finite at step 2 of epoch 1' in capsys.readouterr().err
+    run(**{**flags, 'non_finite': 'skip:2'})
+    assert toys.load(tmp_path / 'checkpoint.pth')['skipped'] == 2
+    assert differing(outcome(tmp_path), outcome(through['float32'])) >= {'model', 'model_ema', 'log'}
+
+
+@pytest.mark.R11
+@forks
+@pytest.mark.parametrize('workers', [0, 2])
+def test_bad_images_are_left_out_if_asked_for_and_listed(run, files, tmp_path, capsys, workers):
+    tree = tmp_path / 'tree'
+    shutil.copytree(files / 'tree', tree)
+    bad = [tree / 'train' / 'c0' / '1.png', tree / 'train' / 'c1' / '3.png', tree / 'val' / 'c1' / '1.png']
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:40])
+    flags = {**toys.ALONE, 'data_set': 'FOLDER', 'data_path': tree, 'batch_size': 4, 'epochs': 2}
+    rows = run(**flags, bad_images='skip', num_workers=workers, output_dir=tmp_path / 'out')
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith('Accuracy of the network on the 4 test images') for line in lines)
+    assert sum('[2/2]' in line for line in lines) == 2  # as many steps as without
+    ends = ['replaced by the next one', 'replaced by the next one', 'left out of evaluation']
+    warnings = [f'warning: cannot be read, {end}: {path} (class {path.parent.name})'
+                for end, path in zip(ends, bad, strict=True)]  # fmt: skip
+    assert [line for line in lines if 'cannot be read' in line] == warnings * 2  # when they are found, and at the end
+    assert rows == run(**flags, bad_images='skip', num_workers=2 - workers, output_dir=tmp_path / 'again')
+    with pytest.raises(SystemExit) as stopped:
+        run(**flags, num_workers=0, output_dir=tmp_path / 'stops')
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert any(f'{path}: ' in error and error.endswith(f'(class {path.parent.name})') for path in bad[:2])
+
+
+def test_the_teacher_is_in_no_file(through):
+    names = set(toys.teacher().state_dict()) - set(toys.student().state_dict())
+    assert len(names) > 10
+    for path in through['float32'].iterdir():
+        data = path.read_bytes()
+        assert not any(name.encode() in data for name in names)
+        if path.suffix == '.pth':
+            assert toys.load(path)['model'].keys() == toys.student().state_dict().keys()
+
+
+def test_a_signal_while_a_checkpoint_is_read_is_no_damage(run, tmp_path, monkeypatch, capsys):
+    run(**toys.ALONE)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    read = torch.load
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(torch, 'load', interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        run(**toys.ALONE, epochs=2, resume='auto')
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert 'damaged' not in ''.join(capsys.readouterr())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_auto_has_nothing_to_evaluate_in_an_empty_folder(tmp_path, capsys):
+    error = _refused(capsys, **toys.ALONE, eval=True, resume='auto', output_dir=tmp_path)
+    assert f'--resume auto: there is no checkpoint in --output_dir {tmp_path}' in error
+
+
+def test_a_checkpoint_of_another_seed_and_optimizer_is_evaluated(run, tmp_path, capsys):
+    run(**toys.ALONE, seed=3, opt='sgd')
+    main.main(toys.flags(**toys.ALONE, eval=True, resume=tmp_path / 'checkpoint.pth'))
+    assert 'Accuracy of the network' in capsys.readouterr().out
+
+
+def test_a_damaged_file_that_is_named_is_not_evaluated_by_another(run, tmp_path, capsys):
+    run(**toys.ALONE, epochs=2)
+    last = tmp_path / 'checkpoint.pth'
+    last.write_bytes(last.read_bytes()[:-2000])
+    assert 'is damaged' in _refused(capsys, **toys.ALONE, eval=True, resume=last, output_dir=tmp_path)

@@ -1,9 +1,7 @@
-"""Taps against plain hooks on plain timm models; weights files of every layout, and files that are none."""
+"""Taps against plain hooks on plain timm models; weights of every layout, and what has none."""
 
 import argparse
 import copy
-import os
-import pickle
 from itertools import permutations
 
 import pytest
@@ -14,6 +12,7 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 
 import models
+from checkpoints import read_checkpoint
 
 # What the blocks of each family put out before the patch tokens: class, distillation and register tokens. CaiT's
 # class token enters only after its patch blocks.
@@ -234,6 +233,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.R8
 @pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'legacy'])
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_weights_of_every_layout_load(toy, tmp_path, layout, zipped):
@@ -242,17 +242,19 @@ def test_weights_of_every_layout_load(toy, tmp_path, layout, zipped):
         torch.nn.init.normal_(p)
     file = tmp_path / 'weights.pth'
     torch.save(LAYOUTS[layout](source.state_dict()), file, _use_new_zipfile_serialization=zipped)
-    models.load_weights(target, models.named_weights(models.read_checkpoint(str(file))))
+    models.load_weights(target, models.named_weights(read_checkpoint(str(file))))
     assert same_weights(target.state_dict(), source.state_dict())
 
 
+@pytest.mark.R8
 def test_a_safetensors_file_loads(toy, tmp_path):
     state = toy().state_dict()
     safetensors.torch.save_file(state, tmp_path / 'weights.safetensors')
-    found = models.named_weights(models.read_checkpoint(str(tmp_path / 'weights.safetensors')))
+    found = models.named_weights(read_checkpoint(str(tmp_path / 'weights.safetensors')))
     assert same_weights(found, state)
 
 
+@pytest.mark.R8
 @pytest.mark.parametrize('key', ['model_ema', 'state_dict_ema'])
 def test_averaged_weights_are_taken_when_asked_for(toy, key):
     raw, average = toy().state_dict(), {name: value + 1 for name, value in toy().state_dict().items()}
@@ -263,107 +265,7 @@ def test_averaged_weights_are_taken_when_asked_for(toy, key):
         models.named_weights({'model': raw, 'model_ema': None}, ema=True)
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Downloads of a test stay in its own folder."""
-    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
-    return tmp_path / 'hub'
-
-
-def test_a_url_loads(toy, tmp_path, hub):
-    torch.save({'model': toy().state_dict()}, tmp_path / 'released.pth')
-    checkpoint = models.read_checkpoint((tmp_path / 'released.pth').as_uri())
-    assert same_weights(models.named_weights(checkpoint), toy().state_dict())
-    assert list(hub.rglob('*.pth'))
-
-
-class Malicious:
-    """What unpickling this does is make a folder: the marker of code that ran."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
-@pytest.mark.parametrize('as_url', [False, True], ids=['path', 'url'])
-@pytest.mark.parametrize('place', ['weights', 'namespace', 'bare pickle', 'legacy'])
-def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, hub, place, as_url):
-    file, marker = tmp_path / 'released.pth', tmp_path / 'marker'
-    evil = Malicious(marker)
-    if place == 'bare pickle':
-        file.write_bytes(pickle.dumps(evil))
-    elif place == 'namespace':
-        torch.save({'model': {'w': torch.zeros(1)}, 'args': argparse.Namespace(lr=evil)}, file)
-    else:
-        torch.save({'model': evil}, file, _use_new_zipfile_serialization=place == 'weights')
-    with pytest.raises(ValueError, match=r'holds \S*mkdir|no file of weights') as caught:
-        models.read_checkpoint(file.as_uri() if as_url else str(file))
-    assert '\n' not in str(caught.value)
-    assert not marker.exists()
-    # the same file, read as it must never be: the marker does appear, so its absence above means something
-    if place == 'bare pickle':
-        pickle.loads(file.read_bytes())
-    else:
-        torch.load(file, weights_only=False)
-    assert marker.exists()
-
-
-@pytest.mark.parametrize('name', ['nowhere.pth', 'nowhere.safetensors'])
-def test_a_missing_file_is_an_os_error(tmp_path, hub, name):
-    with pytest.raises(OSError, match='nowhere'):
-        models.read_checkpoint(str(tmp_path / name))
-    with pytest.raises(OSError, match='nowhere'):
-        models.read_checkpoint((tmp_path / name).as_uri())
-
-
-def broken(tmp_path, kind):
-    """A file that is no checkpoint, as downloads and full disks leave it."""
-    file = tmp_path / ('broken.safetensors' if 'safetensors' in kind else 'broken.pth')
-    weights = {'weight': torch.randn(64, 64)}
-    if 'html' in kind:
-        file.write_text('<!DOCTYPE html>\n<html>\n<body>404: Not Found</body>\n</html>\n')
-    elif 'empty' in kind:
-        file.touch()
-    else:
-        if 'safetensors' in kind:
-            safetensors.torch.save_file(weights, file)
-        else:
-            torch.save(weights, file, _use_new_zipfile_serialization='legacy' not in kind)
-        contents = file.read_bytes()
-        kept = {'start': 5, 'half': len(contents) // 2, 'almost all': len(contents) - 20}
-        file.write_bytes(contents[: next(n for word, n in kept.items() if word in kind)])
-    return file
-
-
-@pytest.mark.parametrize(
-    'kind',
-    [
-        f'{what} {layout}'
-        for layout in ('zip', 'legacy', 'safetensors')
-        for what in ('html', 'empty', 'start', 'half', 'almost all')
-        if (what, layout) not in (('html', 'legacy'), ('empty', 'legacy'))  # the same as those of zip
-    ],
-)
-def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, kind):
-    with pytest.raises(ValueError, match='no file of weights') as caught:
-        models.read_checkpoint(str(broken(tmp_path, kind)))
-    assert '\n' not in str(caught.value)
-
-
-def test_a_folder_is_an_os_error(tmp_path):
-    with pytest.raises(OSError, match='directory'):
-        models.read_checkpoint(str(tmp_path))
-
-
-@pytest.mark.parametrize('content', [[torch.zeros(1)], torch.zeros(3), 'words'], ids=['list', 'tensor', 'str'])
-def test_a_file_that_holds_no_dictionary_is_refused(tmp_path, content):
-    torch.save(content, tmp_path / 'odd.pth')
-    with pytest.raises(ValueError, match=f'holds a {type(content).__name__}'):
-        models.read_checkpoint(str(tmp_path / 'odd.pth'))
-
-
+@pytest.mark.R8
 @pytest.mark.parametrize(
     'content',
     [{}, {'epoch': 3, 'lr': 0.1}, {'model': {}}, {'model': {'epoch': 3}}, {0: torch.zeros(1)}],
@@ -374,6 +276,7 @@ def test_a_dictionary_without_named_tensors_is_refused(content):
         models.named_weights(content)
 
 
+@pytest.mark.R8
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [

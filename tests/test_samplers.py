@@ -1,6 +1,7 @@
 """The order of training images, against the published hashes and against the rule written out in plain Python."""
 
 import hashlib
+from itertools import cycle
 from math import ceil
 
 import numpy as np
@@ -133,3 +134,52 @@ def test_repeated_augmentation_ignores_the_seed_but_not_the_epoch():
 
     assert order(0, 0) == order(5, 0)
     assert [index for index, _, _ in order(0, 0)] != [index for index, _, _ in order(0, 1)]
+
+
+# In mid-epoch ---------------------------------------------------------------------------------------------------------
+
+
+def rest(images, ranks, repeated_aug, start):
+    """What each rank reads of epoch 3 from a position on."""
+    samplers = [build_train_sampler(range(images), ranks, rank, repeated_aug, 0) for rank in range(ranks)]
+    for sampler in samplers:
+        sampler.set_epoch(3, start)
+    read = [list(sampler) for sampler in samplers]
+    assert [len(sampler) for sampler in samplers] == [len(keys) for keys in read]
+    return read
+
+
+@pytest.mark.parametrize('repeated_aug', [False, True])
+@pytest.mark.parametrize('ranks', [1, 2, 3, 4])
+@pytest.mark.parametrize('images', [23, 24, 259])
+def test_the_rest_of_an_epoch_is_read_without_gap_or_repeat_from_any_position(images, ranks, repeated_aug):
+    whole = {key[2]: key for keys in rest(images, ranks, repeated_aug, 0) for key in keys}
+    assert sorted(whole) == list(range(len(whole)))
+    for start in [*range(26), len(whole) - 1, len(whole), len(whole) + 1]:
+        read = rest(images, ranks, repeated_aug, start)
+        assert len({len(keys) for keys in read}) == 1  # or one rank would wait for the others
+        steps = max(0, len(whole) - start) // ranks
+        for step in range(steps):  # a batch of 1; larger ones are several of these
+            assert sorted(keys[step][2] for keys in read) == list(
+                range(start + step * ranks, start + (step + 1) * ranks)
+            )
+        assert [len(keys) for keys in read] == [steps] * ranks
+        assert all(whole[key[2]] == key for keys in read for key in keys)
+
+
+@pytest.mark.parametrize('repeated_aug', [False, True])
+@pytest.mark.parametrize('images', [50, 301])
+def test_other_numbers_of_ranks_in_mid_epoch_read_the_same_in_each_step(images, repeated_aug):
+    expected = steps(images, 1, repeated_aug)
+    for step, ranks in zip(range(len(expected)), cycle([1, 2, 4, 1, 4]), strict=False):
+        read = rest(images, ranks, repeated_aug, 8 * step)
+        assert sorted(key for keys in read for key in keys[: 8 // ranks]) == expected[step]
+        assert len(read[0]) // (8 // ranks) == len(expected) - step
+
+
+def test_the_next_epoch_begins_at_its_beginning():
+    sampler = build_train_sampler(range(50), 1, 0, False, 0)
+    sampler.set_epoch(3, 40)
+    assert len(sampler) == 10
+    sampler.set_epoch(4)
+    assert [position for _, _, position in sampler] == list(range(50))

@@ -1,24 +1,21 @@
-"""utils.py: meters and log rows, files that are never half written, the training state, random numbers by counter."""
+"""utils.py: errors, meters and progress, signals, random numbers by counter."""
 
-import argparse
-import copy
 import errno
 import itertools
 import math
+import multiprocessing
 import os
 import random
-from collections import OrderedDict
+import signal
+import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
-import timm
 import torch
-import toys
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
 
-import main
 import utils
 
 CPU = torch.device('cpu')
@@ -51,9 +48,9 @@ def test_an_error_of_a_kind_that_was_not_named_is_no_bad_input():
 # Meters and progress --------------------------------------------------------------------------------------------------
 
 
-def feed(meters: utils.Meters, **columns) -> None:
+def feed(meters: utils.Meters, images: int = 4, **columns) -> None:
     for row in zip(*columns.values(), strict=True):
-        meters.update({name: torch.tensor(float(value)) for name, value in zip(columns, row, strict=True)})
+        meters.update({name: torch.tensor(float(value)) for name, value in zip(columns, row, strict=True)}, images)
 
 
 @pytest.mark.parametrize('names', [('base',), ('base', 'dist', 'a_term_nobody_knew')])
@@ -74,23 +71,66 @@ def test_a_line_tells_the_mean_since_the_last_one_and_that_of_the_epoch():
     assert meters.line() == 'loss: 6.0000 (13.0000)  loss_a: 6.0000 (3.0000)  loss_b: 0.0000 (10.0000)'
 
 
+def test_means_are_over_images_whatever_the_size_of_their_batches():
+    meters = utils.Meters()
+    feed(meters, images=6, a=[1])
+    feed(meters, images=2, a=[5])
+    assert meters.means() == {'loss': 2, 'loss_a': 2}
+    assert meters.line() == 'loss: 2.0000 (2.0000)  loss_a: 2.0000 (2.0000)'
+
+
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize('ask', [utils.Meters.line, utils.Meters.means])
-def test_a_term_that_is_not_finite_is_named_and_the_others_are_not(value, ask):
-    meters = utils.Meters()
-    feed(meters, good=[1, 2, 3], bad=[1, value, 3])
-    with pytest.raises(FloatingPointError, match=r'loss_bad$') as caught:
-        ask(meters)
-    assert 'good' not in str(caught.value)
+def test_a_row_that_is_not_finite_counts_for_nothing(value):
+    with_it, without = utils.Meters(), utils.Meters()
+    feed(with_it, good=[1, 2, 4], bad=[1, value, 3])
+    feed(without, good=[1, 4], bad=[1, 3])
+    assert with_it.line() == without.line()
+    assert with_it.means() == without.means() == {'loss': 4.5, 'loss_good': 2.5, 'loss_bad': 2}
 
 
-def test_the_line_names_the_steps_among_which_a_term_went_wrong():
+def test_a_line_after_nothing_but_such_rows_is_a_line_all_the_same():
     meters = utils.Meters()
-    feed(meters, a=[1, 1, 1])
+    feed(meters, a=[math.nan])
+    assert meters.line() == 'loss: 0.0000 (0.0000)  loss_a: 0.0000 (0.0000)'
+
+
+def ranks(monkeypatch, world: int, rank: int) -> None:
+    monkeypatch.setattr(utils, 'get_world_size', lambda: world)
+    monkeypatch.setattr(utils, 'get_rank', lambda: rank)
+
+
+def test_meters_come_back_to_the_bit_and_count_on():
+    meters, again = utils.Meters(), utils.Meters()
+    feed(meters, a=[0.1, 0.2], b=[0.3, 0.7])
+    again.load_state_dict(meters.state_dict(), CPU)
     meters.line()
-    feed(meters, a=[1, math.nan])
-    with pytest.raises(FloatingPointError, match='steps 3 to 4 of the epoch'):
-        meters.line()
+    for each in (meters, again):
+        feed(each, a=[0.7], b=[0.9])
+    assert again.means() == meters.means()
+    assert again.line() == meters.line()  # its first part is of what came after the resume
+    empty = utils.Meters()
+    empty.load_state_dict(utils.Meters().state_dict(), CPU)
+    assert empty.total is None
+
+
+@pytest.mark.parametrize('saved_by', [1, 2, 3])
+@pytest.mark.parametrize('world', [1, 2, 3])
+def test_meters_of_some_ranks_go_on_among_others_with_the_same_sums(monkeypatch, saved_by, world):
+    state = {'names': ['loss', 'loss_a'], 'totals': [[1.0 + rank, 10.0 * rank, 2.0] for rank in range(saved_by)]}
+    rows = []
+    for rank in range(world):
+        ranks(monkeypatch, world, rank)
+        meters = utils.Meters()
+        meters.load_state_dict(state, CPU)
+        rows.append(meters.total.tolist())
+    assert np.sum(rows, axis=0).tolist() == np.sum(state['totals'], axis=0).tolist()
+    if saved_by == world:
+        assert rows == state['totals']  # each rank its own: another order of adding would round otherwise
+
+
+def test_meters_with_more_names_than_values_are_refused():
+    with pytest.raises(ValueError, match='not as many values as names'):
+        utils.Meters().load_state_dict({'names': ['loss', 'loss_a', 'loss_b'], 'totals': [[1.0, 2.0, 3.0]]}, CPU)
 
 
 @pytest.mark.parametrize(
@@ -115,56 +155,152 @@ def test_progress_prints_the_first_every_so_many_and_the_last_step(capsys, steps
         assert all(word in text for word in ('a line', 'time: ', 'data: ', 'mem: '))
 
 
-# Files ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(('first', 'printed'), [(0, [1, 4, 7, 8]), (3, [4, 7, 8]), (4, [7, 8]), (7, [8]), (8, [])])
+def test_progress_of_the_rest_of_an_epoch_prints_where_that_of_the_whole_would(capsys, first, printed):
+    assert list(utils.Progress('Epoch: [0]', 3, str, CPU).over(range(first, 8), first)) == list(range(first, 8))
+    lines = [text for text in capsys.readouterr().out.splitlines() if 'eta' in text]
+    assert [text.split()[2] for text in lines] == [f'[{number}/8]' for number in printed]
 
 
-def test_a_log_row_takes_the_place_of_its_epoch_and_of_later_ones(tmp_path):
-    for epoch, loss in [(0, 3.0), (1, 2.0), (2, 1.0), (1, 2.5)]:
-        utils.write_log_row(tmp_path / 'log.txt', {'train_loss': loss, 'epoch': epoch})
-    assert toys.log_rows(tmp_path) == [{'train_loss': 3.0, 'epoch': 0}, {'train_loss': 2.5, 'epoch': 1}]
+# Signals --------------------------------------------------------------------------------------------------------------
+
+each_signal = pytest.mark.parametrize('number', utils.Signals.NUMBERS, ids=lambda number: number.name)
 
 
-def full_disk(*_):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0)  # Python's handlers run between two of its instructions
 
 
-def half_a_file(file) -> None:
-    file.write(b'half of the n')
-    full_disk()
+@pytest.fixture
+def handlers():
+    """Those of the process, which each test must leave as they were."""
+    kinds = (*utils.Signals.NUMBERS, signal.SIGALRM)
+    before = [signal.getsignal(number) for number in kinds]
+    yield lambda: [signal.getsignal(number) for number in kinds]
+    assert [signal.getsignal(number) for number in kinds] == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
-@pytest.mark.parametrize('fails', ['the writing', 'fsync', 'replace'])
-def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch, fails):
-    path = tmp_path / 'file'
-    utils.write_durably(path, lambda file: file.write(b'old'))
-    if fails != 'the writing':
-        monkeypatch.setattr(os, fails, full_disk)
-    with pytest.raises(OSError, match='No space'):
-        utils.write_durably(path, half_a_file if fails == 'the writing' else lambda file: file.write(b'new'))
-    assert path.read_bytes() == b'old'
+@each_signal
+def test_a_signal_ends_at_once_what_has_nothing_to_save(handlers, number):
+    with pytest.raises(utils.StoppedError, match=f'stopped by {number.name}: nothing was trained') as stopped:  # noqa: SIM117
+        with utils.Signals():
+            send(number)
+    assert stopped.value.signum == number
 
 
-@pytest.mark.parametrize('fails', ['fsync', 'replace'])
-def test_a_log_row_that_cannot_be_written_leaves_the_old_log(tmp_path, monkeypatch, fails):
-    utils.write_log_row(tmp_path / 'log.txt', {'epoch': 0})
-    monkeypatch.setattr(os, fails, full_disk)
-    with pytest.raises(OSError, match='No space'):
-        utils.write_log_row(tmp_path / 'log.txt', {'epoch': 1})
-    assert toys.log_rows(tmp_path) == [{'epoch': 0}]
+@each_signal
+def test_a_deferred_signal_is_noted_and_later_ones_change_nothing(handlers, number):
+    with utils.Signals() as signals:
+        assert signals.received == 0
+        signals.defer()
+        send(number)
+        assert signals.received == number
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+        for other in utils.Signals.NUMBERS:
+            send(other)
+        assert signals.received == number
+        signals.agreed()
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+        assert handlers()[:3] == [signal.SIG_IGN] * 3
+        for other in utils.Signals.NUMBERS:
+            send(other)
+        assert signals.received == number
 
 
-def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
-    path = tmp_path / 'file'
-    path.write_bytes(b'old')
+def test_a_run_that_does_not_get_to_a_step_stops_without_saving(handlers, monkeypatch):
+    def wait(signals: utils.Signals) -> None:
+        signals.defer()
+        send(signal.SIGTERM)
+        time.sleep(60)
 
-    def write(file) -> None:
-        file.write(b'new')
-        file.flush()
-        assert path.read_bytes() == b'old'
+    monkeypatch.setattr(utils.Signals, 'PATIENCE', 0.05)
+    with (
+        pytest.raises(utils.StoppedError, match='there was no step after which to save') as stopped,
+        utils.Signals() as s,
+    ):
+        wait(s)
+    assert stopped.value.signum == signal.SIGTERM
 
-    utils.write_durably(path, write)
-    assert path.read_bytes() == b'new'
-    assert list(tmp_path.iterdir()) == [path]
+
+def test_outside_the_main_thread_signals_stay_as_they_are(handlers):
+    found = []
+
+    def inside() -> None:
+        before = handlers()
+        with utils.Signals() as signals:
+            signals.defer()
+            signals.set_alarm(60)
+            signals.agreed()
+            found.append(handlers() == before)
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+@pytest.mark.parametrize('due', [False, True])
+def test_one_process_agrees_with_itself_at_once(handlers, due):
+    with utils.Signals() as signals:
+        signals.defer()
+        agreement = utils.Agreement(signals)
+        assert agreement.poll(due) == (0, due)
+        assert agreement.settle() == 0
+        send(signal.SIGUSR1)
+        assert agreement.poll(due) == (signal.SIGUSR1, due)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # nothing disturbs the save
+        assert agreement.settle() == signal.SIGUSR1
+        agreement.wait_for_all()
+
+
+class Signalled(torch.utils.data.Dataset):
+    """Its items are numbers; the loader process that makes the third one is told to stop."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> int:
+        if index == 2:
+            os.kill(os.getpid(), self.number)
+        return index
+
+
+forks = pytest.mark.filterwarnings('ignore:.*multi-threaded.*fork:DeprecationWarning')  # Python 3.12 on
+
+
+@forks
+@each_signal
+def test_loader_processes_go_on_whatever_signal_they_get(number):
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    loader = torch.utils.data.DataLoader(Signalled(number), batch_size=None, num_workers=1)
+    assert list(utils.undisturbed(loader)) == list(range(6))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+@forks
+def test_without_that_they_die_of_it():
+    loader = torch.utils.data.DataLoader(Signalled(signal.SIGUSR1), batch_size=None, num_workers=1)
+    with pytest.raises(RuntimeError, match=r'killed by signal|exited unexpectedly'):
+        list(loader)
+
+
+@forks
+def test_loader_processes_are_ended_without_a_word():
+    loader = torch.utils.data.DataLoader(range(100), num_workers=2, persistent_workers=True)
+    batches = utils.undisturbed(loader)
+    next(batches)
+    processes = multiprocessing.active_children()
+    assert len(processes) == 2
+    utils.end_loader_processes()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode is not None
+    time.sleep(0)
 
 
 # Random numbers -------------------------------------------------------------------------------------------------------
@@ -203,134 +339,6 @@ def test_another_seed_step_or_rank_draws_otherwise_from_all_four_generators(othe
     assert all(a != b for a, b in zip(draws(1, 2, 3), draws(*other), strict=True))
 
 
-# Training state -------------------------------------------------------------------------------------------------------
-
-
-def make_state(
-    model: torch.nn.Module | None = None,
-    *,
-    gradient: float = 1,
-    lr: float = 1e-3,
-    weight_decay: float = 0.05,
-    scaled: bool = False,
-) -> utils.TrainingState:
-    """A state whose optimizer has made one step, and whose moving average differs from the weights."""
-    if model is None:
-        torch.manual_seed(0)
-        model = toys.student()
-    optimizer = create_optimizer_v2(model, 'adamw', lr, weight_decay)
-    schedule = CosineLRScheduler(optimizer, t_initial=10, lr_min=1e-5, warmup_t=2, warmup_lr_init=1e-6)
-    scaler = torch.amp.GradScaler('cpu', enabled=scaled)
-    state = utils.TrainingState(model, optimizer, schedule, scaler, ModelEmaV3(model, decay=0.9))
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, gradient)
-    optimizer.step()
-    return state
-
-
-def kinds(value) -> set[type]:
-    if isinstance(value, dict):
-        return {type(value)}.union(*map(kinds, value.keys()), *map(kinds, value.values()))
-    if isinstance(value, list | tuple):
-        return {type(value)}.union(*map(kinds, value))
-    return {type(value)}
-
-
-def test_a_checkpoint_holds_plain_types_only_and_fits_plain_timm(tmp_path):
-    args = main.parse_args(toys.flags(teacher_path='t.pth', opt_betas='0.9 0.99', teacher_kwargs='drop_path_rate=None'))
-    state = make_state(scaled=True)
-    state.epoch = 3
-    state.best_acc1 = 12.5
-    contents = state.state_dict(vars(args))
-    plain = {dict, OrderedDict, list, tuple, str, int, float, bool, type(None), torch.Tensor}
-    assert kinds(contents) <= plain
-    loaded = toys.load(toys.save(tmp_path / 'checkpoint.pth', contents))
-    assert loaded['args'] == vars(args)
-    assert loaded['args']['model_kwargs'] == toys.STUDENT
-    assert (loaded['epoch'], loaded['best_acc1']) == (3, 12.5)
-    fresh = timm.create_model('deit_tiny_patch16_224', num_classes=10, img_size=32, **toys.STUDENT)
-    fresh.load_state_dict(loaded['model'], strict=True)
-    toys.assert_same(fresh.state_dict(), state.model.state_dict())
-    fresh.load_state_dict(loaded['model_ema'], strict=True)
-    toys.assert_same(fresh.state_dict(), state.ema.module.state_dict())
-
-
-def test_without_a_moving_average_the_checkpoint_has_none():
-    state = make_state()
-    state.ema = None
-    assert 'model_ema' not in state.state_dict({})
-
-
-def test_progress_comes_back_with_the_rate_of_the_schedule_and_the_options_of_the_flags():
-    saved = make_state(gradient=3, scaled=True)
-    saved.epoch, saved.best_acc1 = 4, 12.5
-    saved.scaler.load_state_dict({**saved.scaler.state_dict(), 'scale': 1024.0, '_growth_tracker': 17})
-    state = make_state(lr=5e-4, weight_decay=0.2, scaled=True)
-    assert state.load_progress(saved.state_dict({})) is True
-    assert (state.epoch, state.best_acc1) == (4, 12.5)
-    toys.assert_same(state.optimizer.state_dict()['state'], saved.optimizer.state_dict()['state'])
-    # Cosine from 5e-4 to 1e-5 over ten epochs, after epoch 4; the file's own rate was 1e-3.
-    expected = 1e-5 + (5e-4 - 1e-5) * (1 + math.cos(math.pi * 4 / 10)) / 2
-    assert [g['lr'] for g in state.optimizer.param_groups] == pytest.approx([expected] * 2, rel=1e-12)
-    assert sorted(g['weight_decay'] for g in state.optimizer.param_groups) == [0, 0.2]
-    assert state.scaler.state_dict() == saved.scaler.state_dict()
-    assert state.scaler.get_scale() == 1024
-
-
-@pytest.mark.parametrize('missing', ['optimizer', 'lr_scheduler', 'epoch'])
-def test_a_file_without_optimizer_schedule_or_epoch_changes_nothing(missing):
-    state, other = make_state(), make_state(gradient=3, lr=1.0)
-    before = copy.deepcopy((state.optimizer.state_dict(), state.lr_scheduler.state_dict()))
-    contents = other.state_dict({})
-    del contents[missing]
-    assert state.load_progress(contents) is False
-    toys.assert_same((state.optimizer.state_dict(), state.lr_scheduler.state_dict()), before)
-    assert (state.epoch, state.best_acc1) == (-1, 0.0)
-
-
-def test_the_optimizer_of_another_model_is_refused():
-    other = make_state(toys.student(depth=3))
-    with pytest.raises(ValueError, match='parameter groups'):
-        make_state().load_progress(other.state_dict({}))
-
-
-def released(state: utils.TrainingState, epoch: int) -> dict:
-    """A checkpoint as the 2022 release wrote it in mid-run: counters of the optimizer are ints, flags a Namespace."""
-    optimizer = state.optimizer.state_dict()
-    optimizer['state'] = {key: {**value, 'step': int(value['step'])} for key, value in optimizer['state'].items()}
-    keep = ('params', 'lr', 'betas', 'eps', 'weight_decay', 'amsgrad')
-    optimizer['param_groups'] = [{key: group[key] for key in keep} for group in optimizer['param_groups']]
-    scaler = {'scale': 4096.0, 'growth_factor': 2.0, 'backoff_factor': 0.5, 'growth_interval': 2000}
-    return {
-        'model': state.model.state_dict(),
-        'optimizer': optimizer,
-        'lr_scheduler': {'base_values': [1.0, 1.0], '_step_count': 5},
-        'epoch': epoch,
-        'model_ema': state.ema.module.state_dict(),
-        'scaler': {**scaler, '_growth_tracker': 3},
-        'args': argparse.Namespace(lr=1.0, epochs=300),
-    }
-
-
-def test_a_file_of_the_release_resumes_in_mid_run():
-    saved, state = make_state(gradient=3, scaled=True), make_state(scaled=True)
-    assert state.load_progress(released(saved, epoch=6)) is True
-    assert (state.epoch, state.best_acc1, state.scaler.get_scale()) == (6, 0.0, 4096)
-    moments = [
-        (s['step'].item(), s['exp_avg'], s['exp_avg_sq']) for s in state.optimizer.state_dict()['state'].values()
-    ]
-    expected = [(1.0, s['exp_avg'], s['exp_avg_sq']) for s in saved.optimizer.state_dict()['state'].values()]
-    toys.assert_same(moments, expected)
-    state.optimizer.step()  # goes on from there
-    assert {s['step'].item() for s in state.optimizer.state_dict()['state'].values()} == {2}
-
-
-def test_the_scale_of_a_float16_run_is_no_obstacle_to_a_run_without_scaler():
-    state = make_state()
-    assert state.load_progress(make_state(scaled=True).state_dict({})) is True
-    assert not state.scaler.is_enabled()
-
-
 # Set-up ---------------------------------------------------------------------------------------------------------------
 
 
@@ -354,3 +362,28 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     with pytest.raises(utils.UsageError, match='cuda:5: 6 GPUs are needed'):
         utils.init_distributed('cuda:5', 'env://')
+
+
+def test_a_rank_whose_launcher_has_died_asks_all_to_stop(monkeypatch):
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'x')
+    with utils.Signals() as signals:
+        agreement = utils.Agreement(signals)
+        assert agreement.poll() == (0, False)
+        monkeypatch.setattr(os, 'getppid', lambda: 1)
+        assert agreement.poll() == (signal.SIGTERM, False)
+
+
+def test_a_process_that_is_stuck_where_no_python_runs_is_ended(tmp_path):
+    code = """
+import ctypes, os, signal, utils
+utils.Signals.PATIENCE, utils.Signals.STUCK = 0.2, 0.2
+with utils.Signals() as signals:
+    signals.defer()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])  # nothing in the main thread is reached any more
+    os.kill(os.getpid(), signal.SIGTERM)
+    while True:
+        ctypes.CDLL(None).sleep(60)
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert 'stopped by SIGTERM' in done.stderr

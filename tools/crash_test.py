@@ -1,0 +1,651 @@
+"""Breaks runs of main.py in every way that was promised to be survived, and prints one table.
+
+    bash scripts/crash_test.sh                    the full form
+    bash scripts/crash_test.sh --short            a few of each kind
+    bash scripts/crash_test.sh --only R1 R5       some rows
+
+A toy DeiT learns from a toy CaiT on generated images; the program itself is the real one (see `faults.py` for how a
+fault gets into it). Each run is a process of its own per rank, and ended by its process id.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+import timm  # noqa: E402
+import torch  # noqa: E402
+from faults import SAVING, TRAIN_IMAGES, VAL_IMAGES, Fault, plant  # noqa: E402
+
+import checkpoints  # noqa: E402
+import datasets  # noqa: E402
+import engine  # noqa: E402
+import main  # noqa: E402
+import utils  # noqa: E402
+
+SHAPE = 'patch_size=8 depth=3'.split()
+TEACHER = {'patch_size': 8, 'depth': 3, 'embed_dim': 32, 'num_heads': 4, 'init_values': 1.0}
+FLAGS = f"""--data-set FAKE --input-size 32 --device cpu --epochs 3 --warmup-epochs 0 --lr 0.05 --print-freq 4
+    --model deit_tiny_patch16_224 --model-kwargs patch_size=8 depth=3 embed_dim=16 num_heads=2 --drop-path 0.1
+    --teacher-model cait_s24_224 --teacher-kwargs {' '.join(f'{key}={value}' for key, value in TEACHER.items())}
+    --distillation-type soft --s-id 0 2 --t-id 0 2 --K 20 --model-ema-decay 0.9 --no-repeated-aug
+    --save-interval-steps 2""".split()
+GLOBAL_BATCH = 8
+STEPS = TRAIN_IMAGES // GLOBAL_BATCH  # of an epoch
+PATIENCE = 25.0  # seconds a rank may take to leave
+COMPARED = ('model', 'model_ema', 'optimizer', 'scaler', 'epoch', 'best_acc1', 'step', 'position', 'skipped')
+SIGNALS = ('SIGTERM', 'SIGINT', 'SIGUSR1')
+
+
+# One life of a run ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Life:
+    """How a run of some ranks ended: exit codes, the seconds it took to leave after the fault, and what it told."""
+
+    codes: list[int]
+    left: float
+    out: str
+    err: str
+    events: list[str] = field(default_factory=list)
+
+    def told(self, word: str) -> list[str]:
+        """The events that begin with a word, without it."""
+        return [text[len(word) + 1 :] for text in self.events if text.startswith(word + ' ')]
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith('main.py: error:')]
+
+
+_numbers = itertools.count()
+
+
+def _child(argv: list[str], rank: int, ranks: int, fault: Fault | None, base: Path, record: str) -> None:
+    """A rank; never returns."""
+    os.setpgid(0, 0)
+    code = 70
+    try:
+        for number, name in ((1, 'out'), (2, 'err')):
+            os.dup2(os.open(f'{base}.{name}{rank}', os.O_WRONLY | os.O_CREAT), number)
+        for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+            os.environ.pop(name, None)
+        if ranks > 1:
+            os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(ranks), 'LOCAL_RANK': '0'}
+            argv = [*argv, '--dist-url', f'file://{base}.meet']
+        plant(fault, rank, Path(f'{base}.events'), record)
+        main.main(argv)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def live(
+    folder: Path,
+    ranks: int = 1,
+    workers: int = 0,
+    fault: Fault | None = None,
+    extra: tuple[str, ...] = (),
+    record: str = '',
+    kill_after: float = 0.0,
+) -> Life:
+    """Starts a run or goes on with it, until it ends; nothing is left behind.
+
+    Args:
+        folder: of the run.
+        ranks: how many.
+        workers: loader processes per rank.
+        fault: that comes true in it.
+        extra: further flags, after those of the toy.
+        record: see `faults.plant`.
+        kill_after: seconds after which all ranks are killed, if they have not ended.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    base = folder.parent / f'life{next(_numbers)}'
+    argv = [*FLAGS, '--batch-size', str(GLOBAL_BATCH // ranks), '--num_workers', str(workers), '--output_dir']
+    argv += [str(folder), '--resume', 'auto', '--teacher-path', str(folder.parent / 'teacher.pth'), *extra]
+    pids = {}
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            _child(argv, rank, ranks, fault, base, record)
+        pids[pid] = rank
+    codes, left = _wait_for(pids, Path(f'{base}.events'), kill_after)
+    texts = [''.join(Path(f'{base}.{name}{rank}').read_text() for rank in range(ranks)) for name in ('out', 'err')]
+    events = [line.split(' ', 1)[1] for line in Path(f'{base}.events').read_text().splitlines()]
+    for path in base.parent.glob(f'{base.name}.*'):
+        path.unlink()
+    return Life([codes[rank] for rank in range(ranks)], left, *texts, events)
+
+
+def _wait_for(pids: dict[int, int], events: Path, kill_after: float) -> tuple[dict[int, int], float]:
+    """Exit code by rank (negative: of a signal), and seconds from the fault to the end of the last rank."""
+    running, codes, start, struck = dict(pids), {}, time.monotonic(), 0.0
+    while running:
+        for pid in list(running):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
+        now = time.monotonic()
+        if not struck and (codes or (events.exists() and ' struck ' in events.read_text())):
+            struck = now
+        timed_out = now - start > 120 or (struck and now - struck > 2 * PATIENCE)
+        if timed_out or (kill_after and now - start > kill_after):
+            for pid in running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return codes, time.monotonic() - (struck or start)
+
+
+def same(left: object, right: object) -> bool:
+    """Bit-identical, however deeply nested."""
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def result(folder: Path) -> dict:
+    """What a finished run has come to: last and best state, and the log."""
+    files = {name: checkpoints.read_checkpoint(folder / name) for name in (checkpoints.LAST, checkpoints.BEST)}
+    kept = {name: {key: file.get(key) for key in COMPARED} for name, file in files.items()}
+    return {**kept, 'log': checkpoints.read_log(folder / checkpoints.LOG)}
+
+
+def sound(folder: Path, keep: int = 1) -> str:
+    """What is wrong with a folder after a kill, '' if nothing is: too many files, a teacher, nothing to go on from."""
+    names = sorted(path.name for path in folder.iterdir())
+    strays = [name for name in names if name.endswith('.tmp')]
+    earlier = [name for name in names if re.fullmatch(r'checkpoint-\d{8}\.pth', name)]
+    odd = set(names) - set(strays) - set(earlier) - set(checkpoints.KEPT)
+    if odd or len(strays) > 1 or len(earlier) > keep:
+        return f'files: {" ".join(names)}'
+    if checkpoints.find_checkpoints(folder):
+        _, state, _ = checkpoints.read_newest(folder)
+        if any(word in str(key) for key in state for word in ('teacher',)):
+            return f'keys: {" ".join(state)}'
+    return ''
+
+
+# The rows -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """A line of the table."""
+
+    name: str
+    promise: str
+    asked: str
+    reached: str
+    good: bool
+    seconds: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+
+class Bench:
+    """What all rows share: a folder, the reference runs, the size of the form."""
+
+    def __init__(self, folder: Path, short: bool, seed: int) -> None:
+        self.folder = folder
+        self.short = short
+        self.random = random.Random(seed)
+        self._references: dict[tuple, dict] = {}
+        self._names = itertools.count()
+        torch.manual_seed(7)
+        kwargs = {**TEACHER, 'img_size': 32, 'num_classes': datasets.FAKE_CLASSES}
+        torch.save(timm.create_model('cait_s24_224', **kwargs).state_dict(), folder / 'teacher.pth')
+
+    def fresh(self) -> Path:
+        return self.folder / f'run{next(self._names)}'
+
+    def reference(self, ranks: int = 1, workers: int = 0, extra: tuple[str, ...] = ()) -> dict:
+        """The result of a run that nothing happens to."""
+        key = (ranks, workers, extra)
+        if key not in self._references:
+            folder = self.fresh()
+            life = live(folder, ranks, workers, extra=extra)
+            assert life.codes == [0] * ranks, life.err
+            self._references[key] = result(folder)
+        return self._references[key]
+
+    def finish(self, folder: Path, ranks: int = 1, workers: int = 0, extra: tuple[str, ...] = ()) -> str:
+        """Goes on without faults; says what differs from the reference, '' if nothing does."""
+        life = live(folder, ranks, workers, extra=extra)
+        if life.codes != [0] * ranks:
+            return f'exit {life.codes}: {life.err[-300:]}'
+        found, wanted = result(folder), self.reference(ranks, workers, extra)
+        return ', '.join(key for key in wanted if not same(found[key], wanted[key]))
+
+
+FP16 = ('--amp-dtype', 'float16')
+
+
+def kills(bench: Bench) -> tuple[Row, Row]:
+    """R1: chains of kills on every configuration, each compared with the run that was never killed; R14 on the way."""
+    configurations = [(1, 0, ()), (1, 2, ()), (2, 0, ()), (2, 2, ()), (1, 0, FP16)]
+    wanted, saving = (12, 5) if bench.short else (200, 80)
+    faults, untidy, chains, struck, in_saves = [], [], 0, 0, 0
+    if not same(bench.reference(1, 0), bench.reference(1, 2)):
+        faults.append('the number of workers changes the result')
+    for number, (ranks, workers, extra) in enumerate(configurations):
+        quota = wanted * (number + 1) // len(configurations)
+        folder = bench.fresh()
+        while struck < quota:
+            fault, kill_after = _random_kill(bench, ranks, in_saves < saving * quota // wanted)
+            life = live(folder, ranks, workers, fault, extra, kill_after=kill_after)
+            if life.codes == [0] * ranks:  # it came to its end before it could be killed: another chain
+                chains += 1
+                if not same(result(folder), bench.reference(ranks, workers, extra)):
+                    faults.append(f'{ranks} ranks, {workers} workers: another result')
+                folder = bench.fresh()
+                continue
+            struck += 1
+            in_saves += fault is not None and fault.where in SAVING
+            untidy += [wrong for wrong in [sound(folder)] if wrong]
+            saved = max((int(step) for step in life.told('saved')), default=0)
+            there = checkpoints.read_newest(folder)[1]['step'] if checkpoints.find_checkpoints(folder) else 0
+            if there < saved:
+                faults.append(f'{fault}: step {saved} was saved, {there} is there')
+        wrong = bench.finish(folder, ranks, workers, extra)
+        chains += 1
+        if wrong:
+            faults.append(f'{ranks} ranks, {workers} workers after the last kill: {wrong}')
+    text = f'{struck} kills, {in_saves} of them inside a save, in {chains} runs; {len(faults)} faults'
+    asked = f'{wanted} kills, {12 * wanted // 40 if not bench.short else 3} in a save'
+    row = Row('R1', 'kill -9 anywhere', asked, text, not faults and in_saves >= wanted * 0.3, faults=faults)
+    text = f'{struck - len(untidy)} of {struck} folders looked at after a kill'
+    files = Row('R14', 'retention', 'last + best + 1 + 1 temporary', text, not untidy, faults=untidy)
+    return row, files
+
+
+def _random_kill(bench: Bench, ranks: int, in_save: bool) -> tuple[Fault | None, float]:
+    """A kill in a save, at a step or in evaluation; or one from outside at any moment."""
+    rank = bench.random.randrange(ranks)
+    if in_save:
+        where = bench.random.choice(SAVING)
+        part = bench.random.choice((0.0, 0.001, 0.3, 0.7, 0.999, 1.0))
+        return Fault('kill', where, bench.random.randint(1, 5), 0, part), 0.0
+    kind = bench.random.random()
+    if kind < 0.4:
+        return Fault('kill', 'step', bench.random.randint(1, 9), rank), 0.0
+    if kind < 0.6:
+        return Fault('kill', 'eval', 1, rank), 0.0
+    return None, bench.random.uniform(0.2, 2.0 if ranks == 1 else 3.0)
+
+
+def controls(bench: Bench) -> Row:
+    """R2: whatever is left out of the state must be missed."""
+    first = live(bench.folder / 'control', fault=Fault('kill', 'step', STEPS + 6))
+    assert first.codes == [-signal.SIGKILL], first.err
+    path, state, _ = checkpoints.read_newest(bench.folder / 'control')
+    assert 0 < state['position'] < TRAIN_IMAGES, state['position']
+    fresh = {'state': {}, 'param_groups': state['optimizer']['param_groups']}
+    changes = {
+        'offset in the epoch': {'position': 0},
+        'moving average': {'model_ema': state['model']},
+        'optimizer': {'optimizer': fresh},
+        'counter of steps': {'step': 0},
+        'means of the epoch': {'meters': {}},
+        'best accuracy': {'best_acc1': 101.0},
+        'counter of epochs': {'epoch': -1},
+        None: {},
+    }
+    missed = []
+    for name, change in changes.items():
+        folder = bench.fresh()
+        shutil.copytree(path.parent, folder)
+        (folder / path.name).write_bytes(checkpoints.serialize({**state, **change}))
+        differs = bool(bench.finish(folder))
+        if differs != (name is not None):
+            missed.append(f'{name}: {"differs" if differs else "the same"}')
+    named = len(changes) - 1
+    good = not missed
+    return Row('R2', 'what is left out is missed', '5 of 5', f'{named - len(missed)} of {named}', good, faults=missed)
+
+
+def signals(bench: Bench) -> Row:
+    """R3: any signal to any one rank at any time: saved, left in time, no step lost."""
+    places = [('first batch', 1), ('step', 5), ('eval', 1), ('write', 2)]
+    cases = [(name, *place, 2, workers, rank) for name in SIGNALS for place in places for workers in (0, 2)
+             for rank in (0, 1)]  # fmt: skip
+    cases += [(name, *place, 1, 0, 0) for name in SIGNALS for place in places]
+    if bench.short:
+        cases = [cases[i] for i in (1, 11, 21, 28, 50, 56)]
+    faults, slowest = [], 0.0
+    for number, (name, where, at, ranks, workers, rank) in enumerate(cases):
+        folder, rank = bench.fresh(), 0 if where in SAVING else rank
+        fault = Fault(name, where, at, rank, part=0.5, everyone=workers > 0, lags=ranks > 1 and number % 3 == 0)
+        life = live(folder, ranks, workers, fault)
+        slowest = max(slowest, life.left)
+        done = max((int(step) for step in life.told('done')), default=0)
+        saved = checkpoints.read_newest(folder)[1]['step'] if checkpoints.find_checkpoints(folder) else -1
+        wrong = []
+        if life.codes != [128 + getattr(signal, name)] * ranks:
+            wrong.append(f'exit {life.codes}')
+        if saved != done:
+            wrong.append(f'{done} steps done, {saved} saved')
+        if life.left > PATIENCE or len(life.errors) != 1 or not life.told('struck'):
+            wrong.append(f'{life.left:.1f} s, {life.errors}')
+        wrong += [text for text in [bench.finish(folder, ranks, workers)] if text]
+        if wrong:
+            faults.append(f'{fault} {ranks} ranks: {"; ".join(wrong)} {life.err[-300:]}')
+    reached = f'{len(cases) - len(faults)} of {len(cases)}, slowest {slowest:.1f} s'
+    return Row('R3', 'signals', f'{len(cases)} of {len(cases)} under 25 s', reached, not faults, faults=faults)
+
+
+def elastic(bench: Bench) -> Row:
+    """R4: restarts by torchrun end in the same bits; another number of ranks sees the same images."""
+    faults = []
+    restarts = 1 if bench.short else 3
+    folder = bench.fresh()
+    plan = bench.folder / 'restarts.json'
+    crashes = [('kill', 'step', 5, 1), ('raise', 'step', 9, 0), ('kill', 'fsync', 3, 0)]
+    plan.write_text(json.dumps([asdict(Fault(*crash)) for crash in crashes[:restarts]]))
+    argv = [*FLAGS, '--batch-size', '4', '--num_workers', '0', '--output_dir', str(folder), '--resume', 'auto']
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    command += [f'--max-restarts={restarts}', __file__, '--restarted', str(plan), *argv]
+    command += ['--teacher-path', str(bench.folder / 'teacher.pth')]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
+    if done.returncode != 0 or not same(result(folder), bench.reference(2, 0)):
+        faults.append(f'torchrun: exit {done.returncode} {done.stderr[-800:]}')
+    plain = ('--mixup', '0', '--cutmix', '0', '--drop-path', '0', '--w-sample', '0', '--w-rand', '0')
+    whole = bench.fresh()
+    reference = live(whole, extra=plain, record='images')
+    changed, images = bench.fresh(), []
+    for ranks, stop in ((1, 5), (2, 10), (4, 12), (1, None)):
+        fault = Fault('SIGUSR1', 'step', stop) if stop else None
+        life = live(changed, ranks, fault=fault, extra=plain, record='images')
+        images += life.told('image')
+        if life.codes != [0 if stop is None else 128 + signal.SIGUSR1] * ranks:
+            faults.append(f'{ranks} ranks: exit {life.codes} {life.err[-300:]}')
+    if sorted(images) != sorted(reference.told('image')) or len(set(images)) != 3 * TRAIN_IMAGES:
+        faults.append('other images or augmentations')
+    difference = _difference(result(changed), result(whole)) if not faults else float('nan')
+    if not difference <= 1e-5:
+        faults.append(f'losses or weights differ by {difference:g}')
+    reached = f'{restarts} restarts {"bit-identical" if not faults else "?"}; 1→2→4→1 ranks: {difference:.1e}'
+    return Row('R4', 'elastic', 'same bits; within 1e-5', reached, not faults, faults=faults)
+
+
+def _difference(left: dict, right: dict) -> float:
+    """Largest difference of weights and losses; biases of attention keys have no gradient but rounding."""
+    largest = 0.0
+    for name, weight in left[checkpoints.LAST]['model'].items():
+        gap = (weight - right[checkpoints.LAST]['model'][name]).abs()
+        if name.endswith('qkv.bias'):
+            gap[len(gap) // 3 : 2 * len(gap) // 3] = 0
+        largest = max(largest, gap.max().item())
+    rows = zip(left['log'], right['log'], strict=True)
+    return max(largest, *(abs(a[key] - b[key]) for a, b in rows for key in a if 'loss' in key))
+
+
+def disks(bench: Bench) -> Row:
+    """R5: a disk that is full or broken."""
+    places = [('write', part) for part in (0.0, 0.001, 0.5, 0.99, 1.0)] + [('fsync', 1.0), ('replace', 1.0)]
+    faults = []
+    for number, (where, part) in enumerate(places):
+        code = ('ENOSPC', 'EIO')[number % 2]
+        folder = bench.fresh()  # for a moment: training goes on, and the result is the same
+        life = live(folder, fault=Fault(code, where, 4, part=part, times=2))
+        if life.codes != [0] or not life.told('failed') or not same(result(folder), bench.reference()):
+            faults.append(f'{code} {where} {part}: exit {life.codes}, {life.told("failed")}')
+        if [path.name for path in folder.glob('.*')]:
+            faults.append(f'{code} {where} {part}: a temporary file is left')
+        folder = bench.fresh()  # for good: the file before is whole, and the exit says so
+        life = live(folder, fault=Fault(code, where, 4, part=part, times=10**6))
+        steps = [int(step) for step in life.told('saved')]
+        intact = checkpoints.read_newest(folder)
+        if life.codes != [1] or 'not saved' not in life.err or intact[2] or intact[1]['step'] < max(steps):
+            faults.append(f'{code} {where} {part} for good: exit {life.codes}, {intact[2]} {life.err[-200:]}')
+        if f'done {3 * STEPS}' not in life.events or [path.name for path in folder.glob('.*')]:
+            faults.append(f'{code} {where} {part} for good: training stopped, or a temporary file is left')
+    failed = len({text.split(':')[0].removesuffix(' for good') for text in faults})
+    return Row('R5', 'full disk', '7 of 7', f'{7 - failed} of 7, for a moment and for good', not faults, faults=faults)
+
+
+def damage(bench: Bench) -> Row:
+    """R6: a damaged file is known as such, and the one before is taken."""
+    folder = bench.fresh()
+    live(folder, fault=Fault('kill', 'step', STEPS))
+    last = folder / checkpoints.LAST
+    whole = last.read_bytes()
+    count = 8 if bench.short else 50
+    spots = [bench.random.randrange(len(whole)) for _ in range(count)]
+    cases = {f'cut at {i * len(whole) // count}': whole[: i * len(whole) // count] for i in range(count)}
+    cases |= {f'bit flipped at {i}': whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in spots}
+    cases |= {'empty': b'', 'a page': b'<!DOCTYPE html><title>404</title>'}
+    earlier = next(path for path in checkpoints.find_checkpoints(folder) if path.name.startswith('checkpoint-'))
+    faults = []
+    for name, data in cases.items():
+        last.write_bytes(data)
+        path, _, notes = checkpoints.read_newest(folder)
+        if path != earlier or not any(note.startswith('checkpoint.pth is damaged') for note in notes):
+            faults.append(f'{name}: {path.name} {notes}')
+    life = live(folder)
+    if f'going back to {earlier.name}' not in life.out or not same(result(folder), bench.reference()):
+        faults.append(f'going on: {life.out[-300:]} {life.err[-300:]}')
+    reached = f'{len(cases) - len(faults)} of {len(cases)}'
+    return Row('R6', 'damaged file', f'{len(cases)} of {len(cases)}', reached, not faults, faults=faults)
+
+
+def exact(bench: Bench) -> Row:
+    """R9: evaluation counts each image once."""
+    worlds, sizes, batches = ((1, 3, 8), (1, 50, 1009), (3, 64)) if bench.short else (
+        (1, 2, 3, 4, 7, 8), (1, 7, 50, 1000, 1009), (1, 3, 64))  # fmt: skip
+    faults, found = [], {}
+    for world in worlds:
+        base = bench.folder / f'world{world}'
+        pids = {}
+        for rank in range(world):
+            pid = os.fork()
+            if pid == 0:
+                with contextlib.suppress(BaseException):
+                    _evaluate_all(rank, world, sizes, batches, base)
+                os._exit(0)
+            pids[pid] = rank
+        _wait_for(pids, Path(f'{base}.events'), 100)
+        found[world] = json.loads(Path(f'{base}.json').read_text())
+    for case in found[worlds[0]]:
+        counts = {tuple(found[world][case][:-1]) for world in worlds}
+        losses = [found[world][case][-1] for world in worlds]
+        alike = {
+            tuple(found[worlds[0]][other][:-1]) for other in found[worlds[0]] if other.split()[0] == case.split()[0]
+        }
+        if len(counts) != 1 or len(alike) != 1 or max(losses) - min(losses) > 1e-6:
+            faults.append(f'{case}: {counts} {losses}')
+    cases = len(worlds) * len(sizes) * len(batches)
+    return Row(
+        'R9', 'exact evaluation', f'{cases} alike', f'{cases - len(faults)} of {cases}', not faults, faults=faults
+    )
+
+
+class _FromPixels(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+
+def _evaluate_all(rank: int, world: int, sizes: tuple, batches: tuple, base: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(world), 'LOCAL_RANK': str(rank)}
+    utils.init_distributed('cpu', f'file://{base}.meet')
+    found = {}
+    for size, batch in itertools.product(sizes, batches):
+        generator = torch.Generator().manual_seed(size)
+        images = torch.randn(size, 3, 2, 2, generator=generator)
+        data = torch.utils.data.TensorDataset(images, torch.randint(12, (size,), generator=generator))
+        loader = torch.utils.data.DataLoader(data, batch, sampler=range(rank, size, world))
+        stats = engine.evaluate(_FromPixels(), loader, torch.device('cpu'), torch.float32)
+        found[f'{size} {batch}'] = [stats[key] for key in ('images', 'correct1', 'correct5', 'loss')]
+    if rank == 0:
+        Path(f'{base}.json').write_text(json.dumps(found))
+    utils.leave_distributed()
+
+
+def values(bench: Bench) -> Row:
+    """R10: what is not finite never reaches the weights."""
+    names = ['base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand', 'student logits', 'teacher logits', 'gradients']
+    cases = [(do, where) for where in names for do in ('nan', 'inf')]
+    if bench.short:
+        cases = [('nan', 'mf_rand'), ('inf', 'teacher logits'), ('nan', 'gradients')]
+    faults, slowest = [], 0.0
+    for do, where in cases:
+        folder, at = bench.fresh(), 6
+        life = live(folder, 2, fault=Fault(do, where, at, rank=1))
+        slowest = max(slowest, life.left)
+        weights = life.told('weights')
+        line = life.errors[0] if life.errors else ''
+        named = f'step {at - 1} of epoch 0 on rank 1: ' in line and where in line
+        images = re.search(r'images((?: \d+)+)$', line)
+        wrong = []
+        if life.codes != [1, 1] or len(life.errors) != 1 or life.left > 10:
+            wrong.append(f'exit {life.codes} after {life.left:.1f} s')
+        if not named or images is None or len(images[1].split()) != GLOBAL_BATCH // 2:
+            wrong.append(f'says {line!r}')
+        if len(set(weights[-4:])) != 1 or len(set(weights)) < 5:
+            wrong.append('the weights have changed')
+        if checkpoints.read_newest(folder)[1]['step'] != 4:
+            wrong.append('the last state is not the one before')
+        if wrong:
+            faults.append(f'{do} in {where}: {"; ".join(wrong)} {life.err[-300:]}')
+    folder = bench.fresh()
+    life = live(folder, 2, fault=Fault('nan', 'dist', 6, rank=1), extra=('--non-finite', 'skip:1'))
+    if life.codes != [0, 0] or '1 of 1 allowed' not in life.out or result(folder)['checkpoint.pth']['skipped'] != 1:
+        faults.append(f'skip:1: exit {life.codes} {life.err[-300:]}')
+    reached = f'{len(cases) - len(faults)} of {len(cases)}, slowest {slowest:.1f} s; skip:1 goes on'
+    return Row('R10', 'not finite', f'{len(cases)} of {len(cases)} in 10 s', reached, not faults, faults=faults)
+
+
+def exceptions(bench: Bench) -> Row:
+    """R12: one rank or loader process fails: all leave, the cause is printed once."""
+    cases = [(do, where, at, workers, rank) for rank in (0, 1) for do, where, at, workers in (
+        ('raise', 'step', 5, 0), ('raise', 'eval', 1, 0), ('raise', 'worker', 7, 2), ('raise', 'worker', 7, 0),
+        ('raise', 'first batch', 1, 2), ('kill', 'worker', 7, 2), ('kill', 'step', 5, 2),
+    )]  # fmt: skip
+    cases += [('raise', 'write', 3, 0, 0)]
+    if bench.short:
+        cases = [cases[i] for i in (0, 9)]
+    faults, slowest = [], 0.0
+    for do, where, at, workers, rank in cases:
+        life = live(bench.fresh(), 2, workers, Fault(do, where, at, rank))
+        slowest = max(slowest, life.left)
+        cause = life.err.count('ArithmeticError: planted in') if where != 'worker' or not workers else (
+            life.err.count('Original Traceback'))  # fmt: skip
+        followers = [line for line in life.errors if 'another rank has gone' in line]
+        wrong = []
+        if do == 'kill' and where == 'worker':
+            cause = sum('DataLoader worker' in line for line in life.errors)
+        if life.left > 30 or 0 in life.codes or cause != (do == 'raise' or where == 'worker'):
+            wrong.append(f'exit {life.codes} after {life.left:.1f} s, cause printed {cause} times')
+        tracebacks = 0 if do == 'kill' else 2 if where == 'worker' and workers else 1
+        if len(followers) != 1 or life.err.count('Traceback') != tracebacks:
+            wrong.append(f'follow-up: {life.errors}')
+        if wrong:
+            faults.append(f'{do} in {where} of rank {rank}, {workers} workers: {"; ".join(wrong)}\n{life.err[-1500:]}')
+    reached = f'{len(cases) - len(faults)} of {len(cases)}, slowest {slowest:.1f} s'
+    return Row('R12', 'no hang', f'{len(cases)} of {len(cases)} in 30 s', reached, not faults, faults=faults)
+
+
+# Rows that the test suite shows, by their marks.
+SUITE = {'R7': 'safe loading', 'R8': 'layouts', 'R11': 'bad images', 'R13': 'resume misuse'}
+
+
+def suite(name: str) -> Row:
+    """Runs the tests that show a promise."""
+    command = [sys.executable, '-m', 'pytest', '-v', '-m', name]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    counts = dict(re.findall(r'(\d+) (passed|failed|error|skipped)', done.stdout + done.stderr))
+    counts = {what: int(number) for number, what in counts.items()}
+    good = done.returncode == 0 and counts.get('passed', 0) > 3
+    reached = ', '.join(f'{number} {what}' for what, number in counts.items())
+    return Row(name, SUITE[name], 'all tests', reached, good, faults=[] if good else [done.stdout[-2000:]])
+
+
+ROWS: dict[str, Callable] = {
+    'R1': kills, 'R2': controls, 'R3': signals, 'R4': elastic, 'R5': disks, 'R6': damage, 'R9': exact, 'R10': values,
+    'R12': exceptions,
+}  # fmt: skip
+
+
+def rows(bench: Bench, wanted: list[str]) -> Iterator[Row]:
+    for name in wanted:
+        start = time.monotonic()
+        made = suite(name) if name in SUITE else ROWS[name](bench)
+        for row in made if isinstance(made, tuple) else (made,):
+            row.seconds = time.monotonic() - start
+            yield row
+
+
+def _restarted(plan: str, argv: list[str]) -> None:
+    """A rank under torchrun: the fault of this restart, if it is this rank's."""
+    faults = json.loads(Path(plan).read_text())
+    number = int(os.environ['TORCHELASTIC_RESTART_COUNT'])
+    fault = Fault(**faults[number]) if number < len(faults) else None
+    plant(fault, int(os.environ['RANK']), Path(f'{plan}.events'))
+    main.main(argv)
+
+
+def crash_test() -> int:
+    """Runs the rows asked for; 0 if all promises are kept."""
+    names = sorted([*ROWS, *SUITE], key=lambda name: int(name[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--short', action='store_true', help='a few of each kind')
+    parser.add_argument('--only', nargs='+', choices=names, default=names, help='rows; R14 comes with R1')
+    parser.add_argument('--seed', type=int, default=0, help='of the points of failure')
+    parser.add_argument('--json', help='write the rows to this file too')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    datasets.FAKE_TRAIN, datasets.FAKE_VAL = TRAIN_IMAGES, VAL_IMAGES
+    start, table = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), args.short, args.seed)
+        for row in rows(bench, args.only):
+            table.append(row)
+            print(f'{row.name:<4} {"kept  " if row.good else "BROKEN"} {row.seconds:5.0f} s  {row.reached}', flush=True)
+            for fault in row.faults[:10]:
+                print(f'       {fault}', flush=True)
+    table.sort(key=lambda row: int(row.name[1:]))
+    print('\n| id | promise | asked | reached | kept |\n|---|---|---|---|---|')
+    for row in table:
+        print(f'| {row.name} | {row.promise} | {row.asked} | {row.reached} | {"yes" if row.good else "NO"} |')
+    print(f'\n{time.monotonic() - start:.0f} s, torch {torch.__version__}, timm {timm.__version__}, seed {args.seed}')
+    if args.json:
+        Path(args.json).write_text(json.dumps([asdict(row) for row in table]))
+    return 0 if all(row.good for row in table) else 1
+
+
+if __name__ == '__main__':
+    if sys.argv[1:2] == ['--restarted']:
+        _restarted(sys.argv[2], sys.argv[3:])
+    else:
+        sys.exit(crash_test())
