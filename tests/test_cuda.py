@@ -58,3 +58,15 @@ def test_one_rank_over_nccl_is_a_plain_run(rows, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     launched = rows('launched', dist_url=f'file://{tmp_path / "meet"}')
     assert launched[0] == pytest.approx(plain[0], rel=1e-3, abs=1e-4)
+
+
+def test_what_is_not_finite_stops_the_run_and_is_named_with_its_first_step(rows, tmp_path, capsys):
+    teacher = toys.teacher()
+    with torch.no_grad():
+        teacher.head.bias[0] = torch.nan
+    spoilt = toys.save(tmp_path / 'spoilt.pth', teacher.state_dict())
+    with pytest.raises(SystemExit) as stopped:
+        rows('out', teacher_path=spoilt, print_freq=100)
+    assert stopped.value.code == 1
+    assert 'not finite at step 0 of epoch 0 on rank 0: loss_dist, teacher logits; images ' in capsys.readouterr().err
+    assert not list((tmp_path / 'out').iterdir())
