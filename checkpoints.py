@@ -120,7 +120,7 @@ def _check_seal(file: BinaryIO) -> bool:
     file.seek(max(size, 0))
     end = file.read()
     file.seek(0)
-    if not end.startswith(struct.pack('<H', _SEAL_BYTES) + _SEAL):
+    if size < 0 or not end.startswith(struct.pack('<H', _SEAL_BYTES) + _SEAL):
         return False
     digest = hashlib.sha256()
     while size:

@@ -67,7 +67,7 @@ class Watch:
             values: terms and logits by name.
         """
         finite = torch.stack([torch.isfinite(value).all() for value in values.values()])
-        self._names = [*values, 'gradients']
+        self._names = list(values)
         self._here = (step, indices, finite)
         self._gradient = torch.ones_like(finite[0])
         return torch.where(finite.all(), 1.0, torch.nan)
@@ -106,7 +106,7 @@ class Watch:
     def _blame(self, row: tuple, flags: list[bool]) -> str:
         """What was not finite in a step of this rank, in words; '' if nothing was."""
         *forward, gradient, _ = flags
-        names = [name for name, finite in zip(self._names, forward, strict=False) if not finite]
+        names = [name for name, finite in zip(self._names, forward, strict=True) if not finite]
         if not names and not gradient and not self._scaler.is_enabled():
             names = ['gradients']
         return f'{", ".join(names)}; images {" ".join(map(str, row[1].tolist()))}' if names else ''

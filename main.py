@@ -559,10 +559,10 @@ def read_resume(args: argparse.Namespace) -> tuple[dict, Path | None]:
 
 def check_same_run(args: argparse.Namespace, checkpoint: dict) -> None:
     """Refuses what would make it another run, and shows a table of the other flags that differ."""
-    flags = checkpoints.flags_of(checkpoint)
-    ours = 'format' in checkpoint  # of the release's files only the optimizer must fit
     if args.eval:
         return
+    flags = checkpoints.flags_of(checkpoint)
+    ours = 'format' in checkpoint  # of the release's files only the optimizer must fit
     for name in FIXED if ours else ('opt',):
         if name in flags and flags[name] != getattr(args, name):
             was, now = (_shown(value) for value in (flags[name], getattr(args, name)))
@@ -591,7 +591,7 @@ def check_same_data(args: argparse.Namespace, state: TrainingState, checkpoint: 
 
 
 def _flag(name: str) -> str:
-    return '--' + (name if name in ('output_dir', 'num_workers', 'start_epoch') else name.replace('_', '-'))
+    return '--' + name.replace('_', '-')
 
 
 def _shown(value: object) -> str:

@@ -775,3 +775,10 @@ def test_a_run_that_is_told_to_stop_and_cannot_be_saved_says_that(tmp_path, disk
     signals.received, disk.fault = signal.SIGTERM, 0.5
     with pytest.raises(checkpoints.NotSavedError, match='No space'):
         keeper.after_step()
+
+
+def test_a_file_that_is_the_beginning_of_a_seal_is_no_checkpoint(tmp_path):
+    path = tmp_path / 'checkpoint.pth'
+    path.write_bytes(checkpoints._seal(b'no archive at all')[:20])
+    with pytest.raises(ValueError, match='is damaged, or no file of weights'):
+        checkpoints.read_checkpoint(path)
