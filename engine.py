@@ -3,7 +3,7 @@
 Letters: B images of a batch, C classes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from itertools import zip_longest
 
@@ -144,6 +144,8 @@ def train_one_epoch(
     after_step: Callable[[], None] | None = None,
     clip_grad: float | None = None,
     train_mode: bool = True,
+    shared_draw: bool = False,
+    grad_share: bool = False,
     print_freq: int = 10,
 ) -> dict[str, float]:
     """Trains the student for one epoch, or for what is left of it.
@@ -168,6 +170,8 @@ def train_one_epoch(
         after_step: called after each step, when all that belongs to it is done.
         clip_grad: largest norm of the gradient.
         train_mode: False keeps drop-path and the like off.
+        shared_draw: all ranks give the criterion a generator in the same state.
+        grad_share: print with each line the terms' shares of the gradient, see `gradient_shares`.
         print_freq: steps between log lines; between them the host never waits for the device, except for the
             gradient scaler of float16, which reads at each step whether the gradients overflowed, and for an optimizer
             that cannot be told on the device to leave an update out.
@@ -181,14 +185,16 @@ def train_one_epoch(
     student.train(train_mode)
     generator = torch.Generator(device)
     lr = max(group['lr'] for group in optimizer.param_groups)
+    shares: dict[str, float] = {}
 
     def line() -> str:
         watch.look()
-        return f'lr: {lr:.6g}  {meters.line()}'
+        percent = ''.join(f'  share_{name}: {100 * share:.1f}%' for name, share in shares.items())
+        return f'lr: {lr:.6g}  {meters.line()}{percent}'
 
     progress = utils.Progress(f'Epoch: [{epoch}]', print_freq, line, device=device)
     for number, (images, targets, indices) in enumerate(progress.over(loader, done)):
-        utils.seed_step(generator, seed, step + number, utils.get_rank())
+        utils.seed_step(generator, seed, step + number, utils.get_rank(), shared_draw)
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         if mixup is not None:
             images, targets = mixup(images, targets)
@@ -198,6 +204,8 @@ def train_one_epoch(
                 teacher_out = teacher(images) if teacher is not None else None
             student_out = student(images)
         losses = criterion(student_out, teacher_out, targets, generator)
+        if grad_share and progress.due:
+            shares = gradient_shares(losses, student_out.features, scaler)
         loss = sum(losses.values())
         loss = loss * watch.factor(
             f'step {done + number} of epoch {epoch}', indices, _values(losses, student_out, teacher_out)
@@ -215,6 +223,30 @@ def train_one_epoch(
             after_step()
     watch.look()
     return {'lr': lr, **meters.means()}
+
+
+def gradient_shares(
+    losses: dict[str, Tensor], features: Sequence[Tensor], scaler: torch.amp.GradScaler
+) -> dict[str, float]:
+    """Norm of each term's gradient at the tapped features, over the sum of these norms. Waits for the device.
+
+    Terms may pull in like or unlike directions: it is how hard each pulls. One backward pass per term that is not 0,
+    down to the first tapped block; parameters get no gradient.
+
+    Args:
+        losses: weighted terms by name.
+        features: outputs of the student's tapped blocks, on the way to the logits.
+        scaler: of the gradients; a common factor does not change the shares, and keeps those of float16 from vanishing.
+    """
+    features = list({id(feature): feature for feature in features}.values())  # a block may be tapped twice
+    norms = {}
+    for name, value in losses.items():
+        pulls = ()
+        if value.requires_grad:
+            pulls = torch.autograd.grad(scaler.scale(value), features, retain_graph=True, allow_unused=True)
+        norms[name] = nn.utils.get_total_norm([pull.float() for pull in pulls if pull is not None])
+    total = sum(norms.values())
+    return {name: float(norm / total) for name, norm in norms.items()}
 
 
 def _values(losses: dict[str, Tensor], student_out, teacher_out) -> dict[str, Tensor]:

@@ -4,18 +4,30 @@ Fine-grained manifold distillation (Hao et al., NeurIPS 2022, https://arxiv.org/
 patch tokens to stand to each other as the teacher's do. The relation map of a set of tokens X is X Xᵀ after every
 token is L2-normalised: a table of cosine similarities. It has no width, so teacher and student need no projector.
 
+With `over_ranks` a term relates the images of all ranks, of which each holds B, as one process would that holds them
+all. Image i of them is image i // W of rank i % W: the order in which the sampler deals them out. All ranks find the
+same value, and the gradient at their own tokens times W, for DistributedDataParallel divides by W.
+
 Letters: B images, N patch tokens per image, D channels (D_s student, D_t teacher), L layer pairs, K sampled tokens,
-C classes, M tokens of any set.
+C classes, M tokens of any set, W ranks.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 DISTILLATION_TYPES = ('none', 'soft', 'hard')
+RELATIONS = ('rank', 'global')
+RELATION_SCALES = ('mean', 'paper')
+
+# Tokens whose products the full term adds at once: enough for a fast product, 19 MB at the recipe's widths.
+CHUNK = 4096
 
 
 def _full_precision(x: Tensor) -> Tensor:
@@ -47,12 +59,47 @@ def _map_distance(student: Tensor, teacher: Tensor) -> Tensor:
         return (relation_map(student) - relation_map(teacher)).square().mean()
 
 
-def sample_loss(student: Tensor, teacher: Tensor) -> Tensor:
+class _Known(torch.autograd.Function):
+    """A value and its gradient, both computed already: nothing else has to be kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, student: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = student.dtype
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, factor: Tensor):
+        # Rounded after it is scaled: before, what the scaler of float16 is to save would be lost.
+        return (factor * ctx.saved_tensors[0]).to(ctx.dtype), None, None
+
+
+def _unit(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (…, D) of length 1 and the lengths (…, 1) they had, as `F.normalize` has them."""
+    length = tokens.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return tokens / length, length
+
+
+def _through_unit(pull: Tensor, unit: Tensor, length: Tensor) -> Tensor:
+    """Gradient at the tokens of a loss whose gradient at the unit tokens is `pull`, (…, D)."""
+    # A length has no influence, so its direction is taken out.
+    return (pull - (pull * unit).sum(dim=-1, keepdim=True) * unit) / length
+
+
+def _sum_over_ranks(values: Tensor) -> Tensor:
+    dist.all_reduce(values)
+    return values
+
+
+def sample_loss(student: Tensor, teacher: Tensor, over_ranks: bool = False) -> Tensor:
     """Relations across images, one B×B map per patch position (the paper's inter-image term).
 
     Args:
         student: tokens (B, N, D_s).
         teacher: tokens (B, N, D_t).
+        over_ranks: maps of the images of all ranks, W·B×W·B. Each rank gathers W·B·N unit tokens of either side in
+            float32, one side at a time, and computes B rows of each map.
 
     Returns:
         Mean of squared differences over the N maps, a scalar; the paper writes a Frobenius sum divided by N.
@@ -61,7 +108,28 @@ def sample_loss(student: Tensor, teacher: Tensor) -> Tensor:
         ValueError: B or N differ.
     """
     _check_pair(student, teacher)
-    return _map_distance(student.transpose(0, 1), teacher.transpose(0, 1))
+    if not over_ranks:
+        return _map_distance(student.transpose(0, 1), teacher.transpose(0, 1))
+    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        difference = -_rows_over_ranks(_unit(_full_precision(teacher))[0])[0]
+        unit, length = _unit(_full_precision(student))
+        rows, everyone = _rows_over_ranks(unit)
+        difference += rows  # (N, B, W·B)
+        entries = len(difference) * everyone.shape[1] ** 2
+        value = _sum_over_ranks(difference.square().sum()) / entries
+        # Each token stands in a row and in a column of its map.
+        pull = 4 / entries * (difference @ everyone).transpose(0, 1)
+        gradient = dist.get_world_size() * _through_unit(pull, unit, length)
+    return _Known.apply(student, value, gradient)
+
+
+def _rows_over_ranks(unit: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's rows of the maps across images, and the tokens of all: (B, N, D) → (N, B, W·B), (N, W·B, D)."""
+    gathered = [torch.empty_like(unit) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, unit.contiguous())
+    # The order of the images has no influence on rows of all of them.
+    everyone = torch.cat(gathered).transpose(0, 1)
+    return unit.transpose(0, 1) @ everyone.mT, everyone
 
 
 def patch_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -81,7 +149,9 @@ def patch_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return _map_distance(student, teacher)
 
 
-def random_loss(student: Tensor, teacher: Tensor, K: int, generator: torch.Generator | None = None) -> Tensor:
+def random_loss(
+    student: Tensor, teacher: Tensor, K: int, generator: torch.Generator | None = None, over_ranks: bool = False
+) -> Tensor:
     """Relations of min(K, B·N) tokens drawn without replacement from the batch (the paper's random term).
 
     Args:
@@ -89,19 +159,95 @@ def random_loss(student: Tensor, teacher: Tensor, K: int, generator: torch.Gener
         teacher: tokens (B, N, D_t), sampled at the same places.
         K: number of tokens to draw.
         generator: source of the draw, best on the tokens' device; torch's global one if None.
+        over_ranks: draw from the W·B images of all ranks, whose generators must be in the same state. What was drawn,
+            K·(D_s + D_t) numbers of float32, is sent to all.
 
     Returns:
         Mean of squared differences of the two K×K maps, a scalar.
 
     Raises:
+        ValueError: B or N differ; `over_ranks` without a generator, for each rank would draw other tokens.
+    """
+    _check_pair(student, teacher)
+    if over_ranks and generator is None:
+        raise ValueError('tokens of all ranks are drawn from a generator they share; there is none')
+    B, N = student.shape[:2]
+    W, rank = (dist.get_world_size(), dist.get_rank()) if over_ranks else (1, 0)
+    # Drawn where the generator lives: on the tokens' device nothing has to be copied.
+    device = student.device if generator is None else generator.device
+    chosen = torch.randperm(W * B * N, generator=generator, device=device)[:K].to(student.device)
+    if not over_ranks:
+        return _map_distance(student.flatten(0, 1)[chosen], teacher.flatten(0, 1)[chosen])
+    image, place = chosen // N, chosen % N
+    mine = (image % W == rank)[:, None]
+    # As many tokens on each rank, and zeros for those of others: how many are its own the host need not know.
+    own = [torch.where(mine, _full_precision(tokens[image // W, place]), 0.0) for tokens in (student, teacher)]
+    everyone = _sum_over_ranks(torch.cat([tokens.detach() for tokens in own], dim=1))
+    everyone = everyone.split([tokens.shape[1] for tokens in own], dim=1)
+    value = _map_distance(*(torch.where(mine, *pair) for pair in zip(own, everyone, strict=True)))
+    return value.detach() + W * (value - value.detach())
+
+
+def plain_full_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """`full_loss` by its definition, with maps of (B·N)² entries: what the other is compared with."""
+    _check_pair(student, teacher)
+    return _map_distance(student.flatten(0, 1), teacher.flatten(0, 1))
+
+
+def full_loss(student: Tensor, teacher: Tensor, over_ranks: bool = False) -> Tensor:
+    """Relations between all tokens of the batch, the paper's undecoupled loss, without its maps of (B·N)² entries.
+
+    With the unit tokens as rows of S and T, ‖SSᵀ − TTᵀ‖² = ‖SᵀS‖² − 2‖SᵀT‖² + ‖TᵀT‖²: the factors of a trace may be
+    moved round, tr(SSᵀ·TTᵀ) = tr(TᵀS·SᵀT), which leads from D×D products of channels to the same number as the
+    products of tokens. The gradient at S is 4(S·SᵀS − T·TᵀS). The D×D products are sums over tokens, so over ranks too.
+
+    Near the end of training the three norms cancel, and so do the two products of the gradient: all is in float64.
+
+    Args:
+        student: tokens (B, N, D_s).
+        teacher: tokens (B, N, D_t).
+        over_ranks: relations between the tokens of all ranks, which add up D_s² + D_s·D_t + D_t² numbers of float64.
+
+    Returns:
+        Mean of squared differences over the (B·N)² pairs of tokens, a scalar, never negative; differentiable once,
+        with respect to the student.
+
+    Raises:
         ValueError: B or N differ.
     """
     _check_pair(student, teacher)
-    total = student.shape[0] * student.shape[1]
-    # Drawn where the generator lives: on the tokens' device nothing has to be copied.
-    device = student.device if generator is None else generator.device
-    chosen = torch.randperm(total, generator=generator, device=device)[:K].to(student.device)
-    return _map_distance(student.flatten(0, 1)[chosen], teacher.flatten(0, 1)[chosen])
+    W = dist.get_world_size() if over_ranks else 1
+    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        chunks = list(zip(student.flatten(0, 1).split(CHUNK), teacher.flatten(0, 1).split(CHUNK), strict=True))
+        of_student, of_teacher = _channel_products(chunks, over_ranks)
+        SS, ST = of_student.split([student.shape[-1], teacher.shape[-1]], dim=1)
+        entries = (W * student.shape[0] * student.shape[1]) ** 2
+        norms = SS.square().sum() - 2 * ST.square().sum() + of_teacher.square().sum()
+        gradient = torch.cat([_full_gradient(s, t, SS, ST, 4 * W / entries) for s, t in chunks])
+        value = (norms.clamp(min=0) / entries).to(gradient.dtype)
+    return _Known.apply(student, value, gradient.view_as(student))
+
+
+def _channel_products(chunks: Sequence[tuple[Tensor, Tensor]], over_ranks: bool) -> tuple[Tensor, Tensor]:
+    """[SᵀS SᵀT], (D_s, D_s + D_t), and TᵀT, (D_t, D_t), of all tokens, which come in pairs (M, D_s), (M, D_t)."""
+    D_s, D_t = (tokens.shape[1] for tokens in chunks[0])
+    split = D_s * (D_s + D_t)
+    sums = torch.zeros(split + D_t**2, dtype=torch.float64, device=chunks[0][0].device)
+    of_student, of_teacher = sums[:split].view(D_s, D_s + D_t), sums[split:].view(D_t, D_t)
+    for student, teacher in chunks:
+        s, t = _unit(student.double())[0], _unit(teacher.double())[0]
+        of_student.addmm_(s.T, torch.cat([s, t], dim=1))
+        of_teacher.addmm_(t.T, t)
+    if over_ranks:
+        _sum_over_ranks(sums)
+    return of_student, of_teacher
+
+
+def _full_gradient(student: Tensor, teacher: Tensor, SS: Tensor, ST: Tensor, factor: float) -> Tensor:
+    """factor·(S·SᵀS − T·TᵀS), led back from unit tokens to a chunk of the student's, (M, D_s), in float32 or better."""
+    unit, length = _unit(student.double())
+    pull = unit @ SS - _unit(teacher.double())[0] @ ST.T
+    return _through_unit(factor * pull, unit, length).to(torch.promote_types(student.dtype, torch.float32))
 
 
 def soft_distillation_loss(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
@@ -122,16 +268,25 @@ def hard_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return F.cross_entropy(student, teacher.argmax(dim=-1))
 
 
-def _mean_over_pairs(term: Callable[[Tensor, Tensor], Tensor], student: Sequence, teacher: Sequence) -> Tensor:
-    # The release takes the mean over layer pairs; the paper writes a sum.
-    return torch.stack([term(s, t) for s, t in zip(student, teacher, strict=True)]).mean()
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f'{name} must be one of {choices}, not {value!r}')
+
+
+class _Term(NamedTuple):
+    """A relation term: its weight, its function of two token tensors, and of how many tokens (B, N) make a map."""
+
+    weight: float
+    distance: Callable[[Tensor, Tensor], Tensor]
+    tokens: Callable[[int, int], int]
 
 
 class ManifoldDistillationLoss(nn.Module):
-    """(1−α)·CE + α·KD + β·(w_sample·sample + w_patch·patch + w_rand·random), term by term.
+    """(1−α)·CE + α·KD + β·(w_sample·sample + w_patch·patch + w_rand·random + w_full·full), term by term.
 
-    The terms are the release's means, and its weights (0.1, 4, 0.2) belong to them. With `distillation_type`
-    'none' there is no teacher: `base` is the plain CE and every other term 0.
+    The terms are the release's means over the entries of a map, the maps and the layer pairs, and its weights (0.1, 4,
+    0.2, 0) belong to them. The paper's are sums over entries and layer pairs and means over maps: larger by L times the
+    entries of a map. With `distillation_type` 'none' there is no teacher: `base` is the plain CE, every other term 0.
 
     Args:
         base_criterion: loss of logits (B, C) and targets, class indices (B,) or soft labels (B, C).
@@ -143,6 +298,9 @@ class ManifoldDistillationLoss(nn.Module):
         w_patch: weight of the relations inside an image.
         w_rand: weight of the relations of random tokens.
         K: number of random tokens per layer pair.
+        w_full: weight of the relations between all tokens of the batch.
+        relations: whose images sample, random and full relate, 'rank' or 'global': a rank's own, or those of all ranks.
+        relation_scale: 'mean' or 'paper': the release's means or the paper's sums.
     """
 
     def __init__(
@@ -156,10 +314,14 @@ class ManifoldDistillationLoss(nn.Module):
         w_patch: float = 1.0,
         w_rand: float = 1.0,
         K: int = 192,
+        w_full: float = 0.0,
+        relations: str = 'rank',
+        relation_scale: str = 'mean',
     ) -> None:
         super().__init__()
-        if distillation_type not in DISTILLATION_TYPES:
-            raise ValueError(f'distillation_type must be one of {DISTILLATION_TYPES}, not {distillation_type!r}')
+        _check_choice('distillation_type', distillation_type, DISTILLATION_TYPES)
+        _check_choice('relations', relations, RELATIONS)
+        _check_choice('relation_scale', relation_scale, RELATION_SCALES)
         if K < 1:
             raise ValueError(f'K must be at least 1, not {K}')
         self.base_criterion = base_criterion
@@ -171,6 +333,9 @@ class ManifoldDistillationLoss(nn.Module):
         self.w_patch = w_patch
         self.w_rand = w_rand
         self.K = K
+        self.w_full = w_full
+        self.relations = relations
+        self.relation_scale = relation_scale
 
     def forward(self, student_out, teacher_out, targets: Tensor, generator=None) -> dict[str, Tensor]:
         """Weighted scalars by name; the training loss is their sum.
@@ -179,15 +344,16 @@ class ManifoldDistillationLoss(nn.Module):
             student_out: (logits (B, C), kd_logits (B, C), tokens: L of (B, N, D_s)).
             teacher_out: (logits (B, C), …, tokens: L of (B, N, D_t)); not read with distillation type 'none'.
             targets: classes (B,) or soft labels (B, C), as `base_criterion` takes them.
-            generator: source of the random tokens, advanced by one draw per layer pair.
+            generator: source of the random tokens, advanced by one draw per layer pair; with relations 'global' in the
+                same state on all ranks.
 
         Returns:
-            `base`, `dist`, `mf_sample`, `mf_patch`, `mf_rand`; an absent term is 0.
+            `base`, `dist`, `mf_sample`, `mf_patch`, `mf_rand`, `mf_full`; an absent term is 0.
 
         Raises:
             ValueError: the two sides differ in classes, layers, images or patch tokens.
         """
-        logits, kd_logits, student_tokens = student_out
+        logits, kd_logits, student_tokens = student_out[:3]
         # The loss owns its precision whatever the models ran in.
         with torch.autocast(logits.device.type, enabled=False):
             base = self.base_criterion(_full_precision(logits), targets)
@@ -213,20 +379,31 @@ class ManifoldDistillationLoss(nn.Module):
             return soft_distillation_loss(student, teacher, self.tau)
         return hard_distillation_loss(student, teacher)
 
-    def _relation_terms(self, generator) -> dict[str, tuple[float, Callable[[Tensor, Tensor], Tensor]]]:
-        """One row per relation term: its key, its weight, its function of two token tensors."""
+    def _relation_terms(self, generator) -> dict[str, _Term]:
+        """One row per relation term, by its key."""
+        over_ranks = self.relations == 'global' and dist.is_initialized()
+        W, K = dist.get_world_size() if over_ranks else 1, self.K
+        random = partial(random_loss, K=K, generator=generator, over_ranks=over_ranks)
         return {
-            'mf_sample': (self.w_sample, sample_loss),
-            'mf_patch': (self.w_patch, patch_loss),
-            'mf_rand': (self.w_rand, partial(random_loss, K=self.K, generator=generator)),
+            'mf_sample': _Term(self.w_sample, partial(sample_loss, over_ranks=over_ranks), lambda B, N: W * B),
+            'mf_patch': _Term(self.w_patch, patch_loss, lambda B, N: N),
+            'mf_rand': _Term(self.w_rand, random, lambda B, N: min(K, W * B * N)),
+            'mf_full': _Term(self.w_full, partial(full_loss, over_ranks=over_ranks), lambda B, N: W * B * N),
         }
 
     def _relate(self, student: Sequence, teacher: Sequence, generator, zero: Tensor) -> dict[str, Tensor]:
         if len(student) != len(teacher):
             raise ValueError(f'layers differ: {len(student)} of the student, {len(teacher)} of the teacher')
         losses = {}
-        for name, (weight, term) in self._relation_terms(generator).items():
-            weight *= self.beta
+        for name, term in self._relation_terms(generator).items():
+            weight = self.beta * term.weight
             # A relation of weight 0 is not computed: no head or block depends on it alone.
-            losses[name] = weight * _mean_over_pairs(term, student, teacher) if weight and student else zero
+            losses[name] = weight * self._over_pairs(term, student, teacher) if weight and student else zero
         return losses
+
+    def _over_pairs(self, term: _Term, student: Sequence, teacher: Sequence) -> Tensor:
+        values = [term.distance(s, t) for s, t in zip(student, teacher, strict=True)]
+        if self.relation_scale == 'mean':
+            return torch.stack(values).mean()
+        entries = [term.tokens(*s.shape[:2]) ** 2 for s in student]
+        return torch.stack([count * value for count, value in zip(entries, values, strict=True)]).sum()

@@ -42,7 +42,7 @@ import utils
 from checkpoints import Keeper, RunFolder, TrainingState
 from datasets import EvalDataset, TrainDataset
 from engine import Watch, evaluate, train_one_epoch
-from losses import DISTILLATION_TYPES, ManifoldDistillationLoss
+from losses import DISTILLATION_TYPES, RELATION_SCALES, RELATIONS, ManifoldDistillationLoss
 from samplers import build_train_sampler, distinct_images
 from utils import UsageError, blame, say
 
@@ -51,7 +51,7 @@ FIXED = ('model', 'model_kwargs', 'seed', 'opt')
 FREE = (
     'output_dir', 'resume', 'eval', 'eval_ema', 'eval_teacher', 'start_epoch', 'data_path', 'num_workers',
     'pin_mem', 'device', 'dist_url', 'dist_eval', 'print_freq', 'keep', 'save_interval_steps', 'save_interval_minutes',
-    'distributed', 'local_rank', 'world_size', 'cooldown_epochs', 'patience_epochs', 'resplit',
+    'distributed', 'local_rank', 'world_size', 'cooldown_epochs', 'patience_epochs', 'resplit', 'log_grad_share',
 )  # fmt: skip
 
 # Flags ----------------------------------------------------------------------------------------------------------------
@@ -154,6 +154,16 @@ def _add_method_flags(parser: Parser) -> None:
     add('--w-patch', type=AMOUNT, default=1.0, help='weight of relations inside an image')
     add('--w-rand', type=AMOUNT, default=1.0, help='weight of relations between random tokens of the batch')
     add('--K', type=COUNT, default=192, help='random tokens per layer pair')
+    add('--w-full', type=AMOUNT, default=0.0, help='weight of relations between all tokens of the batch, undecoupled')
+    add('--relations', default='rank', choices=RELATIONS, help="images that sample, random and full relate: a rank's "
+        'own or those of all ranks. Bytes in per rank, step and layer pair: full 8·(D_s²+D_s·D_t+D_t²), random '
+        '4·K·(D_s+D_t), sample 4·(D_s+D_t) times the tokens of all ranks, of which it holds one side at a time: '
+        "with 8 × 64 images of the recipe's models 2 MB, 0.4 MB, 231 MB, and 154 MB held")  # fmt: skip
+    add('--relation-scale', default='mean', choices=RELATION_SCALES, help='terms as means over entries and layer '
+        "pairs, the release's, or as the paper's sums, larger by L times the entries of a map: N²·L for patch, B²·L "
+        'for sample, K²·L for random, (B·N)²·L for full')  # fmt: skip
+    add('--log-grad-share', action='store_true', help="with each log line each term's share of the norm of the "
+        'gradient at the tapped features, on the first rank; costs one more backward pass per term there')  # fmt: skip
     add('--s-id', type=int, nargs='+', help='student blocks to tap, from 0, negative from the end; none: no relations')
     add('--t-id', type=int, nargs='+', help='teacher blocks they are paired with, one for one')
 
@@ -300,6 +310,8 @@ def _check_method(args: argparse.Namespace) -> None:
             f"--distillation-type {args.distillation_type}: needs the teacher's weights, "
             '--teacher-path FILE or --teacher-pretrained'
         )
+    if args.log_grad_share and not args.eval and not (training and s_id):
+        raise UsageError('--log-grad-share: there are no tapped blocks to look at; needs a teacher, --s-id and --t-id')
     if args.eval_teacher and not args.teacher_path and not args.teacher_pretrained:
         raise UsageError('--eval-teacher: needs --teacher-path FILE or --teacher-pretrained')
     if args.eval and not (args.resume or args.finetune):
@@ -396,6 +408,9 @@ def build_criterion(args: argparse.Namespace) -> ManifoldDistillationLoss:
         w_patch=args.w_patch,
         w_rand=args.w_rand,
         K=args.K,
+        w_full=args.w_full,
+        relations=args.relations,
+        relation_scale=args.relation_scale,
     )
 
 
@@ -714,7 +729,11 @@ def describe_loss(args: argparse.Namespace, criterion: ManifoldDistillationLoss)
     if not args.s_id:
         return text + '; no relation terms, for there are no --s-id and --t-id'
     weights = f'{criterion.w_sample:g}·sample + {criterion.w_patch:g}·patch + {criterion.w_rand:g}·random'
-    return f'{text} + {criterion.beta:g}·({weights} of {criterion.K} tokens)'
+    weights += f' of {criterion.K} tokens' + (f' + {criterion.w_full:g}·full' if criterion.w_full else '')
+    kind = "the paper's sums" if criterion.relation_scale == 'paper' else 'means'
+    ranks = utils.get_world_size() if criterion.relations == 'global' else 1
+    whose = 'a rank' if criterion.relations == 'rank' else _count(ranks, 'rank')
+    return f'{text} + {criterion.beta:g}·({weights}), {kind} over the {ranks * args.batch_size} images of {whose}'
 
 
 def _times(size: tuple[int, int]) -> str:
@@ -837,6 +856,8 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
         'clip_grad': args.clip_grad,
         # As in the release: fine-tuning without a teacher keeps drop-path off and averages two heads.
         'train_mode': not args.finetune or parts.teacher is not None,
+        'shared_draw': args.relations == 'global',
+        'grad_share': args.log_grad_share,
         'print_freq': args.print_freq,
     }
     if state.epoch + 1 >= args.epochs:

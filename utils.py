@@ -363,8 +363,17 @@ class Meters:
         # Weighed by images: a run may go on with larger batches on fewer ranks.
         row = torch.cat([row.sum()[None], row, row.new_ones(1)]).double() * images
         row = torch.where(torch.isfinite(row).all(), row, torch.zeros_like(row))
-        self.names = ['loss', *(f'loss_{name}' for name in values)]
+        self._take_names(['loss', *(f'loss_{name}' for name in values)])
         self.total = row if self.total is None else self.total + row
+
+    def _take_names(self, names: list[str]) -> None:
+        """Goes on with these names; an epoch may have been begun by a version that knew fewer terms."""
+        if self.total is not None and names != self.names:
+            *sums, count = self.total.tolist()
+            known = dict(zip(self.names, sums, strict=True))
+            self.total = self.total.new_tensor([*(known.get(name, 0.0) for name in names), count])
+            self._printed = np.array(self.total.tolist())
+        self.names = names
 
     def line(self) -> str:
         """Means since the last line, and since the start of the epoch in brackets. Waits for the device."""
@@ -413,6 +422,7 @@ class Progress:
         self.print_freq = print_freq
         self.line = line
         self.device = device
+        self.due = False  # a line follows the step whose batch was handed out last
 
     def over(self, loader: Iterable, first: int = 0) -> Iterator:
         """The batches of the rest of an epoch, of which `first` steps are done already."""
@@ -423,9 +433,10 @@ class Progress:
             asked = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - asked
-            yield batch
             done = step + 1
-            if step % self.print_freq == 0 or done == steps:
+            self.due = step % self.print_freq == 0 or done == steps
+            yield batch
+            if self.due:
                 text = self.line()  # waits for the device, so the clock below is right
                 now = time.monotonic()
                 since = done - printed
@@ -458,10 +469,13 @@ def counter_seed(*counter: int | str) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
-def seed_step(generator: torch.Generator, seed: int, step: int, rank: int) -> None:
-    """Starts a training step's random numbers: mixup and drop-path (global generators), random tokens (`generator`)."""
+def seed_step(generator: torch.Generator, seed: int, step: int, rank: int, shared_draw: bool = False) -> None:
+    """Starts a training step's random numbers: mixup and drop-path (global generators), random tokens (`generator`).
+
+    With `shared_draw` all ranks draw the same random tokens.
+    """
     number = counter_seed(seed, 'step', step, rank)
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.manual_seed(number)
-    generator.manual_seed(counter_seed(seed, 'tokens', step, rank))
+    generator.manual_seed(counter_seed(seed, 'tokens', step, 0 if shared_draw else rank))

@@ -18,11 +18,13 @@ class Output(NamedTuple):
         logits: (B, C), of the class head; the mean of both heads of a distilled model in eval mode.
         kd_logits: (B, C), of the distillation head; the very object `logits` with one head.
         tokens: one (B, N, D) per tapped block, in the order asked for, before the final norm, patch tokens only.
+        features: the blocks' outputs the tokens were taken from; unlike these they lie on the way to the logits.
     """
 
     logits: Tensor
     kd_logits: Tensor
     tokens: tuple[Tensor, ...]
+    features: tuple[Tensor, ...] = ()
 
 
 class TappedModel(nn.Module):
@@ -59,10 +61,10 @@ class TappedModel(nn.Module):
     def forward(self, images: Tensor) -> Output:
         """Logits and tokens of images (B, 3, H, W)."""
         logits, captured = self._run(images)
-        tokens = tuple(captured[i][:, self._num_prefix_tokens :] for i in self.block_ids)
-        if isinstance(logits, tuple):
-            return Output(*logits, tokens)
-        return Output(logits, logits, tokens)
+        features = tuple(captured[i] for i in self.block_ids)
+        tokens = tuple(feature[:, self._num_prefix_tokens :] for feature in features)
+        heads = logits if isinstance(logits, tuple) else (logits, logits)
+        return Output(*heads, tokens, features)
 
     def train(self, mode: bool = True) -> 'TappedModel':
         """Switches the mode; a frozen model stays in eval mode, or its drop-path would be switched on."""

@@ -18,7 +18,7 @@ import main
 ROOT = Path(main.__file__).parent
 PATIENCE = 180  # seconds after which a run counts as hanging; no figure of speed
 TORCHRUN = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
-TERMS = ['base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand']
+TERMS = ['base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand', 'mf_full']
 
 # Above 32 pixels a random crop is resized, and one of a single colour stays as it was; below, it may get black edges.
 SIZE, TRAIN, VAL = 40, [2] * 8, [2, 2, 2, 1, 1, 1, 1, 1]
@@ -134,7 +134,8 @@ def test_launch_torchrun_and_plain_python_start_the_same_run(folder):
     assert [out.count('Max accuracy') for out in outputs] == [1, 1, 1]
 
 
-EQUAL = {'epochs': 3, 'w_sample': 0, 'w_rand': 0}
+EQUAL = {'epochs': 3, 'w_sample': 0, 'w_rand': 0, 'w_full': 0}
+GLOBAL = {'epochs': 2, 'relations': 'global', 'K': 40}  # of 16 images of 25 patches
 TWO_HEADED = {'model': 'deit_tiny_distilled_patch16_224', 'batch_size': 2, 'epochs': 1}
 EVALUATION = {'eval': True, 'batch_size': 2, **toys.ALONE}
 
@@ -145,6 +146,7 @@ def ranks(folder):
     weights = folder / 'student.pth'
     runs = {
         'equal': (2, flags(folder, output_dir=folder / 'equal', finetune=weights, **EQUAL, **WORLD_OF_TWO)),
+        'global': (2, flags(folder, output_dir=folder / 'global', finetune=weights, **GLOBAL, **WORLD_OF_TWO)),
         # 16 images on two ranks by two: four steps
         'alpha 0': (2, flags(folder, output_dir=folder / 'alpha0', distillation_alpha=0, **TWO_HEADED)),
         'alpha 1': (2, flags(folder, output_dir=folder / 'alpha1', distillation_alpha=1, **TWO_HEADED)),
@@ -173,6 +175,17 @@ def test_two_ranks_train_as_one_process_does(folder, ranks):
     for term in ('base', 'dist', 'mf_patch'):  # there is something to compare, and the weights do move
         assert abs(one[0][f'train_loss_{term}'] - one[-1][f'train_loss_{term}']) > 1e-3
     assert '2 ranks × 8 images' in ranks['equal']
+
+
+def test_with_global_relations_every_term_of_two_ranks_is_that_of_one_process(folder, ranks):
+    argv = flags(folder, output_dir=folder / 'alone', finetune=folder / 'student.pth', **GLOBAL, **WORLD_OF_ONE)
+    main.main(argv)
+    one, two = toys.log_rows(folder / 'alone'), toys.log_rows(folder / 'global')
+    for expected, found in zip(one, two, strict=True):
+        assert losses(found) == pytest.approx(losses(expected), abs=1e-5)
+    assert all(row[f'train_loss_{term}'] > 1e-3 for row in one for term in TERMS)
+    assert all(one[0][f'train_loss_{term}'] != one[1][f'train_loss_{term}'] for term in TERMS)
+    assert 'means over the 16 images of 2 ranks' in ranks['global']
 
 
 @pytest.mark.parametrize(('alpha', 'absent'), [(0, 'dist'), (1, 'base')])

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from timm.utils import ModelEmaV3
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import engine
 import models
 import utils
 from engine import Watch, evaluate, train_one_epoch
@@ -33,7 +35,13 @@ class Recorder(torch.nn.Module):
     def __init__(self, **options) -> None:
         super().__init__()
         self.criterion = ManifoldDistillationLoss(
-            **{'base_criterion': torch.nn.CrossEntropyLoss(), 'distillation_type': 'soft', 'K': 5, **options}
+            **{
+                'base_criterion': torch.nn.CrossEntropyLoss(),
+                'distillation_type': 'soft',
+                'K': 5,
+                'w_full': 1,
+                **options,
+            }
         )
         self.steps = []
 
@@ -145,7 +153,7 @@ def test_an_epoch_returns_the_mean_of_every_term_by_name_and_of_their_sum(epoch)
 
 
 def test_each_step_follows_the_gradient_of_the_sum_of_its_own_terms(epoch, toy):
-    options = {'base_criterion': torch.nn.CrossEntropyLoss(), 'distillation_type': 'soft', 'K': 10**6}  # draws nothing
+    options = {'base_criterion': torch.nn.CrossEntropyLoss(), 'distillation_type': 'soft', 'w_full': 1, 'K': 99}  # all
     run = epoch(batches(2), criterion=Recorder(**options), lr=0.5)
     student = models.tap(toy('deit'), [0, -1], 32)
     for images, targets, _ in batches(2):
@@ -313,9 +321,73 @@ def test_a_loss_that_is_not_finite_stops_the_epoch_and_is_named(epoch, toy, prin
         epoch(batches(1), teacher=teacher, print_freq=print_freq)
 
 
+# Shares of the gradient -----------------------------------------------------------------------------------------------
+
+
+def shares_of(text: str) -> list[dict[str, float]]:
+    """Percent by term, of each log line."""
+    lines = [line for line in text.splitlines() if 'eta: ' in line]
+    return [{name: float(x) for name, x in re.findall(r'share_(\w+): ([\d.]+)%', line)} for line in lines]
+
+
+@pytest.mark.parametrize('scaled', [False, True])
+def test_gradient_shares_are_those_of_the_terms_at_the_outputs_of_the_tapped_blocks(epoch, toy, capsys, scaled):
+    criterion = Recorder(alpha=0.9, w_sample=30, w_patch=50, w_rand=10, w_full=90)
+    run = epoch(batches(1), grad_share=True, scaled=scaled, criterion=criterion)
+    (found,) = shares_of(capsys.readouterr().out)
+    # The student as it was, with something added to what its blocks put out: at 0 its gradient is the one looked for.
+    student = models.tap(toy('deit'), [0, -1], 32)
+    added = [torch.zeros(4, 17, 32, requires_grad=True) for _ in range(2)]
+    for i, extra in zip((0, -1), added, strict=True):
+        student.model.blocks[i].register_forward_hook(lambda *args, extra=extra: args[2] + extra, prepend=True)
+    images, targets, _ = batches(1)[0]
+    generator = torch.Generator()
+    utils.seed_step(generator, 0, 0, 0)
+    losses = criterion(student(images), run.teacher(images), targets, generator)
+    norms = {}
+    for name, value in losses.items():
+        pulls = torch.autograd.grad(value, added, retain_graph=True)
+        norms[name] = torch.cat([pull.flatten() for pull in pulls]).norm().item()
+    expected = {name: 100 * norm / sum(norms.values()) for name, norm in norms.items()}
+    assert list(found) == list(TERMS)
+    assert found == pytest.approx(expected, abs=0.06)
+    assert min(expected.values()) > 2
+
+
+def test_a_larger_weight_has_a_larger_share_and_an_absent_term_none(epoch, capsys):
+    for options in ({'w_full': 1}, {'w_full': 10}, {'w_full': 0}):
+        epoch(batches(1), grad_share=True, criterion=Recorder(**options))
+    one, ten, none = shares_of(capsys.readouterr().out)
+    others = 100 - one['mf_full']
+    assert ten['mf_full'] == pytest.approx(100 * 10 * one['mf_full'] / (10 * one['mf_full'] + others), abs=1)
+    assert none['mf_full'] == 0
+    assert sum(none.values()) == pytest.approx(100, abs=0.5)
+
+
+def test_gradient_shares_are_found_for_the_steps_that_print_only(epoch, monkeypatch, capsys):
+    asked = []
+    original = engine.gradient_shares
+    monkeypatch.setattr(engine, 'gradient_shares', lambda *args: asked.append(1) or original(*args))
+    epoch(batches(7), grad_share=True, print_freq=3)
+    assert len(asked) == len(shares_of(capsys.readouterr().out)) == 3
+    epoch(batches(7), print_freq=3)
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize('family', ['distilled', 'registers'])
+def test_blocks_tapped_twice_count_once_and_prefix_tokens_count_too(epoch, family):
+    run = epoch(batches(1), family=family)
+    out = run.student(batches(1)[0][0])
+    losses = {'one': out.tokens[0].square().sum(), 'other': out.logits.square().sum(), 'none': torch.zeros(())}
+    shares = engine.gradient_shares(losses, out.features * 2, run.scaler)
+    assert shares == pytest.approx(engine.gradient_shares(losses, out.features, run.scaler))
+    assert shares['none'] == 0
+    assert shares['one'] + shares['other'] == pytest.approx(1)
+
+
 # What is not finite ---------------------------------------------------------------------------------------------------
 
-TERMS = ('base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand')
+TERMS = ('base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand', 'mf_full')
 GOOD = 2  # steps before the bad one
 BAD_VALUES = pytest.mark.parametrize('value', [torch.nan, torch.inf, -torch.inf])
 

@@ -1,27 +1,34 @@
 """The method's formulas against loops in plain Python, and the criterion that puts them together."""
 
 import math
+import subprocess
+import sys
 from functools import partial
 from itertools import product
 
 import numpy as np
 import pytest
+import ranks
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 from losses import (
     ManifoldDistillationLoss,
+    full_loss,
     hard_distillation_loss,
     patch_loss,
+    plain_full_loss,
     random_loss,
     sample_loss,
     soft_distillation_loss,
 )
 
 B, N, D_S, D_T, C = 3, 4, 6, 9, 5
-KEYS = ['base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand']
+KEYS = ['base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand', 'mf_full']
 PLACES = list(product(range(B), range(N)))
 
 
@@ -34,7 +41,7 @@ def draw_loss(student, teacher, K=7):
     return random_loss(student, teacher, K, torch.Generator().manual_seed(3))
 
 
-TERMS = {'sample': sample_loss, 'patch': patch_loss, 'random': draw_loss}
+TERMS = {'sample': sample_loss, 'patch': patch_loss, 'random': draw_loss, 'full': full_loss}
 each_term = pytest.mark.parametrize('term', TERMS.values(), ids=TERMS)
 
 
@@ -53,6 +60,7 @@ def drawn_tokens(gradient):
 SETS = {
     'sample': [[(b, n) for b in range(B)] for n in range(N)],
     'patch': [[(b, n) for n in range(N)] for b in range(B)],
+    'full': [PLACES],
 }
 
 
@@ -116,7 +124,7 @@ def test_equal_features_give_zero_relations(term):
     student = tokens(D_S)
     value, gradient = value_and_gradient(term, student, student)
     assert value == 0
-    assert gradient.abs().max() == 0
+    assert gradient.abs().max() <= 1e-17
 
 
 @each_term
@@ -196,6 +204,100 @@ def test_half_precision_tokens_are_compared_in_float32_and_double_in_double(term
     value = term(student, teacher)
     assert value.dtype == expected
     assert value.item() == pytest.approx(term(student.double(), teacher.double()).item(), rel=1e-6)
+
+
+# The full term --------------------------------------------------------------------------------------------------------
+
+
+def late(width, close):
+    """Features of a student that is almost there, its channels turned round, and of its teacher, alike as real ones."""
+    teacher = torch.randn(B, N, width) + 2 * torch.randn(width)
+    rotation = torch.linalg.qr(torch.randn(width, width)).Q
+    return (teacher + close * torch.randn(B, N, width)) @ rotation, teacher
+
+
+# (student, teacher) by what they are: unrelated as at the start, and ever closer.
+@pytest.mark.parametrize('close', [None, 0.1, 0.01, 0.001])
+@pytest.mark.parametrize('chunk', [5, 4096])
+def test_full_term_in_float32_stays_close_to_float64_from_start_to_end(close, chunk, monkeypatch):
+    monkeypatch.setattr(losses, 'CHUNK', chunk)
+    student, teacher = late(16, close) if close else (torch.randn(B, N, 8), torch.randn(B, N, 16))
+    value, gradient = value_and_gradient(full_loss, student, teacher)
+    expected, expected_gradient = value_and_gradient(plain_full_loss, student.double(), teacher.double())
+    assert value.dtype == gradient.dtype == torch.float32
+    assert abs(value.item() - expected) <= 1e-6 * expected
+    assert (gradient - expected_gradient).norm() <= 5e-6 * expected_gradient.norm()
+
+
+def full_loss_by_identity(student, teacher):
+    """The identity written down in float64 and left to autograd; that it is the definition is shown by small sets."""
+    S, T = F.normalize(student.flatten(0, 1), dim=-1), F.normalize(teacher.flatten(0, 1), dim=-1)
+    norms = [(x.T @ y).square().sum() for x, y in ((S, S), (S, T), (T, T))]
+    return (norms[0] - 2 * norms[1] + norms[2]) / len(S) ** 2
+
+
+def test_the_identity_is_the_definition():
+    student, teacher = tokens(D_S), tokens(D_T)
+    expected = oracle(student, teacher, [PLACES])[0]
+    assert full_loss_by_identity(student, teacher).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('D_s', 'D_t', 'close'), [(192, 384, None), (384, 384, 0.1), (384, 384, 1e-2), (384, 384, 1e-3)]
+)
+def test_full_term_of_50176_tokens_in_float32_stays_close_to_float64(D_s, D_t, close):
+    teacher = torch.randn(256, 196, D_t) + 2 * torch.randn(D_t)
+    student = torch.randn(256, 196, D_s) + torch.randn(D_s)
+    if close:
+        rotation = torch.linalg.qr(torch.randn(D_t, D_t)).Q
+        student = (teacher + close * torch.randn(256, 196, D_t)) @ rotation
+    value, gradient = value_and_gradient(full_loss, student, teacher)
+    expected, expected_gradient = value_and_gradient(full_loss_by_identity, student.double(), teacher.double())
+    expected = expected.item()
+    faults = abs(value.item() - expected) / expected, ((gradient - expected_gradient).norm() / expected_gradient.norm())
+    print('relative fault of the value {:.1e}, of its gradient {:.1e}'.format(*faults))
+    assert faults[0] <= 1e-6
+    assert faults[1] <= 5e-6
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_full_term_is_never_negative(dtype):
+    found = []
+    for seed in range(50):
+        torch.manual_seed(seed)
+        teacher = tokens(16, dtype)
+        rotation = torch.linalg.qr(torch.randn(16, 16, dtype=dtype)).Q
+        found.append(full_loss(teacher @ rotation, teacher).item())
+    assert min(found) >= 0
+    assert max(found) <= 1e-13
+
+
+def test_full_term_keeps_no_map_and_of_the_features_nothing_but_a_gradient_of_their_size():
+    student, teacher = torch.randn(8, 64, 4, requires_grad=True), torch.randn(8, 64, 4)
+    kept, made = [], []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made.extend(x.numel() for x in (out if isinstance(out, tuple | list) else [out]) if torch.is_tensor(x))
+            return out
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x), Sizes():
+        full_loss(student, teacher).backward()
+    assert kept == [student.numel()]
+    assert max(made) < (8 * 64) ** 2 / 16  # nothing near the size of a map
+
+
+def test_float16_gradients_of_the_full_term_are_scaled_before_they_are_rounded():
+    student, teacher = (torch.randn(64, 64, 8).half() for _ in range(2))
+    student.requires_grad_()
+    scale = 65536.0
+    (found,) = torch.autograd.grad(full_loss(student, teacher) * scale, student)
+    expected = value_and_gradient(full_loss, student.detach().double(), teacher.double())[1] * scale
+    assert found.dtype == torch.float16
+    assert (found.double() - expected).norm() <= 1e-3 * expected.norm()
+    assert expected.abs().max() / scale < torch.finfo(torch.float16).tiny  # unscaled they would have lost their digits
 
 
 # The draw of the random term ------------------------------------------------------------------------------------------
@@ -284,18 +386,21 @@ def forward(criterion, student_tokens=(), teacher_tokens=(), generator=None):
 
 def build(kind='soft', **options):
     # K beyond B·N makes the random term the full map: no draw to account for
-    return ManifoldDistillationLoss(nn.CrossEntropyLoss(), kind, **{'K': 100, **options})
+    return ManifoldDistillationLoss(nn.CrossEntropyLoss(), kind, **{'K': 100, 'w_full': 1, **options})
 
 
 @pytest.mark.parametrize(('kind', 'tau'), [('soft', 1.0), ('soft', 4.0), ('hard', 1.0)])
 @pytest.mark.parametrize('alpha', [0.0, 0.3, 1.0])
 def test_losses_are_the_weighted_terms_of_the_formula_and_pairs_are_averaged(kind, tau, alpha):
     student, teacher = [tokens(D_S) for _ in range(3)], [tokens(D_T) for _ in range(3)]
-    found = forward(build(kind, alpha=alpha, tau=tau, beta=0.5, w_sample=0.1, w_patch=4, w_rand=0.2), student, teacher)
+    found = forward(
+        build(kind, alpha=alpha, tau=tau, beta=0.5, w_sample=0.1, w_patch=4, w_rand=0.2, w_full=0.7), student, teacher
+    )
     everywhere = {
         'mf_sample': (0.1, SETS['sample']),
         'mf_patch': (4, SETS['patch']),
         'mf_rand': (0.2, [PLACES]),
+        'mf_full': (0.7, [PLACES]),
     }
     kd = {
         'soft': lambda: soft_distillation_loss(KD_LOGITS, TEACHER_LOGITS, tau),
@@ -326,7 +431,7 @@ def test_without_distillation_the_base_is_the_plain_cross_entropy_and_no_teacher
 def test_alpha_zero_keeps_the_relations():
     found = forward(build(alpha=0), [tokens(D_S)], [tokens(D_T)])
     assert found['dist'] == 0
-    assert all(found[key] > 0 for key in ['base', 'mf_sample', 'mf_patch', 'mf_rand'])
+    assert all(found[key] > 0 for key in KEYS if key != 'dist')
 
 
 @pytest.mark.parametrize('kind', ['soft', 'hard'])
@@ -337,7 +442,7 @@ def test_without_tapped_blocks_the_relations_are_zero(kind):
     assert all(found[key] > 0 for key in KEYS[:2])
 
 
-@pytest.mark.parametrize('name', ['sample', 'patch', 'rand'])
+@pytest.mark.parametrize('name', ['sample', 'patch', 'rand', 'full'])
 def test_a_relation_of_weight_zero_is_not_computed_but_keeps_its_key(name, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError('computed')
@@ -375,7 +480,7 @@ class MixedCrossEntropy(nn.Module):
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_the_criterion_owns_its_precision_under_autocast(kind, dtype):
     out = [(torch.randn(B, C).to(dtype), torch.randn(B, C).to(dtype), (tokens(d).to(dtype),)) for d in (D_S, D_T)]
-    criterion = ManifoldDistillationLoss(MixedCrossEntropy(), kind, tau=2.0, K=100)
+    criterion = ManifoldDistillationLoss(MixedCrossEntropy(), kind, tau=2.0, K=100, w_full=1)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         found = criterion(*out, TARGETS)
     double = criterion(*[(a.double(), b.double(), (t[0].double(),)) for a, b, t in out], TARGETS)
@@ -414,11 +519,75 @@ def test_fewer_than_one_random_token_is_refused(K):
         build(K=K)
 
 
-def test_an_unknown_distillation_type_is_refused():
-    with pytest.raises(ValueError, match="not 'medium'"):
-        build('medium')
+@pytest.mark.parametrize('name', ['distillation_type', 'relations', 'relation_scale'])
+def test_an_unknown_choice_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be one of .*, not 'medium'"):
+        ManifoldDistillationLoss(nn.CrossEntropyLoss(), **{name: 'medium'})
+
+
+def test_the_paper_s_sums_are_the_means_times_layer_pairs_and_entries():
+    # Blocks of hierarchical models differ in their tokens: each pair has entries of its own.
+    student = [tokens(D_S), tokens(D_S)[:, :2], tokens(D_S)]
+    teacher = [tokens(D_T), tokens(D_T)[:, :2], tokens(D_T)]
+    options = {'w_sample': 0.1, 'w_patch': 4, 'w_rand': 0.2, 'w_full': 0.7, 'beta': 0.5, 'K': 5}
+    found = forward(build(**options, relation_scale='paper'), student, teacher, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    expected = dict.fromkeys(KEYS[2:], 0.0)
+    for s, t in zip(student, teacher, strict=True):
+        M = s.shape[1]
+        expected['mf_sample'] += 0.05 * B**2 * sample_loss(s, t).item()
+        expected['mf_patch'] += 2 * M**2 * patch_loss(s, t).item()
+        expected['mf_rand'] += 0.1 * 5**2 * random_loss(s, t, 5, generator).item()
+        expected['mf_full'] += 0.35 * (B * M) ** 2 * full_loss(s, t).item()
+    assert {key: found[key].item() for key in KEYS[2:]} == pytest.approx(expected, rel=1e-12)
+    # The terms of the paper: Frobenius sums, of maps of one kind their mean.
+    S, T = (F.normalize(x, dim=-1) for x in (student[0], teacher[0]))
+    frobenius = (S @ S.mT - T @ T.mT).square().sum(dim=(1, 2)).mean()
+    alone = forward(build(relation_scale='paper', w_patch=1), student[:1], teacher[:1])
+    assert alone['mf_patch'].item() == pytest.approx(frobenius.item(), rel=1e-12)
 
 
 def test_the_criterion_has_nothing_to_save():
     assert build().state_dict() == {}
     assert list(build().parameters()) == []
+
+
+# Relations across ranks -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def of_ranks(tmp_path_factory):
+    """What each of two and of three ranks found, by (world, rank) and case."""
+    folder = tmp_path_factory.mktemp('ranks')
+    three = [subprocess.Popen([sys.executable, ranks.__file__, str(rank), str(folder)]) for rank in range(3)]
+    assert [process.wait(180) for process in three] == [0, 0, 0]
+    return {(world, rank): torch.load(folder / f'{world}-{rank}.pt') for world in (2, 3) for rank in range(world)}
+
+
+@pytest.mark.parametrize('case', ranks.CASES)
+@pytest.mark.parametrize('world', [2, 3])
+def test_global_relations_of_several_ranks_equal_one_process_with_all_their_images(of_ranks, world, case):
+    alone = ranks.run(case, world, None)
+    found = [of_ranks[world, rank][case] for rank in range(world)]
+    # bfloat16 tokens round their gradient, the same in another order
+    close = 1e-2 if 'bfloat16' in case else 1e-12 if 'float64' in case else 1e-5
+    assert any(alone[f'mf_{term}'] > 1e-3 for term in ranks.TERMS)
+    for name, expected in alone.items():
+        if 'gradient' in name:  # DistributedDataParallel has averaged it
+            assert expected.norm() > 1e-3
+            assert all((one[name] - expected).norm() <= close * expected.norm() for one in found), name
+            continue
+        # CE, KD and the relations inside images are means over a rank's own images, the others the same everywhere.
+        mean = torch.stack([one[name] for one in found]).mean()
+        assert mean.item() == pytest.approx(expected.item(), rel=min(close, 1e-5), abs=1e-9)
+        if name in ('mf_sample', 'mf_rand', 'mf_full'):
+            assert [one[name].item() for one in found] == pytest.approx([expected.item()] * world, rel=1e-5)
+
+
+def test_relations_of_all_ranks_without_a_generator_they_share_are_refused(tmp_path):
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/meet', rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match='a generator they share'):
+            forward(build(relations='global'), [tokens(D_S)], [tokens(D_T)])
+    finally:
+        dist.destroy_process_group()

@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import os
+import re
 import shutil
 import signal
 from types import SimpleNamespace
@@ -248,6 +249,11 @@ WRONG = [
     ({'distillation_tau': 0},),
     ({'w_patch': -1},),
     ({'w_rand': 'nan'},),
+    ({'w_full': -1},),
+    ({'relations': 'all'},),
+    ({'relation_scale': 'sum'},),
+    ({'log_grad_share': True, 's_id': None, 't_id': None}, '--s-id'),
+    ({'log_grad_share': True, **toys.ALONE}, 'teacher'),
     # models
     ({'model': 'deit_tinny_patch16_224'}, 'deit_tiny_patch16_224'),
     ({'teacher_model': 'cait_s42_224'}, 'cait_s24_224'),
@@ -405,10 +411,10 @@ def test_dropout_reaches_positions_projections_and_mlp_but_neither_head_nor_atte
 
 # Whole runs -----------------------------------------------------------------------------------------------------------
 
-TERMS = ['base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand']
+TERMS = ['base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand', 'mf_full']
 RELEASE_KEYS = {
-    'train_lr', 'train_loss', *(f'train_loss_{term}' for term in TERMS), 'test_loss', 'test_acc1', 'test_acc5', 'epoch',
-    'n_parameters',
+    'train_lr', 'train_loss', *(f'train_loss_{term}' for term in TERMS[:5]), 'test_loss', 'test_acc1', 'test_acc5',
+    'epoch', 'n_parameters',
 }  # fmt: skip
 
 
@@ -484,8 +490,8 @@ def test_the_weights_of_the_terms_are_those_of_the_flags(run, monkeypatch):
     seen = []
     build = main.build_criterion
     monkeypatch.setattr(main, 'build_criterion', lambda args: seen.append(build(args)) or seen[-1])
-    names = ['alpha', 'tau', 'beta', 'w_sample', 'w_patch', 'w_rand', 'K']
-    values = [0.25, 2.0, 3.0, 0.1, 4.0, 0.2, 7]
+    names = ['alpha', 'tau', 'beta', 'w_sample', 'w_patch', 'w_rand', 'K', 'w_full', 'relations', 'relation_scale']
+    values = [0.25, 2.0, 3.0, 0.1, 4.0, 0.2, 7, 0.5, 'global', 'paper']
     run(**{f'distillation_{name}' if i < 3 else name: values[i] for i, name in enumerate(names)})
     assert [getattr(seen[0], name) for name in names] == values
 
@@ -493,8 +499,56 @@ def test_the_weights_of_the_terms_are_those_of_the_flags(run, monkeypatch):
 def test_without_layer_lists_there_are_no_relations_and_the_first_screen_says_so(run, capsys):
     (row,) = run(s_id=None, t_id=None)
     assert_sound(row)
-    assert {term for term in TERMS if row[f'train_loss_{term}'] == 0} == {'mf_sample', 'mf_patch', 'mf_rand'}
+    assert {term for term in TERMS if row[f'train_loss_{term}'] == 0} == set(TERMS[2:])
     assert 'no relation terms' in capsys.readouterr().out
+
+
+def test_the_full_term_is_off_unless_its_flag_is_typed_and_is_logged_as_0(run):
+    (row,) = run(w_full=None)
+    assert_sound(row)
+    assert {term for term in TERMS if row[f'train_loss_{term}'] == 0} == {'mf_full'}
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'w_full': None}, '1·sample + 1·patch + 1·random of 192 tokens), means over the 8 images of a rank'),
+        ({'w_full': 0.5}, '1·random of 192 tokens + 0.5·full), means over the 8 images of a rank'),
+        ({'relations': 'global'}, 'means over the 8 images of 1 rank'),
+        ({'relation_scale': 'paper'}, "the paper's sums over the 8 images of a rank"),
+    ],
+)
+def test_the_first_screen_says_which_relations_are_compared(run, capsys, changes, words):
+    run(**changes)
+    assert words in capsys.readouterr().out
+
+
+def test_in_one_process_the_relations_of_all_ranks_are_its_own(run, tmp_path):
+    one, other = (run(relations=relations, output_dir=tmp_path / relations) for relations in ('rank', 'global'))
+    assert one == other
+
+
+def test_the_paper_s_sums_are_the_means_times_layer_pairs_and_entries(run, tmp_path):
+    options = {'lr': 1e-12, 'warmup_epochs': 0, 'K': 5}  # both runs stay where they begin
+    (mean,), (paper,) = (run(relation_scale=s, output_dir=tmp_path / s, **options) for s in ('mean', 'paper'))
+    B, N, K, L = 8, 16, 5, 3
+    for term, entries in {'sample': B**2, 'patch': N**2, 'rand': K**2, 'full': (B * N) ** 2}.items():
+        key = f'train_loss_mf_{term}'
+        assert paper[key] == pytest.approx(mean[key] * entries * L, rel=1e-4)
+    assert paper['train_loss_dist'] == pytest.approx(mean['train_loss_dist'], rel=1e-4)
+
+
+def test_gradient_shares_stand_in_the_log_lines_on_demand_and_change_nothing(run, tmp_path, capsys):
+    silent = run(output_dir=tmp_path / 'silent')
+    assert 'share_' not in capsys.readouterr().out
+    assert run(output_dir=tmp_path / 'shown', log_grad_share=True) == silent
+    toys.assert_same(*(toys.load(tmp_path / name / 'checkpoint.pth')['model'] for name in ('silent', 'shown')))
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r'Epoch: \[0\] \[', line)]
+    assert len(lines) == 2
+    for line in lines:
+        shares = dict(re.findall(r'share_(\w+): ([0-9.]+)%', line))
+        assert list(shares) == TERMS
+        assert sum(map(float, shares.values())) == pytest.approx(100, abs=0.5)
 
 
 def test_the_first_screen_says_what_will_run(run, capsys):

@@ -56,6 +56,8 @@ def test_tokens_are_the_outputs_of_the_asked_blocks_without_prefix_tokens(toy, f
         assert x.shape == (2, GRID * GRID, WIDTH)
         assert expected[i].shape[1] - x.shape[1] == PREFIX[family]
         assert torch.equal(x, expected[i][:, PREFIX[family] :])
+    features = tapped(images).features
+    assert all(torch.equal(x, expected[i]) for i, x in zip(ids, features, strict=True))
     assert tapped.block_ids == [2, 0, 2, 0, 0]
     assert (tapped.depth, tapped.grid, tapped.width) == (DEPTH, (GRID, GRID), WIDTH)
 

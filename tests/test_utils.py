@@ -128,6 +128,15 @@ def test_meters_of_some_ranks_go_on_among_others_with_the_same_sums(monkeypatch,
         assert rows == state['totals']  # each rank its own: another order of adding would round otherwise
 
 
+def test_an_epoch_begun_without_a_term_goes_on_with_it():
+    meters, again = utils.Meters(), utils.Meters()
+    feed(meters, a=[2, 4])
+    again.load_state_dict(meters.state_dict(), CPU)
+    feed(again, a=[6], b=[9])
+    assert again.line() == 'loss: 15.0000 (7.0000)  loss_a: 6.0000 (4.0000)  loss_b: 9.0000 (3.0000)'
+    assert again.means() == {'loss': 7, 'loss_a': 4, 'loss_b': 3}
+
+
 def test_meters_with_more_names_than_values_are_refused():
     with pytest.raises(ValueError, match='not as many values as names'):
         utils.Meters().load_state_dict({'names': ['loss', 'loss_a', 'loss_b'], 'totals': [[1.0, 2.0, 3.0]]}, CPU)
@@ -144,10 +153,13 @@ def test_progress_prints_the_first_every_so_many_and_the_last_step(capsys, steps
         asked.append(len(seen))
         return 'a line'
 
-    for batch in utils.Progress('Epoch: [2]', print_freq, line, CPU).over(range(steps)):
+    progress, due = utils.Progress('Epoch: [2]', print_freq, line, CPU), []
+    for batch in progress.over(range(steps)):
         seen.append(batch)
+        due += [batch + 1] if progress.due else []
     lines = [text for text in capsys.readouterr().out.splitlines() if 'eta' in text]
     assert seen == list(range(steps))
+    assert due == printed  # known while the step is made
     assert asked == printed  # between the lines nobody asks, for asking waits for the device
     width = len(str(steps))
     for number, text in zip(printed, lines, strict=True):
@@ -320,10 +332,10 @@ def test_every_coordinate_and_every_stream_has_seeds_of_its_own():
     assert seeds == [utils.counter_seed(*counter) for counter in counters]
 
 
-def draws(seed: int, step: int, rank: int, noise: int = 0) -> tuple:
+def draws(seed: int, step: int, rank: int, noise: int = 0, shared_draw: bool = False) -> tuple:
     generator = torch.Generator().manual_seed(noise)
     random.random(), np.random.rand(noise), torch.rand(noise), torch.rand(noise, generator=generator)
-    utils.seed_step(generator, seed, step, rank)
+    utils.seed_step(generator, seed, step, rank, shared_draw)
     return random.random(), np.random.rand(), torch.rand(()).item(), torch.rand((), generator=generator).item()
 
 
@@ -337,6 +349,12 @@ def test_a_step_draws_the_same_whatever_was_drawn_before():
 @pytest.mark.parametrize('other', [(0, 2, 3), (1, 3, 3), (1, 2, 0)])
 def test_another_seed_step_or_rank_draws_otherwise_from_all_four_generators(other):
     assert all(a != b for a, b in zip(draws(1, 2, 3), draws(*other), strict=True))
+
+
+def test_with_a_shared_draw_all_ranks_draw_the_tokens_of_one_process_and_all_else_for_themselves():
+    first, second = (draws(1, 2, rank, shared_draw=True) for rank in (0, 3))
+    assert first == draws(1, 2, 0)
+    assert second == (*draws(1, 2, 3)[:3], first[3])
 
 
 # Set-up ---------------------------------------------------------------------------------------------------------------

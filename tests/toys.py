@@ -20,6 +20,7 @@ RUN = {
     'distillation_type': 'soft',
     's_id': '0 1 -1',
     't_id': '0 1 -1',
+    'w_full': 1,
     'epochs': 1,
     'batch_size': 8,
     'num_workers': 0,
