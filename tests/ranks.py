@@ -16,10 +16,11 @@ from losses import ManifoldDistillationLoss
 
 B, N, D_S, D_T, C = 2, 5, 6, 9, 4
 TERMS = ('sample', 'patch', 'rand', 'full')
-# name: whether KD is alone, the relations there are, dtype of what a block puts out
-CASES = {f'{term} alone': (1, (term,), torch.float32) for term in TERMS}
-CASES |= {f'all, alpha {a}': (a, TERMS, torch.float32) for a in (0, 1)}
-CASES |= {'all, bfloat16': (1, TERMS, torch.bfloat16), 'all, float64': (1, TERMS, torch.float64)}
+# name: α, the relations there are, dtype of what a block puts out, scale
+CASES = {f'{term} alone': (1, (term,), torch.float32, 'mean') for term in TERMS}
+CASES |= {f'all, alpha {a}': (a, TERMS, torch.float32, 'mean') for a in (0, 1)}
+CASES |= {f'all, {str(dtype)[6:]}': (1, TERMS, dtype, 'mean') for dtype in (torch.bfloat16, torch.float64)}
+CASES |= {'all, the paper': (1, TERMS, torch.float32, 'paper')}
 
 
 class Student(nn.Module):
@@ -46,7 +47,7 @@ def batch(world: int) -> tuple[Tensor, tuple, Tensor]:
 
 def run(case: str, world: int, rank: int | None) -> dict[str, Tensor]:
     """Each term, and the gradient of their sum at each parameter: of one rank, or of one process with all images."""
-    alpha, terms, dtype = CASES[case]
+    alpha, terms, dtype, scale = CASES[case]
     torch.manual_seed(0)
     student = Student().to(torch.promote_types(dtype, torch.float32))
     wrapped = student if rank is None else DistributedDataParallel(student)
@@ -57,7 +58,13 @@ def run(case: str, world: int, rank: int | None) -> dict[str, Tensor]:
     teacher_out = (logits[own].to(kind), None, tuple(x[own].to(dtype) for x in tokens))
     weights = {f'w_{term}': float(term in terms) for term in TERMS}
     criterion = ManifoldDistillationLoss(
-        nn.CrossEntropyLoss(), 'soft', alpha=alpha, relations='global', K=world * B * N // 2, **weights
+        nn.CrossEntropyLoss(),
+        'soft',
+        alpha=alpha,
+        relations='global',
+        relation_scale=scale,
+        K=world * B * N // 2,
+        **weights,
     )
     student_out = wrapped(inputs[own].to(kind), dtype)
     found = criterion(student_out, teacher_out, classes[own], torch.Generator().manual_seed(5))

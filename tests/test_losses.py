@@ -540,6 +540,8 @@ def test_the_paper_s_sums_are_the_means_times_layer_pairs_and_entries():
         expected['mf_rand'] += 0.1 * 5**2 * random_loss(s, t, 5, generator).item()
         expected['mf_full'] += 0.35 * (B * M) ** 2 * full_loss(s, t).item()
     assert {key: found[key].item() for key in KEYS[2:]} == pytest.approx(expected, rel=1e-12)
+    every_token = forward(build(relation_scale='paper', K=100), student, teacher)
+    assert every_token['mf_rand'].item() == pytest.approx(every_token['mf_full'].item(), rel=1e-12)
     # The terms of the paper: Frobenius sums, of maps of one kind their mean.
     S, T = (F.normalize(x, dim=-1) for x in (student[0], teacher[0]))
     frobenius = (S @ S.mT - T @ T.mT).square().sum(dim=(1, 2)).mean()
