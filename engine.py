@@ -3,6 +3,7 @@
 Letters: B images of a batch, C classes.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from itertools import zip_longest
@@ -103,18 +104,22 @@ class Watch:
         told = zip(*utils.gather_objects([self._blame(row, flags) for row, flags in bad]), strict=True)
         return sum(self._count(row[0], list(ranks)) for (row, _), ranks in zip(bad, told, strict=True))
 
-    def _blame(self, row: tuple, flags: list[bool]) -> str:
-        """What was not finite in a step of this rank, in words; '' if nothing was."""
+    def _blame(self, row: tuple, flags: list[bool]) -> tuple[str, bool]:
+        """What was not finite in a step of this rank, in words, '' if nothing was; and whether a model put it out."""
         *forward, gradient, _ = flags
         names = [name for name, finite in zip(self._names, forward, strict=True) if not finite]
         if not names and not gradient and not self._scaler.is_enabled():
             names = ['gradients']
-        return f'{", ".join(names)}; images {" ".join(map(str, row[1].tolist()))}' if names else ''
+        words = f'{", ".join(names)}; images {" ".join(map(str, row[1].tolist()))}' if names else ''
+        return words, any(name.endswith(('logits', 'tokens')) for name in names)
 
-    def _count(self, step: str, ranks: list[str]) -> int:
-        if not any(ranks) and self._scaler.is_enabled():
+    def _count(self, step: str, ranks: list[tuple[str, bool]]) -> int:
+        # Relations of all images make a term not finite on every rank: those count whose models began it.
+        origins = any(origin for _, origin in ranks)
+        blamed = [words if origin or not origins else '' for words, origin in ranks]
+        if not any(blamed) and self._scaler.is_enabled():
             return 0
-        what = '; '.join(f'on rank {rank}: {words}' for rank, words in enumerate(ranks) if words)
+        what = '; '.join(f'on rank {rank}: {words}' for rank, words in enumerate(blamed) if words)
         what = what or 'on all ranks: the norm of the averaged gradient'
         self.skipped += 1
         if self.skipped > self.allowed:
@@ -170,7 +175,7 @@ def train_one_epoch(
         after_step: called after each step, when all that belongs to it is done.
         clip_grad: largest norm of the gradient.
         train_mode: False keeps drop-path and the like off.
-        shared_draw: all ranks give the criterion a generator in the same state.
+        shared_draw: terms relate the images of all ranks: these give the criterion a generator in the same state.
         grad_share: print with each line the terms' shares of the gradient, see `gradient_shares`.
         print_freq: steps between log lines; between them the host never waits for the device, except for the
             gradient scaler of float16, which reads at each step whether the gradients overflowed, and for an optimizer
@@ -208,7 +213,7 @@ def train_one_epoch(
             shares = gradient_shares(losses, student_out.features, scaler)
         loss = sum(losses.values())
         loss = loss * watch.factor(
-            f'step {done + number} of epoch {epoch}', indices, _values(losses, student_out, teacher_out)
+            f'step {done + number} of epoch {epoch}', indices, _values(losses, student_out, teacher_out, shared_draw)
         )
 
         optimizer.zero_grad()
@@ -237,6 +242,9 @@ def gradient_shares(
         losses: weighted terms by name.
         features: outputs of the student's tapped blocks, on the way to the logits.
         scaler: of the gradients; a common factor does not change the shares, and keeps those of float16 from vanishing.
+
+    Returns:
+        Shares by name, or nothing where gradients overflow at the scale of float16, or there are none.
     """
     features = list({id(feature): feature for feature in features}.values())  # a block may be tapped twice
     norms = {}
@@ -245,16 +253,20 @@ def gradient_shares(
         if value.requires_grad:
             pulls = torch.autograd.grad(scaler.scale(value), features, retain_graph=True, allow_unused=True)
         norms[name] = nn.utils.get_total_norm([pull.float() for pull in pulls if pull is not None])
-    total = sum(norms.values())
-    return {name: float(norm / total) for name, norm in norms.items()}
+    total = float(sum(norms.values()))
+    if not 0 < total < math.inf:
+        return {}
+    return {name: float(norm) / total for name, norm in norms.items()}
 
 
-def _values(losses: dict[str, Tensor], student_out, teacher_out) -> dict[str, Tensor]:
-    """All that must be finite, by name."""
+def _values(losses: dict[str, Tensor], student_out, teacher_out, tokens: bool) -> dict[str, Tensor]:
+    """All that must be finite, by name; with `tokens` those too, one number for each side."""
     values = {f'loss_{name}': value.detach() for name, value in losses.items()}
     for side, out in (('student', student_out), ('teacher', teacher_out)):
         if out is not None:
             values[f'{side} logits'] = out[0].detach()
+        if out is not None and tokens and out[2]:
+            values[f'{side} tokens'] = torch.stack([x.detach().float().sum() for x in out[2]])
     if student_out[1] is not student_out[0]:
         values['distillation logits'] = student_out[1].detach()
     return values

@@ -157,11 +157,11 @@ def _add_method_flags(parser: Parser) -> None:
     add('--w-full', type=AMOUNT, default=0.0, help='weight of relations between all tokens of the batch, undecoupled')
     add('--relations', default='rank', choices=RELATIONS, help="images that sample, random and full relate: a rank's "
         'own or those of all ranks. Bytes in per rank, step and layer pair: full 8·(D_s²+D_s·D_t+D_t²), random '
-        '4·K·(D_s+D_t), sample 4·(D_s+D_t) times the tokens of all ranks, of which it holds one side at a time: '
-        "with 8 × 64 images of the recipe's models 2 MB, 0.4 MB, 231 MB, and 154 MB held")  # fmt: skip
+        '4·K·(D_s+D_t), sample 4·(D_s+D_t) times the tokens of all ranks, of which it holds one side at a time, twice '
+        "while it gathers: with 8 × 64 images of the recipe's models 2 MB, 0.4 MB, 231 MB and 154 MB")  # fmt: skip
     add('--relation-scale', default='mean', choices=RELATION_SCALES, help='terms as means over entries and layer '
         "pairs, the release's, or as the paper's sums, larger by L times the entries of a map: N²·L for patch, B²·L "
-        'for sample, K²·L for random, (B·N)²·L for full')  # fmt: skip
+        'for sample, min(K, B·N)²·L for random, (B·N)²·L for full; B of all ranks with --relations global')  # fmt: skip
     add('--log-grad-share', action='store_true', help="with each log line each term's share of the norm of the "
         'gradient at the tapped features, on the first rank; costs one more backward pass per term there')  # fmt: skip
     add('--s-id', type=int, nargs='+', help='student blocks to tap, from 0, negative from the end; none: no relations')
@@ -712,6 +712,7 @@ def describe_training(
         why = ' (repeated augmentation starts at two ranks)' if args.repeated_aug else ''
         say(f'sampler     shuffled without repeats{why}')
     say(f'loss        {describe_loss(args, criterion)}')
+    warn_of_idle_flags(args)
     if args.epochs <= args.warmup_epochs:
         say(f'warning: --warmup-epochs {args.warmup_epochs}: the run ends before the learning rate is up')
     steps = args.epochs * len(train)
@@ -722,9 +723,22 @@ def describe_training(
         )
 
 
+def warn_of_idle_flags(args: argparse.Namespace) -> None:
+    """Says which flags of the method were typed in vain."""
+    relations = ('w_sample', 'w_patch', 'w_rand', 'K', 'w_full', 'relations', 'relation_scale', 'distillation_beta')
+    taught = args.distillation_type != 'none'
+    names = relations if taught else ('s_id', *relations, 'distillation_alpha', 'distillation_tau')
+    defaults = get_args_parser()
+    typed = [_flag(name) for name in names if getattr(args, name) != defaults.get_default(name)]
+    if typed and not (taught and args.s_id):
+        say(f'warning: {", ".join(typed)}: no effect without {"--s-id and --t-id" if taught else "a teacher"}')
+    elif args.relations == 'global' and not (args.w_sample or args.w_rand or args.w_full):
+        say('warning: --relations global: no effect, for patch relations do not cross images')
+
+
 def describe_loss(args: argparse.Namespace, criterion: ManifoldDistillationLoss) -> str:
     if criterion.distillation_type == 'none':
-        return 'CE, no teacher' + ('; --s-id and --t-id have no effect' if args.s_id else '')
+        return 'CE, no teacher'
     text = f'{1 - criterion.alpha:g}·CE + {criterion.alpha:g}·KD ({criterion.distillation_type}, τ {criterion.tau:g})'
     if not args.s_id:
         return text + '; no relation terms, for there are no --s-id and --t-id'

@@ -324,6 +324,26 @@ def test_a_loss_that_is_not_finite_stops_the_epoch_and_is_named(epoch, toy, prin
 # Shares of the gradient -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize('origin', [0, 1])
+def test_of_relations_of_all_ranks_the_rank_is_blamed_whose_models_were_not_finite(epoch, origin, monkeypatch):
+    def prepare(made):
+        for module in (made.teacher,):
+            module.model.blocks[-1].register_forward_hook(lambda *args: args[2] * torch.nan, prepend=True)
+
+    def two_ranks(mine):
+        words, began = mine[0]
+        assert began
+        assert 'teacher tokens' in words
+        other = [('loss_mf_full; images 90 91', False)]
+        return [mine, other] if origin == 0 else [other, mine]
+
+    monkeypatch.setattr(utils, 'gather_objects', two_ranks)
+    with pytest.raises(FloatingPointError) as caught:
+        epoch(batches(1), prepare=prepare, shared_draw=True)
+    assert f'on rank {origin}: ' in str(caught.value)
+    assert f'on rank {1 - origin}: ' not in str(caught.value)
+
+
 def shares_of(text: str) -> list[dict[str, float]]:
     """Percent by term, of each log line."""
     lines = [line for line in text.splitlines() if 'eta: ' in line]
@@ -383,6 +403,21 @@ def test_blocks_tapped_twice_count_once_and_prefix_tokens_count_too(epoch, famil
     assert shares == pytest.approx(engine.gradient_shares(losses, out.features, run.scaler))
     assert shares['none'] == 0
     assert shares['one'] + shares['other'] == pytest.approx(1)
+
+
+def test_gradient_shares_of_half_precision_blocks_are_found_where_gradients_would_vanish_without_the_scale():
+    feature = torch.ones(8, 8, dtype=torch.float16, requires_grad=True)
+    half, rest = 1e-10 * feature.float().sum(), 3e-10 * feature.float().sum()
+    scaler = torch.amp.GradScaler('cpu', init_scale=65536.0)
+    shares = engine.gradient_shares({'half': half, 'rest': rest}, [feature], scaler)
+    assert shares == pytest.approx({'half': 0.25, 'rest': 0.75}, abs=0.02)
+
+
+@pytest.mark.parametrize('factor', [1e3, 0.0], ids=['overflow', 'no gradient'])
+def test_shares_are_left_out_where_there_is_no_gradient_to_share(factor):
+    feature = torch.ones(8, 8, dtype=torch.float16, requires_grad=True)
+    losses = {'one': factor * feature.float().sum(), 'other': torch.zeros(())}
+    assert engine.gradient_shares(losses, [feature], torch.amp.GradScaler('cpu', init_scale=65536.0)) == {}
 
 
 # What is not finite ---------------------------------------------------------------------------------------------------

@@ -586,6 +586,20 @@ def test_global_relations_of_several_ranks_equal_one_process_with_all_their_imag
             assert [one[name].item() for one in found] == pytest.approx([expected.item()] * world, rel=1e-5)
 
 
+@pytest.mark.parametrize(('ours', 'theirs'), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_terms_over_ranks_take_sides_of_two_precisions(tmp_path, ours, theirs):
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/meet', rank=0, world_size=1)
+    try:
+        student, teacher = tokens(D_S, ours), tokens(D_T, theirs)
+        for term in (sample_loss, full_loss, partial(random_loss, K=5, generator=torch.Generator().manual_seed(0))):
+            found, gradient = value_and_gradient(partial(term, over_ranks=True), student, teacher)
+            assert gradient.dtype == ours
+            if term is sample_loss:
+                assert found.item() == pytest.approx(term(student, teacher).item(), rel=1e-5)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_relations_of_all_ranks_without_a_generator_they_share_are_refused(tmp_path):
     dist.init_process_group('gloo', init_method=f'file://{tmp_path}/meet', rank=0, world_size=1)
     try:

@@ -409,6 +409,22 @@ def test_dropout_reaches_positions_projections_and_mlp_but_neither_head_nor_atte
     assert {module.p for module in teacher.modules() if isinstance(module, torch.nn.Dropout)} == {0}
 
 
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({**toys.ALONE, 'w_full': 5, 'relations': 'global'}, '--w-full, --relations: no effect without a teacher'),
+        ({'s_id': None, 't_id': None, 'w_full': 0, 'K': 5}, '--K: no effect without --s-id and --t-id'),
+        ({'relations': 'global', 'w_sample': 0, 'w_rand': 0, 'w_full': 0}, '--relations global: no effect'),
+        ({'relations': 'global'}, None),
+        ({**toys.ALONE, 'w_full': 0}, None),
+    ],
+)
+def test_flags_of_the_method_that_have_no_effect_are_named(run, epochs, capsys, changes, words):
+    run(**changes)
+    lines = [line for line in capsys.readouterr().out.splitlines() if 'no effect' in line]
+    assert lines == [] if words is None else len(lines) == 1 and words in lines[0]
+
+
 # Whole runs -----------------------------------------------------------------------------------------------------------
 
 TERMS = ['base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand', 'mf_full']
