@@ -26,6 +26,7 @@ from urllib.parse import urlparse
 import safetensors.torch
 import timm
 import torch
+from timm.models import load_state_dict_from_hf
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
@@ -35,6 +36,7 @@ from utils import say
 
 FORMAT = 1
 LOG, BEST, LAST = 'log.txt', 'best_checkpoint.pth', 'checkpoint.pth'
+HUB_FILES = ('model.safetensors', 'pytorch_model.bin', 'model.pth', 'pytorch_model.pth')  # as timm names them
 KEPT = (LOG, BEST, LAST)  # in the order they are written: once the last one is there, all of the epoch is kept
 RETRY = 60.0  # seconds after which a write that failed is tried again
 LAST_TRIES = (1.0, 2.0, 4.0)  # seconds between the tries of a run that is about to end
@@ -49,7 +51,8 @@ def read_checkpoint(source: str | Path) -> dict:
     """The contents of a weights file, on the CPU; nothing is unpickled but tensors and plain types.
 
     Args:
-        source: a path, or a URL (downloaded once into torch's hub folder); `.safetensors` or torch's own format.
+        source: a path, a URL (downloaded once into torch's hub folder), `hf-hub:OWNER/NAME` or `local-dir:FOLDER` with
+            one file of weights under a usual name; `.safetensors` or torch's own format.
 
     Raises:
         OSError: it is not there or cannot be downloaded.
@@ -60,6 +63,11 @@ def read_checkpoint(source: str | Path) -> dict:
 
 def _read(source: str | Path) -> tuple[dict, bool]:
     """The contents, and whether a checksum vouches for them."""
+    kind, _, rest = str(source).partition(':')
+    if kind in ('hf-hub', 'hf_hub'):
+        return _read_hub(rest), False
+    if kind == 'local-dir':
+        source = _find_weights(Path(rest))
     url = '://' in str(source)
     path = _download(str(source)) if url else Path(source)
     with open(path, 'rb') as file:  # what the system has to say comes first: not there, a folder, no permission
@@ -87,6 +95,21 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(_NOT_A_CHECKPOINT) from error
+
+
+def _read_hub(name: str) -> dict[str, Tensor]:
+    try:
+        return load_state_dict_from_hf(name, weights_only=True)
+    except Exception as error:  # the hub's client has a dozen kinds
+        raise ValueError(f'cannot be had from the hub: {" ".join(str(error).split())}') from error
+
+
+def _find_weights(folder: Path) -> Path:
+    """The file of weights in a folder that was saved for the hub."""
+    found = [folder / name for name in HUB_FILES if (folder / name).exists()]
+    if not found:
+        raise ValueError(f'there is none of {", ".join(HUB_FILES)} in it')
+    return found[0]
 
 
 def _download(url: str) -> Path:

@@ -4,7 +4,7 @@ import json
 import random
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -224,6 +224,8 @@ def build_train_transform(
     reprob: float,
     remode: str,
     recount: int,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> Callable:
     """DeiT's training augmentation, PIL image → (3, input_size, input_size), by timm.
 
@@ -235,6 +237,8 @@ def build_train_transform(
         reprob: probability of random erasing.
         remode: its filling, 'pixel', 'rand' or 'const'.
         recount: its number of rectangles.
+        mean: of each channel, values in 0 … 1, subtracted.
+        std: standard deviation of each channel, divided by.
     """
     transform = create_transform(
         input_size,
@@ -245,6 +249,8 @@ def build_train_transform(
         re_prob=reprob,
         re_mode=remode,
         re_count=recount,
+        mean=mean,
+        std=std,
     )
     if input_size <= SMALL:
         transform.transforms[0] = transforms.RandomCrop(input_size, padding=4)
@@ -271,9 +277,11 @@ def _posterize(image: Image.Image, bits: int, **_) -> Image.Image:
     return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
-def build_eval_transform(input_size: int) -> Callable:
-    """Resize to 256/224 of the input size, centre crop, ImageNet mean and std; up to 32 pixels no resize or crop."""
-    steps = [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+def build_eval_transform(
+    input_size: int, mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD
+) -> Callable:
+    """Resize to 256/224 of the input size, centre crop, normalise; up to 32 pixels no resize or crop."""
+    steps = [transforms.ToTensor(), transforms.Normalize(mean, std)]
     if input_size > SMALL:
         resize = transforms.Resize(int(256 / 224 * input_size), transforms.InterpolationMode.BICUBIC)
         steps = [resize, transforms.CenterCrop(input_size), *steps]

@@ -263,7 +263,7 @@ def _values(losses: dict[str, Tensor], student_out, teacher_out, tokens: bool) -
     """All that must be finite, by name; with `tokens` those too, one number for each side."""
     values = {f'loss_{name}': value.detach() for name, value in losses.items()}
     for side, out in (('student', student_out), ('teacher', teacher_out)):
-        if out is not None:
+        if out is not None and out[0] is not None:
             values[f'{side} logits'] = out[0].detach()
         if out is not None and tokens and out[2]:
             values[f'{side} tokens'] = torch.stack([x.detach().float().sum() for x in out[2]])

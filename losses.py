@@ -345,7 +345,8 @@ class ManifoldDistillationLoss(nn.Module):
 
         Args:
             student_out: (logits (B, C), kd_logits (B, C), tokens: L of (B, N, D_s)).
-            teacher_out: (logits (B, C), …, tokens: L of (B, N, D_t)); not read with distillation type 'none'.
+            teacher_out: (logits (B, C), …, tokens: L of (B, N, D_t)); not read with distillation type 'none'. With α 0
+                the logits may be None: a teacher without a head, or of other classes.
             targets: classes (B,) or soft labels (B, C), as `base_criterion` takes them.
             generator: source of the random tokens, advanced by one draw per layer pair; with relations 'global' in the
                 same state on all ranks.
@@ -371,7 +372,11 @@ class ManifoldDistillationLoss(nn.Module):
             }
             return losses | self._relate(student_tokens, teacher_out[2], generator, zero=base.new_zeros(()))
 
-    def _distill(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def _distill(self, student: Tensor, teacher: Tensor | None) -> Tensor:
+        if teacher is None and self.alpha == 0:
+            return 0 * _full_precision(student).sum()
+        if teacher is None:
+            raise ValueError(f'α {self.alpha:g} weighs the distillation of logits, and the teacher gave none')
         if student.shape != teacher.shape:
             raise ValueError(
                 f'logits differ: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}; '

@@ -52,6 +52,7 @@ FREE = (
     'output_dir', 'resume', 'eval', 'eval_ema', 'eval_teacher', 'start_epoch', 'data_path', 'num_workers',
     'pin_mem', 'device', 'dist_url', 'dist_eval', 'print_freq', 'keep', 'save_interval_steps', 'save_interval_minutes',
     'distributed', 'local_rank', 'world_size', 'cooldown_epochs', 'patience_epochs', 'resplit', 'log_grad_share',
+    'list_blocks',
 )  # fmt: skip
 
 # Flags ----------------------------------------------------------------------------------------------------------------
@@ -121,6 +122,12 @@ AMOUNT = _number(float, '[)', 0)
 POSITIVE = _number(float, '()', 0)
 
 
+def _block_id(text: str) -> int | str:
+    if text != 'auto' and not re.fullmatch(r'-?\d+', text):
+        raise argparse.ArgumentTypeError(f'{text} is neither a whole number nor auto')
+    return text if text == 'auto' else int(text)
+
+
 def _non_finite(text: str) -> str:
     if not re.fullmatch(r'stop|skip:\d+', text):
         raise argparse.ArgumentTypeError(f'{text} is neither stop nor skip:N')
@@ -164,20 +171,28 @@ def _add_method_flags(parser: Parser) -> None:
         'for sample, min(K, B·N)²·L for random, (B·N)²·L for full; B of all ranks with --relations global')  # fmt: skip
     add('--log-grad-share', action='store_true', help="with each log line each term's share of the norm of the "
         'gradient at the tapped features, on the first rank; costs one more backward pass per term there')  # fmt: skip
-    add('--s-id', type=int, nargs='+', help='student blocks to tap, from 0, negative from the end; none: no relations')
-    add('--t-id', type=int, nargs='+', help='teacher blocks they are paired with, one for one')
+    add('--s-id', type=_block_id, nargs='+', help='student blocks to tap, from 0, negative from the end; none: no '
+        'relations; auto: the first k and the last k, k = 4 or half the shallower depth')  # fmt: skip
+    add('--t-id', type=_block_id, nargs='+', help='teacher blocks they are paired with, one for one; auto with auto')
+    add('--token-align', default='error', choices=models.ALIGNMENTS, help="paired blocks with other grids of patches: "
+        "error; pool: means on the coarser grid; interpolate: the teacher's tokens on the student's grid, bilinear; "
+        'merge: neighbours concatenated on either side until at most --max-patches remain')  # fmt: skip
+    add('--max-patches', type=COUNT, default=196, help='patch tokens of an image that --token-align merge leaves')
 
 
 def _add_model_flags(parser: Parser) -> None:
     add = parser.add_argument_group('models').add_argument
-    add('--model', default='deit_base_patch16_224', help="student, one of timm's models")
+    add('--model', default='deit_base_patch16_224', help="student, one of timm's models, hf-hub:… or local-dir:…")
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='its arguments')
-    add('--teacher-model', default='cait_s24_224', help="teacher, one of timm's models")
+    add('--list-blocks', action='store_true', help='print the blocks of --model, their grids and widths, and stop')
+    add('--teacher-model', default='cait_s24_224', help="teacher, one of timm's models, or hf-hub:… or local-dir:… "
+        'with its weights')  # fmt: skip
     add('--teacher-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='same of the teacher')
-    add('--teacher-path', default='', help="teacher's weights: a file or URL")
+    add('--teacher-path', default='', help="teacher's weights: a file, URL, hf-hub:… or local-dir:…")
     add('--teacher-pretrained', action='store_true', help="without --teacher-path: timm's own weights of the teacher")
     add('--finetune', default='', help='start from these weights: positions resampled, a head of another size dropped')
     add('--input-size', type=COUNT, default=224, help='height and width of the images in pixels')
+    add('--teacher-input-size', type=COUNT, help="those the teacher sees, resized on the device (the student's)")
     add('--drop', type=FRACTION, default=0.0, help='dropout after position embedding, attention projection and MLP')
     add('--drop-path', type=FRACTION, default=0.0, help='stochastic depth of the student')
     add('--model-ema', action='store_true', default=True, help='keep a moving average of the student (default)')
@@ -292,27 +307,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         flags = set(re.findall(r'--[\w-]+', parser.format_help()))
         near = difflib.get_close_matches(unknown[0].split('=')[0], flags, n=1)
         raise UsageError(f'{unknown[0]}: no such flag' + (f'; did you mean {near[0]}?' if near else ''))
-    _check_method(args)
-    _check_recipe(args)
+    if not args.list_blocks:
+        _check_method(args)
+        _check_recipe(args)
     return args
 
 
 def _check_method(args: argparse.Namespace) -> None:
     s_id, t_id = args.s_id or [], args.t_id or []
+    if 'auto' in s_id + t_id and not s_id == t_id == ['auto']:
+        raise UsageError(
+            f'--s-id {_words(s_id)} and --t-id {_words(t_id)}: auto is for both sides, and nothing beside it'
+        )
     if len(s_id) != len(t_id):
         raise UsageError(
             f'--s-id {_words(s_id)} and --t-id {_words(t_id)}: blocks are paired one for one, '
             f'but there are {len(s_id)} and {len(t_id)}'
         )
     training = not args.eval and args.distillation_type != 'none'
-    if training and not args.teacher_path and not args.teacher_pretrained:
+    if training and not _has_weights(args):
         raise UsageError(
             f"--distillation-type {args.distillation_type}: needs the teacher's weights, "
             '--teacher-path FILE or --teacher-pretrained'
         )
     if args.log_grad_share and not args.eval and not (training and s_id):
         raise UsageError('--log-grad-share: there are no tapped blocks to look at; needs a teacher, --s-id and --t-id')
-    if args.eval_teacher and not args.teacher_path and not args.teacher_pretrained:
+    if args.eval_teacher and not _has_weights(args):
         raise UsageError('--eval-teacher: needs --teacher-path FILE or --teacher-pretrained')
     if args.eval and not (args.resume or args.finetune):
         raise UsageError('--eval: needs the weights to evaluate, --resume FILE or --finetune FILE')
@@ -320,6 +340,11 @@ def _check_method(args: argparse.Namespace) -> None:
         raise UsageError('--resume auto: needs the folder to look in, --output_dir')
     if args.eval and args.eval_ema and not args.resume:
         raise UsageError('--eval-ema: needs the checkpoint that holds them, --resume FILE')
+
+
+def _has_weights(args: argparse.Namespace) -> bool:
+    """Whether it is said where the teacher's weights are."""
+    return bool(args.teacher_path or args.teacher_pretrained or models.has_source(args.teacher_model))
 
 
 def _check_recipe(args: argparse.Namespace) -> None:
@@ -351,9 +376,8 @@ def _words(values: list) -> str:
 # The parts of a run ---------------------------------------------------------------------------------------------------
 
 
-def build_student(args: argparse.Namespace, num_classes: int) -> models.TappedModel:
-    """The student, its weights fresh or from --finetune, with hooks on --s-id."""
-    taught = args.distillation_type != 'none' and not args.eval
+def build_student(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The student, its weights fresh or from --finetune."""
     dropout = {'pos_drop_rate': args.drop, 'proj_drop_rate': args.drop} if args.drop else {}
     kwargs = {'drop_path_rate': args.drop_path, **dropout, **args.model_kwargs}
     options = f'--input-size {args.input_size}' + (f' and --drop {args.drop}' if args.drop else '')
@@ -366,31 +390,88 @@ def build_student(args: argparse.Namespace, num_classes: int) -> models.TappedMo
             state, changes = models.adapt(student, weights, replace_heads=not args.eval)
             models.load_weights(student, state)
         say(f'finetune    {args.finetune}' + ''.join(f'; {change}' for change in changes))
+    return student
+
+
+def build_teacher(args: argparse.Namespace) -> nn.Module:
+    """The teacher with its weights, from --teacher-path or timm, and a head of as many classes as these have."""
+    pretrained = not args.teacher_path
+    size = args.teacher_input_size or args.input_size
+    flag = '--teacher-input-size' if args.teacher_input_size else '--input-size'
+    with blame('--teacher-model', f'{args.teacher_model} with {flag} {size}'):
+        teacher = models.build(args.teacher_model, None, size, pretrained, args.teacher_kwargs)
+    if args.teacher_path:
+        with blame('--teacher-path', args.teacher_path):
+            weights = models.named_weights(checkpoints.read_checkpoint(args.teacher_path))
+            state, changes = models.adapt(teacher, weights, replace_heads=False)
+            models.match_head(teacher, state)
+            models.load_weights(teacher, state)
+        if changes:
+            say(f'teacher     {args.teacher_path}' + ''.join(f'; {change}' for change in changes))
+    return teacher
+
+
+def choose_blocks(args: argparse.Namespace, student: nn.Module, teacher: nn.Module) -> argparse.Namespace:
+    """The flags with numbers in the place of --s-id auto --t-id auto."""
+    if args.s_id != ['auto']:
+        return args
+    with blame('--s-id', f'auto with --model {args.model}'):
+        depth = len(models.list_blocks(student, args.input_size))
+    with blame('--t-id', f'auto with --teacher-model {args.teacher_model}'):
+        teacher_depth = len(models.list_blocks(teacher, args.teacher_input_size or args.input_size))
+    s_id, t_id = models.pair_ids(depth, teacher_depth)
+    return argparse.Namespace(**{**vars(args), 's_id': s_id, 't_id': t_id})
+
+
+def tap_student(args: argparse.Namespace, student: nn.Module, taught: bool) -> models.TappedModel:
+    """Hooks on --s-id, if there is a teacher."""
     block_ids = (args.s_id or []) if taught else []
     with blame('--s-id', f'{_words(block_ids)} with --model {args.model}'):
         return models.tap(student, block_ids, args.input_size, two_heads=taught)
 
 
-def build_teacher(args: argparse.Namespace, num_classes: int) -> models.TappedModel:
-    """The frozen teacher with hooks on --t-id, its weights from --teacher-path or timm."""
-    pretrained = args.teacher_pretrained and not args.teacher_path
-    with blame('--teacher-model', f'{args.teacher_model} with --input-size {args.input_size}'):
-        teacher = models.build(args.teacher_model, num_classes, args.input_size, pretrained, args.teacher_kwargs)
-    if args.teacher_path:
-        with blame('--teacher-path', args.teacher_path):
-            models.load_weights(teacher, models.named_weights(checkpoints.read_checkpoint(args.teacher_path)))
-    block_ids = args.t_id or []
+def tap_teacher(
+    args: argparse.Namespace, teacher: nn.Module, taught: bool, ours: tuple[tuple, tuple]
+) -> models.TappedModel:
+    """Hooks on --t-id; frozen. `ours`: mean and deviation the student's images are normalised by."""
+    block_ids, size = (args.t_id or []) if taught else [], args.teacher_input_size
     with blame('--t-id', f'{_words(block_ids)} with --teacher-model {args.teacher_model}'):
-        return models.freeze(models.tap(teacher, block_ids, args.input_size))
+        tapped = models.tap(teacher, block_ids, size or args.input_size)
+    prepare = models.Prepare(ours, models.normalisation(teacher), size)
+    return models.freeze(tapped, prepare, with_logits=args.distillation_alpha > 0)
 
 
-def check_pair(args: argparse.Namespace, student: models.TappedModel, teacher: models.TappedModel) -> None:
-    """Relations compare like with like: both sides must cut the image into the same patches."""
-    if student.block_ids and student.grid != teacher.grid:
-        raise UsageError(
-            f'--model {args.model} has {_times(student.grid)} patch tokens, --teacher-model {args.teacher_model} '
-            f'{_times(teacher.grid)}: relations need the same grid on both sides'
-        )
+def check_classes(args: argparse.Namespace, classes: int, num_classes: int) -> None:
+    """Logits are compared class by class; a teacher with other classes, or none, has only relations to teach."""
+    if classes == num_classes or (args.distillation_alpha == 0 and args.s_id and not args.eval_teacher):
+        return
+    source = f'--teacher-path {args.teacher_path}' if args.teacher_path else f'--teacher-model {args.teacher_model}'
+    has = f'has {classes} classes, the data {num_classes}' if classes else 'has no head'
+    if args.eval_teacher:
+        raise UsageError(f'{source}: {has}, so --eval-teacher has nothing to measure')
+    raise UsageError(f'{source}: {has}; it can teach relations alone: --distillation-alpha 0, with --s-id and --t-id')
+
+
+def align(args: argparse.Namespace, student: models.TappedModel, teacher: models.TappedModel) -> None:
+    """Relations compare like with like: brings the tokens of each pair of blocks to one grid, or refuses."""
+    pairs = [(ours.grid, theirs.grid) for ours, theirs in zip(student.blocks, teacher.blocks, strict=True)]
+    met = []
+    for i, pair in enumerate(pairs):
+        try:
+            met.append(models.meet(*pair, args.token_align, args.max_patches))
+        except ValueError as error:
+            raise UsageError(
+                f'--token-align {args.token_align}: {error}, in block {student.block_ids[i]} of --model {args.model} '
+                f'and {teacher.block_ids[i]} of --teacher-model {args.teacher_model}. Ways out: --token-align pool, '
+                'interpolate or merge (--max-patches), other blocks (--list-blocks), '
+                f'another --teacher-input-size than {args.teacher_input_size or args.input_size}'
+            ) from error
+    if met != pairs:
+        ways = dict.fromkeys(zip(pairs, met, strict=True))
+        steps = [f'{models.words(s)} and {models.words(t)} on {models.words(on)}' for (s, t), (on, _) in ways]
+        say(f'align       {args.token_align}, of student and teacher: {", ".join(steps)}')
+    for tapped, targets in zip((student, teacher), zip(*met, strict=True), strict=False):
+        tapped.align(targets, args.token_align)
 
 
 def build_criterion(args: argparse.Namespace) -> ManifoldDistillationLoss:
@@ -444,7 +525,7 @@ def _open_split(args: argparse.Namespace, train: bool, transform: Callable) -> d
     shape = tuple(dataset.first()[0].shape[1:])
     if shape != (args.input_size, args.input_size):
         raise UsageError(
-            f'--input-size {args.input_size}: the images are {_times(shape)} pixels, '
+            f'--input-size {args.input_size}: the images are {models.words(shape)} pixels, '
             f'and up to {datasets.SMALL} they are not resized'
         )
     return dataset
@@ -459,10 +540,10 @@ def _loader_options(args: argparse.Namespace, device: torch.device) -> dict:
     }
 
 
-def build_train_transform(args: argparse.Namespace) -> Callable:
-    """The augmentation the flags ask for."""
+def build_train_transform(args: argparse.Namespace, stats: tuple[tuple, tuple]) -> Callable:
+    """The augmentation the flags ask for; `stats`: mean and deviation the images are normalised by."""
     if args.no_aug:
-        return datasets.build_eval_transform(args.input_size)
+        return datasets.build_eval_transform(args.input_size, *stats)
     with blame('--aa', args.aa, AssertionError, KeyError):
         return datasets.build_train_transform(
             args.input_size,
@@ -472,12 +553,15 @@ def build_train_transform(args: argparse.Namespace) -> Callable:
             args.reprob,
             args.remode,
             args.recount,
+            *stats,
         )
 
 
-def build_train_loader(args: argparse.Namespace, device: torch.device, repeated_aug: bool) -> DataLoader:
+def build_train_loader(
+    args: argparse.Namespace, device: torch.device, repeated_aug: bool, stats: tuple[tuple, tuple]
+) -> DataLoader:
     """Augmented training images, this rank's share, whole batches only."""
-    dataset = _open_split(args, True, build_train_transform(args))
+    dataset = _open_split(args, True, build_train_transform(args, stats))
     world, shuffle_seed = utils.get_world_size(), utils.counter_seed(args.seed, 'shuffle')
     sampler = build_train_sampler(dataset, world, utils.get_rank(), repeated_aug, shuffle_seed)
     loader = DataLoader(dataset, sampler=sampler, drop_last=True, **_loader_options(args, device))
@@ -489,9 +573,9 @@ def build_train_loader(args: argparse.Namespace, device: torch.device, repeated_
     return loader
 
 
-def build_val_loader(args: argparse.Namespace, device: torch.device) -> DataLoader:
+def build_val_loader(args: argparse.Namespace, device: torch.device, stats: tuple[tuple, tuple]) -> DataLoader:
     """This rank's share of the validation images, without padding; all of them with --no-dist-eval."""
-    dataset = _open_split(args, False, datasets.build_eval_transform(args.input_size))
+    dataset = _open_split(args, False, datasets.build_eval_transform(args.input_size, *stats))
     rank, world = (utils.get_rank(), utils.get_world_size()) if args.dist_eval else (0, 1)
     return DataLoader(dataset, sampler=range(rank, len(dataset), world), **_loader_options(args, device))
 
@@ -694,9 +778,20 @@ def describe_model(role: str, name: str, tapped: models.TappedModel) -> None:
     parameters = sum(p.numel() for p in tapped.model.parameters())
     taps = 'no blocks tapped'
     if tapped.block_ids:
-        taps = f'blocks {_words(tapped.block_ids)} of {tapped.depth} tapped, '
-        taps += f'{_times(tapped.grid)} patch tokens of width {tapped.width}'
+        kinds = dict.fromkeys(f'{models.words(block.grid)} of width {block.width}' for block in tapped.blocks)
+        taps = f'blocks {_words(tapped.block_ids)} of {tapped.depth} tapped, patch tokens {", ".join(kinds)}'
     say(f'{role:<12}{name}, {parameters:,} parameters, {taps}')
+
+
+def list_blocks(args: argparse.Namespace) -> None:
+    """Prints what --s-id and --t-id may name."""
+    with blame('--model', f'{args.model} with --input-size {args.input_size}'):
+        model = models.build(args.model, None, args.input_size, kwargs=args.model_kwargs)
+        blocks = models.list_blocks(model, args.input_size)
+    say(f'{args.model}, {args.input_size} pixels: {_count(len(blocks), "block")} over patch tokens')
+    say(f'{"index":>5}  {"grid":>9}  {"width":>5}  path')
+    for i, block in enumerate(blocks):
+        say(f'{i:>5}  {models.words(block.grid):>9}  {block.width:>5}  {block.path}')
 
 
 def describe_training(
@@ -740,6 +835,7 @@ def describe_loss(args: argparse.Namespace, criterion: ManifoldDistillationLoss)
     if criterion.distillation_type == 'none':
         return 'CE, no teacher'
     text = f'{1 - criterion.alpha:g}·CE + {criterion.alpha:g}·KD ({criterion.distillation_type}, τ {criterion.tau:g})'
+    text = text if criterion.alpha else 'CE, no KD'
     if not args.s_id:
         return text + '; no relation terms, for there are no --s-id and --t-id'
     weights = f'{criterion.w_sample:g}·sample + {criterion.w_patch:g}·patch + {criterion.w_rand:g}·random'
@@ -748,10 +844,6 @@ def describe_loss(args: argparse.Namespace, criterion: ManifoldDistillationLoss)
     ranks = utils.get_world_size() if criterion.relations == 'global' else 1
     whose = 'a rank' if criterion.relations == 'rank' else _count(ranks, 'rank')
     return f'{text} + {criterion.beta:g}·({weights}), {kind} over the {ranks * args.batch_size} images of {whose}'
-
-
-def _times(size: tuple[int, int]) -> str:
-    return '×'.join(map(str, size))
 
 
 def _count(number: int, noun: str) -> str:
@@ -767,6 +859,7 @@ class Parts:
 
     device: torch.device
     num_classes: int
+    stats: tuple[tuple, tuple]  # mean and deviation the images are normalised by
     student: models.TappedModel
     teacher: models.TappedModel | None
     val_loader: DataLoader
@@ -781,14 +874,20 @@ def run(args: argparse.Namespace, device: torch.device, signals: utils.Signals) 
     describe_run(args, device, num_classes)
     taught = args.distillation_type != 'none' and not args.eval
     torch.manual_seed(args.seed)
-    student = build_student(args, num_classes)
+    student_model, teacher = build_student(args, num_classes), None
+    stats = models.normalisation(student_model)
+    if taught or args.eval_teacher:
+        teacher_model = build_teacher(args)
+        check_classes(args, teacher_model.num_classes, num_classes)
+        args = choose_blocks(args, student_model, teacher_model) if taught else args
+        teacher = tap_teacher(args, teacher_model, taught, stats)
+    student = tap_student(args, student_model, taught)
     describe_model('student', args.model, student)
-    teacher = build_teacher(args, num_classes) if taught or args.eval_teacher else None
     if teacher is not None:
         describe_model('teacher', args.teacher_model, teacher)
         teacher.to(device)
     if taught:
-        check_pair(args, student, teacher)
+        align(args, student, teacher)
     checkpoint, own = read_resume(args)
     if checkpoint:
         check_same_run(args, checkpoint)
@@ -796,19 +895,26 @@ def run(args: argparse.Namespace, device: torch.device, signals: utils.Signals) 
     student.to(device)
     folder = prepare_output(args, checkpoint, own) if not args.eval else None
 
-    val_loader = build_val_loader(args, device)
+    val_loader = build_val_loader(args, device, stats)
     found = len(getattr(val_loader.dataset.dataset, 'classes', range(num_classes)))
     if found != num_classes:
         say(f'warning: --data-path {args.data_path} has {found} class folders; the head keeps {num_classes} classes')
     agreement = utils.Agreement(signals)
     if args.eval_teacher:
-        measure(args, teacher.model, val_loader, device, lambda: stop_if_told(agreement), 'teacher')
+        measure(
+            args,
+            nn.Sequential(teacher.prepare, teacher.model),
+            val_loader,
+            device,
+            lambda: stop_if_told(agreement),
+            'teacher',
+        )
     if args.eval:
         measure(args, student.model, val_loader, device, lambda: stop_if_told(agreement), 'network')
         report_bad_images(device, val_loader)
         return
     signals.defer()
-    parts = Parts(device, num_classes, student, teacher if taught else None, val_loader, folder, agreement)
+    parts = Parts(device, num_classes, stats, student, teacher if taught else None, val_loader, folder, agreement)
     train(args, parts, checkpoint)
 
 
@@ -842,7 +948,7 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
     """The epoch loop: train, evaluate, log, save."""
     device = parts.device
     repeated_aug = choose_order(args, checkpoint)
-    train_loader = build_train_loader(args, device, repeated_aug)
+    train_loader = build_train_loader(args, device, repeated_aug, parts.stats)
     criterion = build_criterion(args)
     describe_training(args, train_loader, parts.val_loader, criterion, repeated_aug)
     state = build_state(args, parts.student.model)
@@ -968,6 +1074,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _start(argv: list[str] | None, signals: utils.Signals) -> None:
     args = parse_args(argv)
+    if args.list_blocks:
+        return list_blocks(args)
     with blame('--dist_url', args.dist_url, RuntimeError):
         device = utils.init_distributed(args.device, args.dist_url)
     if utils.get_world_size() > 1:

@@ -3,16 +3,28 @@
 Letters: B images, N patch tokens, D channels, C classes.
 """
 
-from models.tap import Output, TappedModel, freeze, tap
-from models.weights import adapt, build, load_weights, named_weights
+from models.blocks import Block, list_blocks
+from models.grids import ALIGNMENTS, meet, words
+from models.tap import Output, Prepare, TappedModel, freeze, pair_ids, tap
+from models.weights import adapt, build, has_source, load_weights, match_head, named_weights, normalisation
 
 __all__ = [
+    'ALIGNMENTS',
+    'Block',
     'Output',
+    'Prepare',
     'TappedModel',
     'adapt',
     'build',
     'freeze',
+    'has_source',
+    'list_blocks',
     'load_weights',
+    'match_head',
+    'meet',
     'named_weights',
+    'normalisation',
+    'pair_ids',
     'tap',
+    'words',
 ]

@@ -8,21 +8,26 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.blocks import Block, list_blocks
+from models.grids import Grid, resample
 
 
 class Output(NamedTuple):
     """What a tapped model returns.
 
     Attributes:
-        logits: (B, C), of the class head; the mean of both heads of a distilled model in eval mode.
+        logits: (B, C), of the class head; the mean of both heads of a distilled model in eval mode; None of a teacher
+            whose relations alone count.
         kd_logits: (B, C), of the distillation head; the very object `logits` with one head.
         tokens: one (B, N, D) per tapped block, in the order asked for, before the final norm, patch tokens only.
         features: the blocks' outputs the tokens were taken from; unlike these they lie on the way to the logits.
     """
 
-    logits: Tensor
-    kd_logits: Tensor
+    logits: Tensor | None
+    kd_logits: Tensor | None
     tokens: tuple[Tensor, ...]
     features: tuple[Tensor, ...] = ()
 
@@ -36,79 +41,84 @@ class TappedModel(nn.Module):
     Attributes:
         model: the timm model.
         block_ids: indices of the tapped blocks, non-negative, in the order asked for, repeats allowed.
+        blocks: what is known of each of them.
         depth: number of blocks there are.
-        grid: rows and columns of patch tokens, None without taps.
-        width: channels D of the tokens, None without taps.
+        grids: rows and columns of the tokens of each tapped block as they leave.
     """
 
-    def __init__(self, model: nn.Module, block_ids: Sequence[int], input_size: int) -> None:
+    def __init__(self, model: nn.Module, block_ids: Sequence[int], input_size: int | tuple[int, int]) -> None:
         super().__init__()
+        if block_ids and getattr(getattr(model, 'patch_drop', None), 'prob', 0) > 0:
+            raise ValueError('it drops patches in training (patch_drop_rate), and tokens would lose their partners')
         self.model = model
-        blocks = find_blocks(model) if block_ids else []
-        self.depth = len(blocks)
-        self.block_ids = [_resolve(i, len(blocks)) for i in block_ids]
+        found = list_blocks(model, input_size) if block_ids else []
+        self.depth = len(found)
+        self.block_ids = [_resolve(i, len(found)) for i in block_ids]
+        self.blocks: list[Block] = [found[i] for i in self.block_ids]
+        self.grids: list[Grid] = [block.grid for block in self.blocks]
+        self.frozen = False
+        self.prepare: nn.Module = nn.Identity()
+        self.with_logits = True
+        self._alignment = ''
         self._captured: dict[int, Tensor] = {}
         self._listening = False
-        self.frozen = False
-        for i in sorted(set(self.block_ids)):
+        for i, block in sorted(dict(zip(self.block_ids, self.blocks, strict=True)).items()):
             # A bound method: a deep copy of this wrapper then captures into the copy, not into the original.
-            blocks[i].register_forward_hook(partial(self._capture, i))
-        self.grid = self.width = None
-        self._num_prefix_tokens = 0
-        if block_ids:
-            self._measure(input_size)
+            model.get_submodule(block.path).register_forward_hook(partial(self._capture, i, block.which))
+
+    def align(self, targets: Sequence[Grid], how: str) -> None:
+        """From now on the tokens of each tapped block leave on these grids, see `grids.resample`."""
+        self.grids, self._alignment = list(targets), how
 
     def forward(self, images: Tensor) -> Output:
         """Logits and tokens of images (B, 3, H, W)."""
-        logits, captured = self._run(images)
-        features = tuple(captured[i] for i in self.block_ids)
-        tokens = tuple(feature[:, self._num_prefix_tokens :] for feature in features)
+        self._listening = True
+        try:
+            logits = self.model(self.prepare(images))
+            features = tuple(self._captured[i] for i in self.block_ids)
+        finally:
+            # Left in place, the tokens would keep their graph alive and make torch.compile trace again at every step.
+            self._listening = False
+            self._captured.clear()
+        tokens = tuple(
+            resample(block.tokens(feature), block.grid, target, self._alignment)
+            for block, feature, target in zip(self.blocks, features, self.grids, strict=True)
+        )
         heads = logits if isinstance(logits, tuple) else (logits, logits)
-        return Output(*heads, tokens, features)
+        return Output(*(heads if self.with_logits else (None, None)), tokens, features)
 
     def train(self, mode: bool = True) -> 'TappedModel':
         """Switches the mode; a frozen model stays in eval mode, or its drop-path would be switched on."""
         return super().train(mode and not self.frozen)
 
-    def _run(self, images: Tensor) -> tuple[Tensor | tuple[Tensor, Tensor], dict[int, Tensor]]:
-        self._listening = True
-        try:
-            return self.model(images), dict(self._captured)
-        finally:
-            # Left in place, the tokens would keep their graph alive and make torch.compile trace again at every step.
-            self._listening = False
-            self._captured.clear()
-
-    def _capture(self, i: int, block: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def _capture(self, i: int, which: int | None, block: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
         if self._listening:  # not when the timm model is called by itself, in evaluation
-            self._captured[i] = output
-
-    @torch.no_grad()
-    def _measure(self, input_size: int) -> None:
-        """One image through the model: what the blocks really put out, whatever its attributes say."""
-        # timm's CaiT declares a prefix token its patch blocks never see, so they are counted on the output.
-        if not isinstance(getattr(self.model, 'patch_drop', nn.Identity()), nn.Identity):
-            raise ValueError('it drops patches in training (patch_drop_rate), and tokens would lose their partners')
-        training = self.model.training
-        captured = self.eval()._run(torch.zeros(1, 3, input_size, input_size))[1]
-        self.train(training)
-        shapes = {tuple(x.shape) for x in captured.values()}
-        if any(len(shape) != 3 for shape in shapes) or len(shapes) != 1:
-            raise ValueError(f'its blocks put out {sorted(shapes)}, not tokens of one shape (B, tokens, channels)')
-        _, count, self.width = shapes.pop()
-        self.grid = _grid(self.model, input_size)
-        self._num_prefix_tokens = count - self.grid[0] * self.grid[1]
-        if self._num_prefix_tokens < 0:
-            raise ValueError(f'its blocks put out {count} tokens, fewer than its {self.grid} grid of patches')
+            self._captured[i] = output if which is None else output[which]
 
 
-def _grid(model: nn.Module, input_size: int) -> tuple[int, int]:
-    embed = getattr(model, 'patch_embed', None)
-    if getattr(embed, 'grid_size', None) is not None:
-        return tuple(embed.grid_size)
-    if hasattr(embed, 'dynamic_feat_size'):
-        return tuple(embed.dynamic_feat_size((input_size, input_size)))
-    raise ValueError('it has no patch embedding that tells its grid')
+class Prepare(nn.Module):
+    """Images made for one model, (B, 3, H, W), as another one knows them: its mean, deviation and size.
+
+    Args:
+        ours: mean and standard deviation of each channel the images were normalised by, values in 0 … 1.
+        theirs: those the other model was trained with.
+        size: its height and width in pixels; None keeps the images'.
+    """
+
+    def __init__(self, ours: tuple[Sequence, Sequence], theirs: tuple[Sequence, Sequence], size: int | None) -> None:
+        super().__init__()
+        (mean, std), (their_mean, their_std) = (torch.tensor(stats).view(2, 3, 1, 1) for stats in (ours, theirs))
+        self.size = size
+        self.same = torch.equal(mean, their_mean) and torch.equal(std, their_std)
+        self.register_buffer('scale', std / their_std, persistent=False)
+        self.register_buffer('shift', (mean - their_mean) / their_std, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.same:
+            images = images * self.scale + self.shift
+        if self.size is not None and images.shape[-1] != self.size:
+            images = F.interpolate(images, (self.size, self.size), mode='bicubic', antialias=True)
+        return images
 
 
 def _resolve(index: int, depth: int) -> int:
@@ -117,20 +127,9 @@ def _resolve(index: int, depth: int) -> int:
     return index % depth
 
 
-def find_blocks(model: nn.Module) -> Sequence[nn.Module]:
-    """The transformer blocks over patch tokens, in the order of computation.
-
-    Raises:
-        ValueError: the model has no flat sequence of blocks.
-    """
-    # CaiT's class-attention blocks are a list of their own and not counted.
-    blocks = getattr(model, 'blocks', None)
-    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
-        raise ValueError('it has no flat sequence of blocks')
-    return blocks
-
-
-def tap(model: nn.Module, block_ids: Sequence[int], input_size: int, two_heads: bool = False) -> TappedModel:
+def tap(
+    model: nn.Module, block_ids: Sequence[int], input_size: int | tuple[int, int], two_heads: bool = False
+) -> TappedModel:
     """Registers a forward hook on each chosen block and wraps the model.
 
     Args:
@@ -147,7 +146,25 @@ def tap(model: nn.Module, block_ids: Sequence[int], input_size: int, two_heads: 
     return TappedModel(model, block_ids, input_size)
 
 
-def freeze(tapped: TappedModel) -> TappedModel:
-    """Makes a teacher of a model: no gradients, eval mode for good."""
-    tapped.frozen = True
+def freeze(tapped: TappedModel, prepare: nn.Module | None = None, with_logits: bool = True) -> TappedModel:
+    """Makes a teacher of a model: no gradients, eval mode for good.
+
+    Args:
+        tapped: the model.
+        prepare: images of the student → images as this model knows them, see `Prepare`; None: they are the same.
+        with_logits: False where nobody asks for them: the model has no head, or one of other classes.
+    """
+    tapped.frozen, tapped.with_logits = True, with_logits
+    tapped.prepare = prepare or nn.Identity()
     return tapped.requires_grad_(False).eval()
+
+
+def pair_ids(student_depth: int, teacher_depth: int) -> tuple[list[int], list[int]]:
+    """The recipe's pairing for any depths: the first k and the last k blocks of either side.
+
+    k is 4 or half the shallower depth, if that is less: for DeiT-Tiny and CaiT-S24 0 1 2 3 8 9 10 11 and
+    0 1 2 3 20 21 22 23. Of a single block there is but the last.
+    """
+    k = min(4, student_depth // 2, teacher_depth // 2)
+    depths = student_depth, teacher_depth
+    return tuple([*range(k), *range(depth - max(k, 1), depth)] for depth in depths)

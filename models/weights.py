@@ -2,9 +2,11 @@
 
 import difflib
 import math
+import sys
 
 import timm
 import torch
+from timm.data import resolve_data_config
 from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict
 from torch import Tensor, nn
@@ -15,21 +17,21 @@ EMA_KEYS = ('model_ema', 'state_dict_ema')
 
 
 def build(
-    name: str, num_classes: int, input_size: int, pretrained: bool = False, kwargs: dict | None = None
+    name: str, num_classes: int | None, input_size: int, pretrained: bool = False, kwargs: dict | None = None
 ) -> nn.Module:
     """A timm model.
 
     Args:
-        name: timm's name.
-        num_classes: size of the head.
+        name: timm's name, with or without a tag of its weights, `hf-hub:OWNER/NAME` or `local-dir:FOLDER`.
+        num_classes: size of the head, 0 for none; None for the model's own.
         input_size: passed as `img_size` to models that take it.
-        pretrained: with timm's own weights.
+        pretrained: with timm's own weights, or those of the hub or the folder.
         kwargs: further arguments of the model's constructor; None means timm's default.
 
     Raises:
         ValueError: there is no such model, it refuses the arguments or the images, or its head has another size.
     """
-    if not timm.is_model(name):
+    if not has_source(name) and not timm.is_model(name):
         raise ValueError(f'timm has no such model; the nearest names: {", ".join(_nearest(name))}')
     kwargs = {'img_size': input_size, 'num_classes': num_classes, **(kwargs or {})}
     try:
@@ -38,12 +40,20 @@ def build(
             model.eval()(torch.zeros(1, 3, input_size, input_size))
     except Exception as error:  # whatever a constructor or a download of somebody else's raises
         raise ValueError(f'timm cannot build or run it: {first_line(error)}') from error
-    if model.num_classes != num_classes:
+    if num_classes is not None and model.num_classes != num_classes:
         raise ValueError(f'its head has num_classes={model.num_classes}, the data {num_classes}')
-    weights_for = model.pretrained_cfg.get('num_classes')
-    if pretrained and weights_for != num_classes:
-        raise ValueError(f'its pretrained head has {weights_for} classes, the data {num_classes}')
     return model.train()
+
+
+def has_source(name: str) -> bool:
+    """Whether a model's name says where it and its weights come from, `hf-hub:` or `local-dir:`."""
+    return name.split(':')[0] in ('hf-hub', 'hf_hub', 'local-dir')
+
+
+def normalisation(model: nn.Module) -> tuple[tuple, tuple]:
+    """Mean and standard deviation of the channels of its images, values in 0 … 1, by timm's configuration."""
+    config = resolve_data_config({}, model=model)
+    return tuple(config['mean']), tuple(config['std'])
 
 
 def _nearest(name: str) -> list[str]:
@@ -118,11 +128,11 @@ def _count(verb: str, keys: list[str]) -> str:
 def adapt(
     model: nn.Module, state: dict[str, Tensor], replace_heads: bool = True
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Fits weights of another input size or class count to a model, as fine-tuning needs it.
+    """Fits weights of another input size, class count or naming to a model.
 
     Args:
         model: the model to load into.
-        state: its state dict at another size.
+        state: its state dict at another size, or as its authors released it, where timm knows how to convert that.
         replace_heads: False leaves heads of another size as they are, for `load_weights` to refuse.
 
     Returns:
@@ -134,7 +144,7 @@ def adapt(
     """
     own, state, done = model.state_dict(), dict(state), []
     embedding = state.get('pos_embed')
-    if embedding is not None and 'pos_embed' in own and embedding.shape[1] != own['pos_embed'].shape[1]:
+    if _flat(own) and _flat(state) and embedding.shape[1] != own['pos_embed'].shape[1]:
         grid = model.patch_embed.grid_size
         prefix = own['pos_embed'].shape[1] - grid[0] * grid[1]
         positions = embedding.shape[1] - prefix
@@ -145,10 +155,52 @@ def adapt(
             )
         state['pos_embed'] = resample_abs_pos_embed(embedding, list(grid), num_prefix_tokens=prefix)
         done.append(f'position embeddings resampled to {grid[0]}×{grid[1]}')
-    heads = (model.pretrained_cfg.get('classifier') or ()) if replace_heads else ()
-    for head in (heads,) if isinstance(heads, str) else heads:
+    if not _fits(model, state):
+        converted = _convert(model, state)
+        if converted is not None and _fits(model, converted):
+            state = converted
+            done.append("converted by timm's rules for the model")
+    for head in classifiers(model) if replace_heads else ():
         keys = [f'{head}.weight', f'{head}.bias']
         if any(key in own and key in state and own[key].shape != state[key].shape for key in keys):
             state |= {key: own[key] for key in keys if key in own}
             done.append(f'{head} replaced by a fresh one of {model.num_classes} classes')
     return state, done
+
+
+def _flat(state: dict[str, Tensor]) -> bool:
+    """Whether there are absolute positions of all patches, (1, tokens, channels)."""
+    return 'pos_embed' in state and state['pos_embed'].dim() == 3
+
+
+def classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that put out logits."""
+    names = model.pretrained_cfg.get('classifier') or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _fits(model: nn.Module, state: dict[str, Tensor]) -> bool:
+    """Whether names and shapes are the model's, but for its heads."""
+    heads = tuple(f'{head}.' for head in classifiers(model))
+    ours, theirs = ({k: v.shape for k, v in weights.items() if not k.startswith(heads or ('\0',))}
+                    for weights in (model.state_dict(), state))  # fmt: skip
+    return ours == theirs
+
+
+def _convert(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """The weights under the names and in the shapes of the model, by timm's rules for its family; None without any."""
+    rules = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
+    if rules is None:
+        return None
+    try:
+        return rules(dict(state), model)
+    except Exception:  # the weights of something else; what does not fit is said when they are loaded
+        return None
+
+
+def match_head(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Gives a model a head of as many classes as its weights have; none if they have none."""
+    found = [len(state[f'{head}.weight']) for head in classifiers(model) if f'{head}.weight' in state]
+    count = found[0] if found else 0
+    if count != model.num_classes:
+        model.reset_classifier(count)

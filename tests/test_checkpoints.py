@@ -13,6 +13,7 @@ import signal
 import zipfile
 from collections import OrderedDict
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
@@ -49,6 +50,42 @@ def test_a_url_loads(toy, tmp_path, hub):
     assert list(hub.rglob('*.pth'))
 
 
+@pytest.fixture
+def offline_hub(tmp_path, monkeypatch):
+    """A folder of the hub's cache for the model somebody/toy, and no way to the hub itself."""
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    revision = tmp_path / 'models--somebody--toy' / 'snapshots' / ('0' * 40)
+    revision.mkdir(parents=True)
+    (tmp_path / 'models--somebody--toy' / 'refs').mkdir()
+    (tmp_path / 'models--somebody--toy' / 'refs' / 'main').write_text('0' * 40)
+    return revision
+
+
+@pytest.mark.R7
+def test_weights_of_the_hub_load(toy, offline_hub):
+    state = toy().state_dict()
+    safetensors.torch.save_file(state, offline_hub / 'model.safetensors')
+    toys.assert_same(read_checkpoint('hf-hub:somebody/toy'), dict(state))
+
+
+@pytest.mark.R7
+def test_what_the_hub_does_not_have_is_refused_in_a_line(offline_hub):
+    with pytest.raises(ValueError, match='cannot be had from the hub') as caught:
+        read_checkpoint('hf-hub:somebody/else')
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.R7
+@pytest.mark.parametrize('name', ['model.safetensors', 'pytorch_model.bin'])
+def test_weights_of_a_folder_saved_for_the_hub_load(toy, tmp_path, name):
+    state = toy().state_dict()
+    (safetensors.torch.save_file if name.endswith('safetensors') else torch.save)(state, tmp_path / name)
+    toys.assert_same(dict(read_checkpoint(f'local-dir:{tmp_path}')), dict(state))
+    with pytest.raises(ValueError, match=r'there is none of model\.safetensors'):
+        read_checkpoint(f'local-dir:{tmp_path / "no"}')
+
+
 class Malicious:
     """What unpickling this does is make a folder: the marker of code that ran."""
 
@@ -57,6 +94,17 @@ class Malicious:
 
     def __reduce__(self):
         return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.R7
+@pytest.mark.parametrize('source', ['local-dir', 'hf-hub'])
+def test_weights_of_the_hub_that_would_run_code_are_refused_and_run_none(tmp_path, offline_hub, source):
+    marker = tmp_path / 'ran'
+    torch.save({'model': Malicious(marker)}, offline_hub / 'pytorch_model.bin')
+    place = offline_hub if source == 'local-dir' else 'somebody/toy'
+    with pytest.raises(ValueError, match=r'only tensors and plain types|cannot be had from the hub'):
+        read_checkpoint(f'{source}:{place}')
+    assert not marker.exists()
 
 
 @pytest.mark.R7

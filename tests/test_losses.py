@@ -496,6 +496,20 @@ def test_soft_labels_reach_the_base_criterion():
     assert found['base'].item() == pytest.approx(expected.item(), rel=1e-12)
 
 
+@pytest.mark.parametrize('kind', ['soft', 'hard'])
+def test_a_teacher_without_logits_leaves_the_relations_and_the_second_head_in_the_graph(kind):
+    student, teacher = tokens(D_S).requires_grad_(), tokens(D_T)
+    logits, kd_logits = (torch.randn(B, C, requires_grad=True) for _ in range(2))
+    classes, weightless = torch.zeros(B, dtype=torch.long), build(kind, alpha=0)
+    found = weightless((logits, kd_logits, [student]), (None, None, [teacher]), classes)
+    assert found['dist'] == 0
+    assert found['mf_patch'] == build(kind).beta * build(kind).w_patch * patch_loss(student, teacher)
+    sum(found.values()).backward()
+    assert torch.equal(kd_logits.grad, torch.zeros(B, C))
+    with pytest.raises(ValueError, match=r'α 0\.5 weighs the distillation of logits, and the teacher gave none'):
+        build(kind, alpha=0.5)((logits, kd_logits, [student]), (None, None, [teacher]), classes)
+
+
 def test_a_missing_teacher_is_refused_in_words():
     with pytest.raises(ValueError, match="'hard' needs the output of a teacher"):
         build('hard')((LOGITS, KD_LOGITS, ()), None, TARGETS)

@@ -4,6 +4,7 @@ import argparse
 import ast
 import copy
 import inspect
+import json
 import math
 import os
 import re
@@ -43,6 +44,8 @@ def files(tmp_path_factory):
     teacher, student = toys.teacher(), toys.student()
     toys.save(folder / 'teacher.pth', {'model': {f'module.{k}': v for k, v in teacher.state_dict().items()}})
     toys.save(folder / 'student.pth', {'model': student.state_dict()})
+    toys.save(folder / 'headless.pth', {k: v for k, v in teacher.state_dict().items() if not k.startswith('head.')})
+    toys.save(folder / 'seven.pth', toys.teacher(num_classes=7).state_dict())
     toys.save(folder / 'list.pth', [1, 2])
     toys.save(folder / 'words.pth', {'model': 'a word'})
     toys.save(folder / 'code.pth', {'model': torch.nn.Linear(2, 2)})
@@ -257,9 +260,24 @@ WRONG = [
     # models
     ({'model': 'deit_tinny_patch16_224'}, 'deit_tiny_patch16_224'),
     ({'teacher_model': 'cait_s42_224'}, 'cait_s24_224'),
-    ({'model': 'resnet18', 'model_kwargs': None}, '--s-id'),
+    ({'model': 'densenet121', 'model_kwargs': None}, '--s-id'),
     ({'model': 'deit_tiny_patch16_224', 'model_kwargs': 'patch_size=16 embed_dim=32 depth=4 num_heads=2'},
-     '2×2', '--teacher-model cait_s24_224', '4×4'),
+     '--token-align error', '2×2', '--teacher-model cait_s24_224', '4×4', 'pool', 'interpolate', 'merge'),
+    ({'token_align': 'merge', 'max_patches': 16, 'model_kwargs': 'patch_size=16 embed_dim=32 depth=4 num_heads=2'},
+     '4×4', '--max-patches'),
+    ({'token_align': 'crop'},),
+    ({'max_patches': 0},),
+    ({'teacher_input_size': 0},),
+    ({'teacher_input_size': 48}, '6×6', '4×4', 'token-align'),
+    ({'s_id': 'auto', 't_id': '0'}, '--t-id 0'),
+    ({'t_id': 'auto 1', 's_id': 'auto 1'}, 'auto'),
+    ({'s_id': 'auto', 't_id': 'auto', 'model': 'densenet121', 'model_kwargs': None}, 'no sequence of blocks'),
+    ({'teacher_model': 'local-dir:{files}/no', 'teacher_path': None},),
+    ({'teacher_path': 'local-dir:{files}/tree'}, 'model.safetensors'),
+    ({'teacher_path': '{files}/headless.pth'}, 'no head', '--distillation-alpha 0'),
+    ({'teacher_path': '{files}/headless.pth', 'distillation_alpha': 0, 's_id': None, 't_id': None}, '--s-id'),
+    ({'teacher_path': '{files}/headless.pth', 'distillation_alpha': 0, 'eval_teacher': True}, '--eval-teacher'),
+    ({'teacher_path': '{files}/seven.pth'}, '7', '10'),
     ({'model_kwargs': 'depth'},),
     ({'model': 'deit_tiny_patch16_224', 'model_kwargs': 'no_such_thing=3'}, 'no_such_thing'),
     ({'model': 'deit_tiny_patch16_224', 'model_kwargs': 'num_classes=3'}, 'num_classes'),
@@ -400,7 +418,7 @@ def test_the_epoch_loop_steps_the_schedule_one_epoch_late(run, epochs):
 
 def test_dropout_reaches_positions_projections_and_mlp_but_neither_head_nor_attention_nor_teacher(files):
     args = main.parse_args(toys.flags(drop=0.3, drop_path=0.2, teacher_path=files / 'teacher.pth'))
-    student, teacher = main.build_student(args, 10).model, main.build_teacher(args, 10).model
+    student, teacher = main.build_student(args, 10), main.build_teacher(args)
     block = student.blocks[-1]
     on = [student.pos_drop, block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2]
     assert [module.p for module in on] == [0.3] * 4
@@ -434,8 +452,9 @@ RELEASE_KEYS = {
 }  # fmt: skip
 
 
-def assert_sound(row: dict) -> None:
-    """The keys of the release, finite values, terms that add up."""
+def assert_sound(row: dict, absent: set | None = None) -> None:
+    """The keys of the release, finite values, terms that add up; which of them are 0, where that is asked."""
+    assert absent is None or absent == {term for term in TERMS if row[f'train_loss_{term}'] == 0}
     assert row.keys() >= RELEASE_KEYS
     assert all(math.isfinite(value) for value in row.values())
     assert row['train_loss'] == pytest.approx(sum(row[f'train_loss_{term}'] for term in TERMS), rel=1e-6)
@@ -611,8 +630,8 @@ def test_a_moving_average_that_cannot_move_is_warned_of(run, capsys, decay, epoc
 
 def test_the_teacher_is_frozen_and_in_no_checkpoint(run, files, tmp_path, monkeypatch):
     built = []
-    build = main.build_teacher
-    monkeypatch.setattr(main, 'build_teacher', lambda *args: built.append(build(*args)) or built[0])
+    tap = main.tap_teacher
+    monkeypatch.setattr(main, 'tap_teacher', lambda *args: built.append(tap(*args)) or built[0])
     run(epochs=2, opt='sgd', lr=10)
     original = toys.teacher()
     toys.assert_same(built[0].model.state_dict(), original.state_dict())
@@ -624,6 +643,82 @@ def test_the_teacher_is_frozen_and_in_no_checkpoint(run, files, tmp_path, monkey
     assert checkpoint['model'].keys() == checkpoint['model_ema'].keys() == toys.student().state_dict().keys()
     held = [index for group in checkpoint['optimizer']['param_groups'] for index in group['params']]
     assert len(held) == len(list(toys.student().parameters()))
+
+
+# Pairs of models ------------------------------------------------------------------------------------------------------
+
+
+def test_the_blocks_of_a_model_are_listed_with_index_grid_width_and_path(capsys):
+    main.main(['--list-blocks', '--model', 'swin_tiny_patch4_window7_224'])
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head == 'swin_tiny_patch4_window7_224, 224 pixels: 12 blocks over patch tokens'
+    assert rows[0].split() == ['0', '56×56', '96', 'layers.0.blocks.0']
+    assert rows[11].split() == ['11', '7×7', '768', 'layers.3.blocks.1']
+
+
+def test_auto_pairs_the_blocks_of_the_recipe_and_the_run_keeps_their_numbers(run, tmp_path, capsys):
+    run(s_id='auto', t_id='auto')
+    flags = toys.load(tmp_path / 'checkpoint.pth')['args']
+    assert (flags['s_id'], flags['t_id']) == ([0, 1, 2, 3], [0, 1, 4, 5])  # of 4 and 6
+    run(s_id='auto', t_id='auto', epochs=2, resume='auto')
+    assert 'differ' not in capsys.readouterr().out.split('--epochs')[0].split('resume')[0]
+
+
+def test_a_teacher_without_a_head_teaches_relations_alone(run, files, capsys):
+    (row,) = run(teacher_path=files / 'headless.pth', distillation_alpha=0)
+    assert_sound(row, absent={'dist'})
+    assert 'loss        CE, no KD + 1·(' in capsys.readouterr().out
+
+
+def test_a_teacher_of_other_classes_teaches_relations_alone_also_two_heads(run, files):
+    (row,) = run(teacher_path=files / 'seven.pth', distillation_alpha=0, model='deit_tiny_distilled_patch16_224')
+    assert_sound(row, absent={'dist'})
+
+
+@pytest.mark.parametrize('how', ['pool', 'interpolate', 'merge'])
+def test_a_teacher_of_another_size_meets_the_student_on_one_grid(run, capsys, how):
+    (row,) = run(token_align=how, teacher_input_size=64, max_patches=16)  # 8×8 patches beside 4×4
+    assert_sound(row)
+    lines = capsys.readouterr().out.splitlines()
+    assert 'position embeddings resampled to 8×8' in next(line for line in lines if line.startswith('teacher  '))
+    assert f'align       {how}, of student and teacher: 4×4 and 8×8 on 4×4' in lines
+
+
+def test_a_convolutional_student_learns_from_the_teacher_and_is_evaluated_and_fine_tuned(run, files, tmp_path, capsys):
+    options = {'model': 'test_convnext', 'model_kwargs': None}
+    (row,) = run(**options, s_id='auto', t_id='auto', token_align='pool')
+    assert_sound(row)
+    main.main(toys.flags(**options, **toys.ALONE, eval=True, resume=tmp_path / 'best_checkpoint.pth'))
+    assert f'* Acc@1 {row["test_acc1"]:.3f}' in capsys.readouterr().out
+    (row,) = run(**options, **toys.ALONE, data_set='FOLDER', data_path=files / 'tree',
+                 finetune=tmp_path / 'best_checkpoint.pth', output_dir=tmp_path / 'tuned')  # fmt: skip
+    assert toys.load(tmp_path / 'tuned' / 'checkpoint.pth')['model']['head.fc.weight'].shape[0] == 2
+    assert 'head.fc replaced by a fresh one of 2 classes' in capsys.readouterr().out
+
+
+def test_the_teacher_sees_the_student_s_images_in_its_own_normalisation(run, epochs, monkeypatch):
+    run(model='test_convnext', model_kwargs=None, s_id=None, t_id=None)
+    taught = epochs[0].teacher
+    images = torch.rand(2, 3, 32, 32)
+    ours, theirs = (timm.create_model(name).pretrained_cfg for name in ('test_convnext', 'cait_s24_224'))
+    assert ours['mean'] != theirs['mean']
+    raw = images * torch.tensor(ours['std']).view(3, 1, 1) + torch.tensor(ours['mean']).view(3, 1, 1)
+    expected = (raw - torch.tensor(theirs['mean']).view(3, 1, 1)) / torch.tensor(theirs['std']).view(3, 1, 1)
+    assert torch.allclose(taught(images).logits, taught.model(expected), atol=1e-5)
+
+
+def test_models_come_from_a_folder_saved_for_the_hub_with_their_weights(run, files, tmp_path, capsys):
+    kwargs = {'img_size': 32, 'num_classes': 10, **toys.TEACHER}
+    folder = tmp_path / 'hub'
+    folder.mkdir()
+    config = {'architecture': 'cait_s24_224', 'num_classes': 10, 'model_args': kwargs,
+              'pretrained_cfg': {'input_size': [3, 32, 32], 'num_classes': 10, 'classifier': 'head'}}  # fmt: skip
+    (folder / 'config.json').write_text(json.dumps(config))
+    safetensors.torch.save_file(toys.teacher().state_dict(), folder / 'model.safetensors')
+    (plain,) = run(output_dir=tmp_path / 'plain')
+    hub = {'teacher_model': f'local-dir:{folder}', 'teacher_kwargs': None}
+    assert run(**hub, teacher_path=None, output_dir=tmp_path / 'model') == [plain]
+    assert run(teacher_path=f'local-dir:{folder}', output_dir=tmp_path / 'weights') == [plain]
 
 
 def test_imagenet_with_two_class_folders_keeps_its_1000_classes_and_warns(run, files, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import re
 from itertools import permutations
 
 import pytest
@@ -59,7 +60,8 @@ def test_tokens_are_the_outputs_of_the_asked_blocks_without_prefix_tokens(toy, f
     features = tapped(images).features
     assert all(torch.equal(x, expected[i]) for i, x in zip(ids, features, strict=True))
     assert tapped.block_ids == [2, 0, 2, 0, 0]
-    assert (tapped.depth, tapped.grid, tapped.width) == (DEPTH, (GRID, GRID), WIDTH)
+    assert (tapped.depth, tapped.grids) == (DEPTH, [(GRID, GRID)] * len(ids))
+    assert {block.width for block in tapped.blocks} == {WIDTH}
 
 
 @each_family
@@ -92,18 +94,9 @@ def test_a_block_out_of_range_is_refused_with_its_number_and_the_depth(toy, inde
         models.tap(toy(), [0, index], SIZE)
 
 
-@pytest.mark.parametrize(
-    ('name', 'words'),
-    [
-        ('resnet10t', 'no flat sequence of blocks'),
-        ('convnext_atto', 'no flat sequence of blocks'),
-        # it has `blocks`, but they put out maps (B, C, H, W)
-        ('mobilenetv3_small_050', 'not tokens of one shape'),
-    ],
-)
-def test_a_model_without_a_flat_sequence_of_token_blocks_is_refused(name, words):
-    with pytest.raises(ValueError, match=words):
-        models.tap(timm.create_model(name, num_classes=C), [0], SIZE)
+def test_a_model_that_drops_patches_is_refused(toy):
+    with pytest.raises(ValueError, match='patch_drop_rate'):
+        models.tap(toy(patch_drop_rate=0.5), [0], SIZE)
 
 
 def test_a_distilled_student_has_two_heads_in_training_and_their_mean_in_eval(toy):
@@ -332,3 +325,42 @@ def test_fine_tuning_from_another_family_is_refused_in_words(toy, ours, theirs):
     model = toy(ours)
     with pytest.raises(ValueError, match=r'does not fit the model'):
         models.load_weights(model, models.adapt(model, toy(theirs).state_dict())[0])
+
+
+# Weights as others released them --------------------------------------------------------------------------------------
+
+
+def test_weights_under_their_authors_names_are_converted_by_timm_s_rules():
+    kwargs = {'embed_dim': 16, 'depths': (1, 1, 2, 1), 'num_heads': (1, 2, 2, 4), 'window_size': 4}
+    model = models.build('swin_tiny_patch4_window7_224', C, 64, kwargs=kwargs)
+    state = model.state_dict()
+    released = {  # merging stands at the end of a stage there, masks are kept, the head has no pooling above it
+        re.sub(r'layers\.(\d)\.downsample', lambda m: f'layers.{int(m[1]) - 1}.downsample', key).replace(
+            'head.fc', 'head'
+        ): value
+        for key, value in state.items()
+    } | {'layers.0.blocks.0.attn.relative_position_index': torch.zeros(16, 16)}
+    found, done = models.adapt(model, released)
+    assert same_weights({key: found[key] for key in state}, state)
+    assert done == ["converted by timm's rules for the model"]
+    models.load_weights(model, found)
+
+
+@pytest.mark.parametrize('classes', [0, 7])
+def test_a_model_gets_a_head_of_as_many_classes_as_its_weights_have(toy, classes):
+    model, state = toy(), toy(num_classes=classes).state_dict()
+    models.match_head(model, models.adapt(model, state, replace_heads=False)[0])
+    models.load_weights(model, state)
+    assert model.num_classes == classes
+    assert model(some_images()).shape == (2, classes or WIDTH)
+
+
+def test_images_are_prepared_for_another_model_s_normalisation_and_size():
+    images = torch.rand(2, 3, 32, 32)
+    prepare = models.Prepare(((0.1, 0.2, 0.3), (0.5, 0.25, 1)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.25)), None)
+    raw = images * torch.tensor([0.5, 0.25, 1]).view(3, 1, 1) + torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    assert torch.allclose(prepare(images), (raw - 0.5) / torch.tensor([0.5, 0.5, 0.25]).view(3, 1, 1), atol=1e-6)
+    same = ((0.5,) * 3, (0.5,) * 3)
+    assert models.Prepare(same, same, 32)(images) is images
+    assert models.Prepare(same, same, 48)(images).shape == (2, 3, 48, 48)
+    assert not models.Prepare(same, same, None).state_dict()

@@ -1,0 +1,222 @@
+"""Where timm's models keep their blocks, and how what these put out becomes patch tokens on a grid.
+
+Letters: B images, N patch tokens, D channels, h×w the grid: rows and columns of patches.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that keep their blocks at one place.
+
+    Attributes:
+        paths: names of the blocks, `*` for a number.
+        arrange: (model, number of the block, its output) → a plain layout, where the output is in none.
+        marks: attributes that only these models have; () for all.
+    """
+
+    paths: str
+    arrange: Callable[[nn.Module, int, Tensor], Tensor] | None = None
+    marks: tuple[str, ...] = ()
+
+
+def _unrolled(model: nn.Module, i: int, x: Tensor) -> Tensor:
+    """Hiera's tokens, (B, N, D) in the order of its mask units → (B, h, w, D)."""
+    return model.reroll(x, i)
+
+
+def _unblocked(model: nn.Module, i: int, x: Tensor) -> Tensor:
+    """NesT's tokens, (B, T, N, D) square block by square block → (B, h, w, D)."""
+    T, N = (math.isqrt(count) for count in x.shape[1:3])
+    return x.unflatten(2, (N, N)).unflatten(1, (T, T)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+# The first row that fits a model counts.
+FAMILIES = (
+    Family('blocks.*', _unrolled, marks=('reroll', 'unroll')),
+    Family('levels.*.transformer_encoder.*', _unblocked),
+    Family('blocks.*'),  # ViT, DeiT, CaiT, BEiT, EVA, XCiT, TNT, Mixer; CaiT's class-attention blocks are not counted
+    Family('encoder.blocks.*'),
+    Family('blocks.*.*'),  # Twins, EfficientNet, MobileNet
+    Family('layers.*.blocks.*'),  # Swin, FocalNet
+    Family('stages.*.blocks.*'),  # ConvNeXt, PVT v2, MViT v2, MaxViT, TinyViT, FastViT, EfficientFormer, LeViT, …
+    Family('stages.*.*'),  # MobileViT, RegNet-like
+    Family('dense_stages.*.*'),
+    Family('transformers.*.blocks.*'),  # PiT
+    Family('network.*.*'),  # VOLO
+    Family('serial_blocks*.*'),  # CoaT
+    Family('stage*.*'),
+    Family('layer*.*'),  # ResNet
+    Family('s*.b*'),  # RegNet
+    Family('features.*'),
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a model, and how to read what it puts out.
+
+    Attributes:
+        path: its name in the model.
+        grid: rows and columns of its patch tokens.
+        width: channels D of a token.
+        layout: 'NLD', 'NHWD' or 'NDHW', of the output once it is arranged.
+        prefix: tokens before those of patches: class, distillation and register tokens.
+        which: place of the tokens among several outputs; None for one.
+        arrange: brings an output into a plain layout.
+    """
+
+    path: str
+    grid: tuple[int, int]
+    width: int
+    layout: str
+    prefix: int = 0
+    which: int | None = None
+    arrange: Callable[[Tensor], Tensor] | None = None
+
+    def feature(self, output: Tensor | tuple) -> Tensor:
+        """Of all that the block puts out, what its tokens are read from."""
+        return output if self.which is None else output[self.which]
+
+    def tokens(self, feature: Tensor) -> Tensor:
+        """Patch tokens (B, N, D), row by row."""
+        x = feature if self.arrange is None else self.arrange(feature)
+        if self.layout == 'NLD':
+            return x[:, self.prefix :]
+        return x.flatten(1, 2) if self.layout == 'NHWD' else x.flatten(2).mT
+
+
+def find_modules(model: nn.Module) -> tuple[Family, dict[str, nn.Module]]:
+    """The blocks of a model by name, and the family they are kept in the manner of.
+
+    Raises:
+        ValueError: it has none at a known place.
+    """
+    modules = dict(model.named_modules())
+    for family in FAMILIES:
+        pattern = re.compile(re.escape(family.paths).replace(r'\*', r'\d+'))
+        found = {name: module for name, module in modules.items() if pattern.fullmatch(name)}
+        # A list of lists of blocks, or stages where blocks are expected: another row has what is in them.
+        lists = [nn.ModuleList] + [nn.Sequential] * (family.paths == 'blocks.*')
+        fits = found and all(hasattr(model, mark) for mark in family.marks)
+        if fits and not any(type(module) in lists for module in found.values()):
+            return family, found
+    known = ', '.join(dict.fromkeys(family.paths for family in FAMILIES))
+    raise ValueError(f'it has no sequence of blocks at a place that is known ({known})')
+
+
+@torch.no_grad()
+def list_blocks(model: nn.Module, input_size: int | tuple[int, int]) -> list[Block]:
+    """All blocks of a model in the order of computation, measured: two blank images go through it.
+
+    Args:
+        model: a timm model, on the CPU.
+        input_size: height and width of the images in pixels.
+
+    Raises:
+        ValueError: it has no blocks at a known place, or they put out no patch tokens.
+    """
+    size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    family, modules = find_modules(model)
+    outputs: dict[str, object] = {}  # in the order in which the blocks are done
+    handles = [
+        module.register_forward_hook(lambda _, __, output, name=name: outputs.__setitem__(name, output))
+        for name, module in modules.items()
+    ]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()(torch.zeros(2, 3, *size))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return _describe(model, family, modules, outputs, size)
+
+
+def _describe(
+    model: nn.Module, family: Family, modules: dict[str, nn.Module], outputs: dict[str, object], size: tuple[int, int]
+) -> list[Block]:
+    found = []
+    for i, (name, output) in enumerate(outputs.items()):
+        which, x = _pick(name, output)
+        arrange = None if family.arrange is None else partial(family.arrange, model, i)
+        found.append((name, which, arrange, x if arrange is None else arrange(x)))
+    # Where height, width and channels are equal the layout shows on other blocks of the class, or is that of
+    # convolutions; timm's blocks that put channels last do so in every stage.
+    known = Counter()
+    for name, _, _, x in found:
+        layouts = _layouts(x, size)
+        known.update({(type(modules[name]), layouts[0]): 1} if len(layouts) == 1 else {})
+    blocks = []
+    for name, which, arrange, x in found:
+        layouts = _layouts(x, size)
+        if not layouts:
+            raise ValueError(f'its {name} puts out {_shape(x)}: no tokens (B, N, D) and no map of the image')
+        layout = max(layouts, key=lambda layout, name=name: known[type(modules[name]), layout])
+        grid, prefix = _grid(model, layout, x, size)
+        width = x.shape[1] if layout == 'NDHW' else x.shape[-1]
+        blocks.append(Block(name, grid, width, layout, prefix, which, arrange))
+    return blocks
+
+
+def _pick(name: str, output: object) -> tuple[int | None, Tensor]:
+    """Where the tokens are among the outputs of a block, and they: the first tensor of the images as a whole."""
+    if isinstance(output, Tensor):
+        return None, output
+    for i, x in enumerate(output if isinstance(output, Iterable) else ()):
+        if isinstance(x, Tensor) and x.dim() >= 3 and x.shape[0] == 2:
+            return i, x
+    raise ValueError(f'its {name} puts out a {type(output).__name__} without tokens')
+
+
+def _layouts(x: Tensor, size: tuple[int, int]) -> list[str]:
+    """Layouts the output of a block may be in; maps have the image's proportions but for rounding up."""
+    if x.dim() == 3:
+        return ['NLD']
+
+    def is_map(h: int, w: int) -> bool:
+        return abs(h * size[1] - w * size[0]) < max(size)
+
+    shape = x.shape[1:] if x.dim() == 4 else (0, 1, 0)
+    return [layout for layout, at in (('NDHW', 1), ('NHWD', 0)) if x.dim() == 4 and is_map(*shape[at : at + 2])]
+
+
+def _grid(model: nn.Module, layout: str, x: Tensor, size: tuple[int, int]) -> tuple[tuple[int, int], int]:
+    """Rows and columns of the patches, and the tokens before them, counted on what a block puts out.
+
+    timm's attributes are no help: its CaiT declares a class token its patch blocks never see.
+    """
+    if layout != 'NLD':
+        at = 1 if layout == 'NHWD' else 2
+        return (x.shape[at], x.shape[at + 1]), 0
+    count = x.shape[1]
+    grid = _embedded(model, size)
+    # Later stages have fewer: as many as make a map of the image's proportions.
+    if grid is None or grid[0] * grid[1] > count:
+        h = next(h for h in range(count, 0, -1) if h * max(1, h * size[1] // size[0]) <= count)
+        grid = (h, max(1, h * size[1] // size[0]))
+    return grid, count - grid[0] * grid[1]
+
+
+def _embedded(model: nn.Module, size: tuple[int, int]) -> tuple[int, int] | None:
+    """The grid of a flat model's patch embedding."""
+    embed = getattr(model, 'patch_embed', None)
+    if getattr(embed, 'grid_size', None) is not None:
+        return tuple(embed.grid_size)
+    if hasattr(embed, 'dynamic_feat_size'):
+        return tuple(embed.dynamic_feat_size(size))
+    return None
+
+
+def _shape(x: Tensor) -> str:
+    return f'(B, {", ".join(map(str, x.shape[1:]))})'

@@ -1,0 +1,290 @@
+"""What holds for the models of every family: one row each. The slow tests hold it against torch.compile, too."""
+
+import math
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import models
+from losses import ManifoldDistillationLoss
+from models import grids
+
+SIZE, C = 64, 10
+FLAT = {'embed_dim': 48, 'depth': 3, 'num_heads': 3}
+STAGES = {'embed_dim': 16, 'depths': (1, 1, 2, 1), 'num_heads': (1, 2, 2, 4), 'window_size': 4}
+# family: timm's name, what makes a toy of it, and of its blocks: grids' heights, widths, tokens before the patches
+FAMILIES = {
+    'ViT': ('vit_tiny_patch16_224', FLAT, '4 4 4', '48 48 48', 1),
+    'DeiT': ('deit_tiny_patch16_224', FLAT, '4 4 4', '48 48 48', 1),
+    'DeiT, distilled': ('deit_tiny_distilled_patch16_224', FLAT, '4 4 4', '48 48 48', 2),
+    'DeiT III': ('deit3_small_patch16_224', FLAT, '4 4 4', '48 48 48', 1),
+    'CaiT': ('cait_xxs24_224', FLAT, '4 4 4', '48 48 48', 0),
+    'DINOv2': ('vit_small_patch14_reg4_dinov2', {**FLAT, 'patch_size': 16}, '4 4 4', '48 48 48', 5),
+    'DINOv3': ('vit_small_patch16_dinov3', FLAT, '4 4 4', '48 48 48', 5),
+    'EVA': ('eva02_tiny_patch14_224', {**FLAT, 'patch_size': 16}, '4 4 4', '48 48 48', 1),
+    'BEiT': ('beit_base_patch16_224', FLAT, '4 4 4', '48 48 48', 1),
+    'SigLIP': ('vit_base_patch16_siglip_224', FLAT, '4 4 4', '48 48 48', 0),
+    'XCiT': ('xcit_nano_12_p16_224', {**FLAT, 'depth': 2}, '4 4', '48 48', 0),
+    'TNT': ('tnt_s_patch16_224', {'embed_dim': 48, 'depth': 2, 'inner_dim': 8}, '4 4', '48 48', 1),
+    'Mixer': ('mixer_s32_224', {}, ' '.join(['2'] * 8), ' '.join(['512'] * 8), 0),
+    'SAM': ('samvit_base_patch16', {**FLAT, 'depth': 2}, '4 4', '48 48', 0),
+    'Swin': ('swin_tiny_patch4_window7_224', STAGES, '16 8 4 4 2', '16 32 64 64 128', 0),
+    'Swin V2': ('swinv2_tiny_window8_256', STAGES, '16 8 4 4 2', '16 32 64 64 128', 0),
+    'FocalNet': (
+        'focalnet_tiny_srf', {}, '16 16 8 8 ' + '4 ' * 6 + '2 2', '96 96 192 192 ' + '384 ' * 6 + '768 768', 0,
+    ),
+    'PVT v2': ('pvt_v2_b0', {'depths': (1, 1, 1, 1)}, '16 8 4 2', '32 64 160 256', 0),
+    'Twins': (
+        'twins_svt_small',
+        {'embed_dims': (16, 32, 48, 64), 'num_heads': (1, 2, 2, 4), 'depths': (1, 1, 2, 1), 'wss': (4, 4, 4, 2)},
+        '16 8 4 4 2', '16 32 48 48 64', 0,
+    ),
+    'Hiera': ('hiera_tiny_224', {'embed_dim': 16, 'stages': (1, 1, 2, 1)}, '16 8 4 4 2', '16 32 64 64 128', 0),
+    'MViT v2': ('mvitv2_tiny', {}, '16 8 8 4 4 4 4 4 2 2', '96 192 192 384 384 384 384 384 768 768', 0),
+    'NesT': ('nest_tiny', {}, '16 16 8 8 4 4 4 4 4 4 4 4', '96 96 192 192 384 384 384 384 384 384 384 384', 0),
+    'PiT': ('pit_ti_224', {'depth': (1, 1, 1)}, '7 4 2', '64 128 256', 1),
+    'CoaT': ('coat_lite_tiny', {}, '16 16 8 8 4 4 2 2', '64 64 128 128 256 256 320 320', 1),
+    'LeViT': ('levit_128s', {}, '4 4 2 2 2 1 1 1 1', '128 128 256 256 256 384 384 384 384', 0),
+    'GC ViT': ('gcvit_xxtiny', {}, '16 16 8 8 ' + '4 ' * 6 + '2 2', '64 64 128 128 ' + '256 ' * 6 + '512 512', 0),
+    'MaxViT': ('test_maxvit', {}, '16 8 4 2', '32 64 96 128', 0),
+    'CoAtNet': ('test_coatnet', {}, '16 8 4 4 2', '32 64 96 96 128', 0),
+    'TinyViT': (
+        'tiny_vit_5m_224',
+        {'embed_dims': (16, 16, 32, 32), 'depths': (1, 1, 2, 1), 'num_heads': (1, 1, 2, 2), 'window_sizes': [4] * 4},
+        '16 8 4 4 2', '16 16 32 32 32', 0,
+    ),
+    'MobileViT': ('mobilevit_xxs', {}, '32 16 16 16 8 8 4 4 2 2', '16 24 24 24 48 48 64 64 80 80', 0),
+    'FastViT': ('fastvit_t8', {}, '16 16 8 8 4 4 4 4 2 2', '48 48 96 96 192 192 192 192 384 384', 0),
+    'EfficientFormer V2': (
+        'efficientformerv2_s0', {}, '16 16 8 8 ' + '4 ' * 6 + '2 ' * 4, '32 32 48 48 ' + '96 ' * 6 + '176 ' * 4, 0,
+    ),
+    'ConvNeXt': ('test_convnext', {}, '16 8 8 4 4 4 4 2 2', '24 32 32 48 48 48 48 64 64', 0),
+    'MambaOut': ('test_mambaout', {}, '16 8 4 4 4 2', '16 32 48 48 48 64', 0),
+    'EfficientNet': ('test_efficientnet', {}, '32 16 8 4 2', '16 24 32 48 64', 0),
+    'ResNet': ('test_resnet', {}, '16 8 4 2', '32 48 192 96', 0),
+    'RegNet': ('regnetx_002', {}, '16 8 ' + '4 ' * 4 + '2 ' * 7, '24 56 ' + '152 ' * 4 + '368 ' * 7, 0),
+}  # fmt: skip
+each_family = pytest.mark.parametrize('family', FAMILIES)
+
+
+def make(family: str, seed: int = 1) -> nn.Module:
+    """A toy of a family; the same weights at every call."""
+    name, kwargs, *_ = FAMILIES[family]
+    torch.manual_seed(seed)
+    model = models.build(name, C, SIZE, kwargs=kwargs)
+    for (
+        parameter_name,
+        parameter,
+    ) in model.named_parameters():  # layer scales of 1e-5: all blocks would put out the same
+        if 'gamma' in parameter_name or 'layer_scale' in parameter_name:
+            nn.init.constant_(parameter, 0.5)
+    return model
+
+
+def some_images(seed: int = 2) -> torch.Tensor:
+    return torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+@each_family
+def test_blocks_are_listed_in_the_order_of_computation_with_grid_width_and_prefix(family):
+    _, _, heights, widths, prefix = FAMILIES[family]
+    blocks = models.list_blocks(make(family), SIZE)
+    assert [block.grid for block in blocks] == [(int(h), int(h)) for h in heights.split()]
+    assert [block.width for block in blocks] == [int(width) for width in widths.split()]
+    assert {block.prefix for block in blocks} == {prefix}
+
+
+@each_family
+def test_tapping_changes_no_logit_and_gives_tokens_in_the_order_asked_for_with_repeats(family):
+    plain, images = make(family).eval(), some_images()
+    depth = len(FAMILIES[family][2].split())
+    ids = [depth - 1, 0, -1, 0, depth // 2]
+    tapped = models.tap(make(family).eval(), ids, SIZE)
+    out = tapped(images)
+    assert torch.equal(out.logits, plain(images))
+    found = models.list_blocks(plain, SIZE)
+    for i, tokens in zip(ids, out.tokens, strict=True):
+        assert tokens.shape == (2, math.prod(found[i].grid), found[i].width)
+    assert torch.equal(out.tokens[0], out.tokens[2])
+    assert torch.equal(out.tokens[1], out.tokens[3])
+    assert tapped.block_ids == [depth - 1, 0, depth - 1, 0, depth // 2]
+
+
+@each_family
+def test_a_change_in_one_place_of_the_image_shows_at_that_place_of_the_grid(family):
+    # off the diagonal, so that rows taken for columns, or channels for either, would show
+    images = some_images()
+    changed = images.clone()
+    changed[:, :, 8:16, 40:48] += 5
+    blocks = models.list_blocks(make(family), SIZE)
+    tapped = models.tap(make(family).eval(), range(len(blocks)), SIZE)
+    with torch.no_grad():
+        differences = [a - b for a, b in zip(tapped(images).tokens, tapped(changed).tokens, strict=True)]
+    fine = [(x, block) for x, block in zip(differences, blocks, strict=True) if block.grid[0] >= 4]
+    for difference, block in fine or [(differences[0], blocks[0])]:
+        h, w = block.grid
+        row, column = divmod(int(difference.square().sum(dim=(0, 2)).argmax()), w)
+        assert abs((row + 0.5) / h - 12 / SIZE) <= 1 / h
+        assert abs((column + 0.5) / w - 44 / SIZE) <= 1 / w
+
+
+@pytest.fixture(scope='module')
+def one_rank(tmp_path_factory):
+    """A process group of this process alone, enough for DistributedDataParallel to find parameters left out."""
+    meet = tmp_path_factory.mktemp('group') / 'meet'
+    dist.init_process_group('gloo', init_method=f'file://{meet}', rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings('ignore:Grad strides do not match')  # of convolutions with one channel; costs a copy
+@each_family
+def test_a_student_of_any_family_learns_from_a_deit_under_ddp_and_gradients_reach_its_first_block(family, one_rank):
+    depth = len(FAMILIES[family][2].split())
+    student = models.tap(make(family), [0, -1], SIZE, two_heads=True)
+    teacher = models.freeze(models.tap(make('DeiT', seed=3), [0, -1], SIZE))
+    met = [models.meet(block.grid, (4, 4), 'pool', 196) for block in student.blocks]
+    for tapped, targets in zip((student, teacher), zip(*met, strict=True), strict=True):
+        tapped.align(targets, 'pool')
+    criterion = ManifoldDistillationLoss(nn.CrossEntropyLoss(), 'soft', w_full=1.0)
+    wrapped = DistributedDataParallel(student)
+    for seed in (0, 1):  # a parameter that the first step has left out stops the second
+        losses = criterion(wrapped(some_images(seed)), teacher(some_images(seed)), torch.tensor([0, 1]))
+        assert all(torch.isfinite(value) for value in losses.values())
+        student.zero_grad()
+        sum(losses[name] for name in losses if name.startswith('mf_')).add(0 * sum(losses.values())).backward()
+    first = student.model.get_submodule(models.list_blocks(student.model, SIZE)[0].path)
+    gradients = [p.grad for p in first.parameters() if p.grad is not None]
+    assert any(gradient.any() for gradient in gradients)
+    assert depth == student.depth
+
+
+@pytest.mark.slow
+@each_family
+def test_a_tapped_model_compiles_into_one_graph(family):
+    torch._dynamo.reset()
+    plain = models.tap(make(family).eval(), [0, -1], SIZE)
+    compiled = torch.compile(plain, fullgraph=True, backend='eager')
+    for seed in (0, 1):
+        expected, found = plain(some_images(seed)), compiled(some_images(seed))
+        assert torch.equal(found.logits, expected.logits)
+        assert all(torch.equal(a, b) for a, b in zip(found.tokens, expected.tokens, strict=True))
+
+
+# Pairs and grids ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('depths', 'student', 'teacher'),
+    [
+        ((12, 24), [0, 1, 2, 3, 8, 9, 10, 11], [0, 1, 2, 3, 20, 21, 22, 23]),  # the recipe's DeiT-Tiny and CaiT-S24
+        ((12, 5), [0, 1, 10, 11], [0, 1, 3, 4]),
+        ((3, 12), [0, 2], [0, 11]),
+        ((1, 12), [0], [11]),
+    ],
+)
+def test_the_first_and_last_blocks_of_either_side_are_paired(depths, student, teacher):
+    assert models.pair_ids(*depths) == (student, teacher)
+
+
+TARGETS = {'pool': (2, 3), 'interpolate': (3, 2), 'merge': (2, 3)}
+
+
+@pytest.mark.parametrize('how', TARGETS)
+def test_tokens_on_another_grid_are_those_of_plain_loops(how):
+    (h, w), target, D = (4, 6), TARGETS[how], 5
+    tokens = torch.randn(2, h * w, D, dtype=torch.float64)
+    image = tokens.reshape(2, h, w, D)
+    found = grids.resample(tokens, (h, w), target, how)
+    cells = [(slice(2 * r, 2 * r + 2), slice(2 * c, 2 * c + 2)) for r in range(2) for c in range(3)]
+    if how == 'pool':
+        expected = [image[:, rows, columns].mean(dim=(1, 2)) for rows, columns in cells]
+    elif how == 'merge':
+        expected = [image[:, rows, columns].reshape(2, -1) for rows, columns in cells]
+    else:  # each direction for itself, a triangle as wide as the step on either side of the centre
+
+        def weights(here, there):
+            step = here / there
+            rows = [[max(0, 1 - abs(i + 0.5 - (t + 0.5) * step) / step) for i in range(here)] for t in range(there)]
+            rows = torch.tensor(rows, dtype=torch.float64)
+            return rows / rows.sum(1, keepdim=True)
+
+        image = torch.einsum('th,bhwd,sw->btsd', weights(h, target[0]), image, weights(w, target[1]))
+        expected = image.flatten(1, 2).unbind(1)
+    assert torch.allclose(found, torch.stack(list(expected), dim=1), atol=1e-12)
+    assert grids.resample(tokens, (h, w), (h, w), how) is tokens
+
+
+@pytest.mark.parametrize(
+    ('student', 'teacher', 'how', 'met'),
+    [
+        ((14, 14), (14, 14), 'error', ((14, 14), (14, 14))),
+        ((14, 14), (16, 16), 'pool', ((14, 14), (14, 14))),
+        ((2, 8), (4, 4), 'pool', ((2, 4), (2, 4))),
+        ((14, 14), (7, 7), 'interpolate', ((14, 14), (14, 14))),
+        ((14, 14), (56, 56), 'merge', ((14, 14), (14, 14))),
+        ((28, 14), (56, 28), 'merge', ((14, 7), (14, 7))),
+        ((14, 14), (14, 14), 'merge', ((14, 14), (14, 14))),
+    ],
+)
+def test_grids_meet(student, teacher, how, met):
+    assert models.meet(student, teacher, how, 196) == met
+
+
+@pytest.mark.parametrize(
+    ('how', 'teacher', 'words'),
+    [
+        ('error', (16, 16), '14×14 patch tokens of the student, 16×16 of the teacher'),
+        ('merge', (7, 7), '14×14 patch tokens of the student, 7×7 of the teacher'),
+        ('merge', (17, 13), '17×13 patch tokens do not merge into at most 196'),
+    ],
+)
+def test_grids_that_do_not_meet_are_both_named(how, teacher, words):
+    with pytest.raises(ValueError, match=words):
+        models.meet((14, 14), teacher, how, 196)
+
+
+def test_half_precision_tokens_are_averaged_in_float32():
+    tokens = torch.tensor([2048.0, 1, 1, 1]).to(torch.bfloat16).view(1, 4, 1)
+    pooled = grids.resample(tokens, (2, 2), (1, 1), 'pool')
+    assert pooled.dtype == torch.float32
+    assert pooled.item() == 512.75
+
+
+def test_blocks_whose_height_width_and_channels_are_equal_are_read_like_others_of_their_class():
+    swin = models.list_blocks(make('Swin'), SIZE)
+    tiny = models.list_blocks(make('TinyViT'), SIZE)
+    assert (swin[0].grid, swin[0].width, swin[0].layout) == ((16, 16), 16, 'NHWD')
+    assert (tiny[0].grid, tiny[0].width, tiny[0].layout) == ((16, 16), 16, 'NDHW')
+
+
+def test_grids_of_images_that_are_not_square_are_found():
+    vit = timm.create_model('vit_tiny_patch16_224', img_size=(32, 64), **FLAT)
+    assert {block.grid for block in models.list_blocks(vit, (32, 64))} == {(2, 4)}
+    for name in ('test_convnext', 'pvt_v2_b0', 'test_mambaout'):
+        blocks = models.list_blocks(timm.create_model(name), (32, 96))
+        assert (blocks[0].grid, blocks[-1].grid) == ((8, 24), (1, 3))
+
+
+@pytest.mark.parametrize(
+    ('name', 'words'),
+    [('densenet121', r'no sequence of blocks at a place that is known \(blocks\.\*'), ('dla34', 'no sequence')],
+)
+def test_a_model_without_blocks_at_a_known_place_is_refused(name, words):
+    with pytest.raises(ValueError, match=words):
+        models.tap(
+            timm.create_model(name, num_classes=C, **({'init_weights': False} if 'inc' in name else {})), [0], 96
+        )
+
+
+def test_listing_leaves_the_mode_of_every_module_and_no_hook_behind():
+    model = make('ConvNeXt').train()
+    model.stages[1].eval()
+    modes = [module.training for module in model.modules()]
+    models.list_blocks(model, SIZE)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
