@@ -134,21 +134,41 @@ def _rows_over_ranks(unit: Tensor) -> tuple[Tensor, Tensor]:
     return unit.transpose(0, 1) @ everyone.mT, everyone
 
 
+def plain_patch_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """`patch_loss` by its definition, with B maps of N² entries: what the other is compared with."""
+    _check_pair(student, teacher)
+    return _map_distance(student, teacher)
+
+
 def patch_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Relations inside an image, one N×N map per image (the paper's intra-image term).
+
+    The maps are made as long as they are small. With many more tokens than channels (N > 4·(D_s + D_t)), as in the
+    first stage of hierarchical models, products of channels take their place, as `full_loss` has them for a batch.
 
     Args:
         student: tokens (B, N, D_s).
         teacher: tokens (B, N, D_t).
 
     Returns:
-        Mean of squared differences over the B maps, a scalar; the paper writes a Frobenius sum divided by B.
+        Mean of squared differences over the B maps, a scalar; the paper writes a Frobenius sum divided by B. Without
+        maps differentiable once, with respect to the student.
 
     Raises:
         ValueError: B or N differ.
     """
     _check_pair(student, teacher)
-    return _map_distance(student, teacher)
+    B, N, D_s = student.shape
+    channels = D_s + teacher.shape[-1]
+    if 4 * channels >= N:
+        return plain_patch_loss(student, teacher)
+    images = max(1, CHUNK // N)
+    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        parts = [
+            _by_channels(s, t, B * N**2) for s, t in zip(student.split(images), teacher.split(images), strict=True)
+        ]
+        value, gradient = sum(value for value, _ in parts), torch.cat([gradient for _, gradient in parts])
+    return _Known.apply(student, value.to(gradient.dtype), gradient)
 
 
 def random_loss(
@@ -220,36 +240,41 @@ def full_loss(student: Tensor, teacher: Tensor, over_ranks: bool = False) -> Ten
     """
     _check_pair(student, teacher)
     W = dist.get_world_size() if over_ranks else 1
+    S, T = student.flatten(0, 1)[None], teacher.flatten(0, 1)[None]
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        chunks = list(zip(student.flatten(0, 1).split(CHUNK), teacher.flatten(0, 1).split(CHUNK), strict=True))
-        of_student, of_teacher = _channel_products(chunks, over_ranks)
-        SS, ST = of_student.split([student.shape[-1], teacher.shape[-1]], dim=1)
-        entries = (W * student.shape[0] * student.shape[1]) ** 2
-        norms = SS.square().sum() - 2 * ST.square().sum() + of_teacher.square().sum()
-        gradient = torch.cat([_full_gradient(s, t, SS, ST, 4 * W / entries) for s, t in chunks])
-        value = (norms.clamp(min=0) / entries).to(gradient.dtype)
-    return _Known.apply(student, value, gradient.view_as(student))
+        value, gradient = _by_channels(S, T, (W * S.shape[1]) ** 2, over_ranks)
+    return _Known.apply(student, value.to(gradient.dtype), W * gradient.view_as(student))
+
+
+def _by_channels(student: Tensor, teacher: Tensor, entries: int, over_ranks: bool = False) -> tuple[Tensor, Tensor]:
+    """‖SSᵀ − TTᵀ‖²/entries, added up over sets of tokens (G, M, D_s), (G, M, D_t), and its gradient (G, M, D_s)."""
+    chunks = list(zip(student.split(CHUNK, dim=1), teacher.split(CHUNK, dim=1), strict=True))
+    of_student, TT = _channel_products(chunks, over_ranks)
+    SS, ST = of_student.split([student.shape[-1], teacher.shape[-1]], dim=2)
+    norms = [products.square().sum(dim=(1, 2)) for products in (SS, ST, TT)]
+    value = (norms[0] - 2 * norms[1] + norms[2]).clamp(min=0).sum() / entries
+    return value, torch.cat([_channel_gradient(s, t, SS, ST, 4 / entries) for s, t in chunks], dim=1)
 
 
 def _channel_products(chunks: Sequence[tuple[Tensor, Tensor]], over_ranks: bool) -> tuple[Tensor, Tensor]:
-    """[SᵀS SᵀT], (D_s, D_s + D_t), and TᵀT, (D_t, D_t), of all tokens, which come in pairs (M, D_s), (M, D_t)."""
-    D_s, D_t = (tokens.shape[1] for tokens in chunks[0])
-    split = D_s * (D_s + D_t)
-    sums = torch.zeros(split + D_t**2, dtype=torch.float64, device=chunks[0][0].device)
-    of_student, of_teacher = sums[:split].view(D_s, D_s + D_t), sums[split:].view(D_t, D_t)
+    """[SᵀS SᵀT], (G, D_s, D_s + D_t), and TᵀT, (G, D_t, D_t), of tokens in pairs of chunks (G, M, D_s), (G, M, D_t)."""
+    G, D_s, D_t = len(chunks[0][0]), *(tokens.shape[2] for tokens in chunks[0])
+    sums = torch.zeros(G, D_s * (D_s + D_t) + D_t**2, dtype=torch.float64, device=chunks[0][0].device)
+    of_student, of_teacher = sums.split([D_s * (D_s + D_t), D_t**2], dim=1)
+    of_student, of_teacher = of_student.unflatten(1, (D_s, D_s + D_t)), of_teacher.unflatten(1, (D_t, D_t))
     for student, teacher in chunks:
         s, t = _unit(student.double())[0], _unit(teacher.double())[0]
-        of_student.addmm_(s.T, torch.cat([s, t], dim=1))
-        of_teacher.addmm_(t.T, t)
+        of_student.baddbmm_(s.mT, torch.cat([s, t], dim=2))
+        of_teacher.baddbmm_(t.mT, t)
     if over_ranks:
         _sum_over_ranks(sums)
     return of_student, of_teacher
 
 
-def _full_gradient(student: Tensor, teacher: Tensor, SS: Tensor, ST: Tensor, factor: float) -> Tensor:
-    """factor·(S·SᵀS − T·TᵀS), led back from unit tokens to a chunk of the student's, (M, D_s), in float32 or better."""
+def _channel_gradient(student: Tensor, teacher: Tensor, SS: Tensor, ST: Tensor, factor: float) -> Tensor:
+    """factor·(S·SᵀS − T·TᵀS), led back from unit tokens to a chunk of the student's, (G, M, D_s), float32 or better."""
     unit, length = _unit(student.double())
-    pull = unit @ SS - _unit(teacher.double())[0] @ ST.T
+    pull = unit @ SS - _unit(teacher.double())[0] @ ST.mT
     return _through_unit(factor * pull, unit, length).to(torch.promote_types(student.dtype, torch.float32))
 
 
@@ -374,7 +399,7 @@ class ManifoldDistillationLoss(nn.Module):
 
     def _distill(self, student: Tensor, teacher: Tensor | None) -> Tensor:
         if teacher is None and self.alpha == 0:
-            return 0 * _full_precision(student).sum()
+            return 0 * _full_precision(student).square().sum()
         if teacher is None:
             raise ValueError(f'α {self.alpha:g} weighs the distillation of logits, and the teacher gave none')
         if student.shape != teacher.shape:

@@ -22,6 +22,7 @@ from losses import (
     hard_distillation_loss,
     patch_loss,
     plain_full_loss,
+    plain_patch_loss,
     random_loss,
     sample_loss,
     soft_distillation_loss,
@@ -298,6 +299,24 @@ def test_float16_gradients_of_the_full_term_are_scaled_before_they_are_rounded()
     assert found.dtype == torch.float16
     assert (found.double() - expected).norm() <= 1e-3 * expected.norm()
     assert expected.abs().max() / scale < torch.finfo(torch.float16).tiny  # unscaled they would have lost their digits
+
+
+@pytest.mark.parametrize('images_at_once', [1, 2, 5])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+def test_patch_term_of_many_tokens_is_its_definition_without_maps(images_at_once, dtype, monkeypatch):
+    monkeypatch.setattr(losses, 'CHUNK', 60 * images_at_once)
+    student, teacher = torch.randn(5, 60, 6).to(dtype), torch.randn(5, 60, 8).to(dtype)
+    made = []
+    monkeypatch.setattr(losses, '_map_distance', lambda *args: made.append(args))
+    value, gradient = value_and_gradient(patch_loss, student, teacher)
+    monkeypatch.undo()
+    assert not made
+    expected, expected_gradient = value_and_gradient(plain_patch_loss, student.double(), teacher.double())
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
+    assert value.item() == pytest.approx(expected.item(), rel=min(tolerance, 1e-6))
+    assert gradient.dtype == dtype
+    assert (gradient.double() - expected_gradient).norm() <= tolerance * expected_gradient.norm()
+    assert patch_loss(teacher, teacher).item() >= 0
 
 
 # The draw of the random term ------------------------------------------------------------------------------------------
