@@ -1,10 +1,14 @@
-"""The table of data sets, their transforms, and augmentation that depends on an image's place alone."""
+"""The table of data sets, streams, transforms, and augmentation that depends on an image's place alone."""
 
+import io
 import json
+import logging
+import math
 import random
+import tarfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -14,7 +18,9 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import AugmentOp
-from torch.utils.data import Dataset
+from timm.data.readers import create_reader
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, FakeData, ImageFolder
 from torchvision.datasets.folder import default_loader
@@ -30,8 +36,12 @@ class BadImageError(ValueError):
     """An image cannot be decoded; says which and why."""
 
 
-def load_image(path: str) -> Image.Image:
+def load_image(path: str, opened: io.BytesIO | None = None) -> Image.Image:
     """Reads an image as PIL's RGB: of animations the first frame, not rotated.
+
+    Args:
+        path: of its file, or what it is called.
+        opened: its bytes, if they do not stand in a file of their own.
 
     Raises:
         BadImageError: it cannot be decoded.
@@ -39,7 +49,7 @@ def load_image(path: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of odd but readable files
-            return default_loader(path)
+            return default_loader(path) if opened is None else Image.open(opened).convert('RGB')
     except MemoryError:
         raise
     except Exception as error:  # PIL raises a dozen kinds for damaged files
@@ -107,6 +117,71 @@ class Request:
         return self.root / ('train' if self.train else 'val')
 
 
+class TarDataset(Dataset):
+    """Images in a tar, or in a folder of tars or a tar of tars, each read where it lies.
+
+    The class of an image is the folder it is in, or its tar; timm reads the index.
+
+    Args:
+        place: the tar or the folder.
+        transform: applied to each image.
+    """
+
+    def __init__(self, place: Path, transform: Callable | None = None) -> None:
+        index = _tar_index(place)
+        self.classes = _index_classes(index)
+        names = {number: name for name, number in index.class_name_to_idx.items()}
+        number = {name: i for i, name in enumerate(self.classes)}
+        self.samples, self._places = [], []
+        for (member, archive, inner), target in zip(index.samples, index.targets, strict=True):
+            path = place / archive if archive else place
+            self.samples.append((f'{path}:{inner.name + ":" if inner else ""}{member.name}', number[names[target]]))
+            start = member.offset_data + (inner.offset_data if inner else 0)
+            self._places.append((path, start, member.size))
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        (name, target), (path, start, size) = self.samples[index], self._places[index]
+        # Opened anew for each image: an open file would be shared, with its position, by all loader processes.
+        with open(path, 'rb') as file:
+            file.seek(start)
+            image = load_image(name, io.BytesIO(file.read(size)))
+        return (self.transform(image) if self.transform else image), target
+
+
+@lru_cache  # both splits and the size of the head ask for it, and a large tar is read from end to end
+def _tar_index(place: Path) -> ReaderImageInTar:
+    try:
+        return ReaderImageInTar(str(place))
+    except (AssertionError, ValueError, tarfile.TarError) as error:
+        raise ValueError(f'{place} is no tar of images, and no folder of such: {error}') from error
+
+
+def _index_classes(index: ReaderImageInTar) -> list[str]:
+    # In the order of a tree of folders, so that a head fits both; timm counts c2 before c10.
+    return sorted(index.class_name_to_idx)
+
+
+def _tar_split(root: Path, train: bool) -> Path:
+    name = 'train' if train else 'val'
+    for place in (root / f'{name}.tar', root / name):
+        if place.exists():
+            return place
+    raise ValueError(f'there is neither {name}.tar nor a folder {name} of tars')
+
+
+def _tar_classes(root: Path, inat_category: str = '') -> list[str]:
+    """Class names; `val` alone is enough where there is no `train`."""
+    val = _index_classes(_tar_index(_tar_split(root, False)))
+    has_train = any((root / name).exists() for name in ('train.tar', 'train'))
+    train = _index_classes(_tar_index(_tar_split(root, True))) if has_train else val
+    _check_same_classes(train, val)
+    return train
+
+
 def _class_folders(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise ValueError(f'there is no folder {folder}')
@@ -122,13 +197,17 @@ def _folder_classes(root: Path, inat_category: str = '') -> list[str]:
         raise ValueError('there is no such folder')
     val = _class_folders(root / 'val')
     train = _class_folders(root / 'train') if (root / 'train').is_dir() else val
+    _check_same_classes(train, val)
+    return train
+
+
+def _check_same_classes(train: list[str], val: list[str]) -> None:
     if train != val:
         odd = sorted(set(train) ^ set(val))
         where = 'train' if odd[0] in train else 'val'
         raise ValueError(
             f'train/ has {len(train)} classes, val/ {len(val)}, and they differ: {odd[0]} is in {where}/ only'
         )
-    return train
 
 
 def _open_inat(year: int) -> Callable[[Request], Dataset]:
@@ -160,6 +239,7 @@ DATA_SETS = {
     'CIFAR10': Entry(lambda ask: CIFAR10(str(ask.root), ask.train, ask.transform), num_classes=10),
     'INAT': Entry(_open_inat(2018), partial(_inat_classes, year=2018)),
     'INAT19': Entry(_open_inat(2019), partial(_inat_classes, year=2019)),
+    'TAR': Entry(lambda ask: TarDataset(_tar_split(ask.root, ask.train), ask.transform), _tar_classes),
     'FAKE': Entry(_open_fake, num_classes=FAKE_CLASSES),
 }
 
@@ -371,9 +451,7 @@ class TrainDataset(CheckedDataset):
         index, epoch, position = key
         number = counter_seed(self.seed, 'augment', epoch, position)
         for instead in range(index, index + self.TRIES):
-            random.seed(number)
-            np.random.seed(number % 2**32)
-            torch.default_generator.manual_seed(number)
+            _seed_augmentation(number)
             item = self.read(instead % len(self))
             if item is not None:
                 return *item, instead % len(self)
@@ -388,7 +466,175 @@ class EvalDataset(CheckedDataset):
         return (torch.zeros_like(self.first()[0]), -1) if item is None else item
 
 
+# Streams --------------------------------------------------------------------------------------------------------------
+
+STREAM = 'wds/'  # how the name of a data set begins that is read from end to end: WebDataset
+_INFO = ('_info.json', 'info.json')
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The tars of a split, relative to their root, and how many images are in each."""
+
+    root: Path
+    names: tuple[str, ...]
+    lengths: tuple[int, ...]
+
+    def share(self, rank: int, world: int) -> 'Shards':
+        """Every world-th of them, from rank on."""
+        return Shards(self.root, self.names[rank::world], self.lengths[rank::world])
+
+    @property
+    def images(self) -> int:
+        return sum(self.lengths)
+
+
+@lru_cache  # without `_info.json` all shards are gone through
+def find_shards(root: Path, train: bool) -> Shards:
+    """The shards of a split, as `_info.json` lists them; otherwise `*train*.tar` and `*val*.tar`, counted.
+
+    Raises:
+        ValueError: there are none.
+        OSError: they cannot be read.
+    """
+    for path in (root / name for name in _INFO):
+        if path.exists():
+            splits = _read_json(path).get('splits', {})
+            found = [splits[name] for name in (('train',) if train else ('validation', 'val')) if name in splits]
+            if not found:
+                raise ValueError(f'{path} has no split {"train" if train else "validation"}')
+            return Shards(root, tuple(found[0]['filenames']), tuple(found[0]['shard_lengths']))
+    word = 'train' if train else 'val'
+    paths = sorted([*root.glob(f'*{word}*.tar'), *root.glob(f'{word}/*.tar')])
+    if not paths:
+        raise ValueError(f'{root} has no _info.json, no *{word}*.tar and no {word}/*.tar')
+    return Shards(root, tuple(str(path.relative_to(root)) for path in paths), tuple(map(_count_images, paths)))
+
+
+def _count_images(path: Path) -> int:
+    """Images in a shard: members that tell a class."""
+    try:
+        with tarfile.open(path) as tar:
+            return sum(member.name.endswith('.cls') for member in tar)
+    except tarfile.TarError as error:
+        raise ValueError(f'{path} is no shard: {error}') from error
+
+
+class StreamDataset(IterableDataset):
+    """A split of WebDataset shards, members `.jpg` (or `.png`, `.webp`) and `.cls`, through timm's reader.
+
+    In training all ranks take equally many images: a shard that is read sooner than others begins again. The order of
+    the shards is a function of (seed, epoch), that within a window of 8192 images of the loader process too. Evaluation
+    has each image of its shards once. Images that cannot be decoded are left out, with a warning on stderr.
+
+    Args:
+        shards: all of the split in training, this rank's share in evaluation.
+        train: items are (image, class, number), in evaluation (image, class).
+        transform: PIL image → tensor.
+        num_classes: classes there are.
+        batch_size: images of a batch.
+        workers: loader processes, 0 for none.
+        seed: the run's.
+        rank: this rank.
+        world: number of ranks.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        train: bool,
+        transform: Callable,
+        num_classes: int,
+        batch_size: int,
+        workers: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.shards, self.train, self.transform, self.num_classes = shards, train, transform, num_classes
+        self.batch_size, self.workers = batch_size, max(1, workers)
+        self.seed, self.rank, self.world = seed, rank, world
+        self.epoch = self.start = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Chooses the epoch, and after how many images of all ranks it goes on: then with shards in another order."""
+        self.epoch, self.start = epoch, start
+
+    @property
+    def images(self) -> int:
+        """Of the split, on all ranks."""
+        return self.shards.images
+
+    def __len__(self) -> int:
+        """Images this rank takes; in evaluation as many as there are at most, counted in batches."""
+        if not self.train:
+            return self.shards.images + self.workers * self.batch_size
+        return self.workers * self._of_a_worker()
+
+    def _of_a_worker(self) -> int:
+        share = math.ceil((self.shards.images - self.start) / (self.world * self.workers))
+        return math.ceil(share / self.batch_size) * self.batch_size
+
+    def first(self) -> tuple:
+        """One image that can be read, and its class."""
+        once = StreamDataset(self.shards, False, self.transform, self.num_classes, 1, 0)
+        for item in once:
+            return item
+        raise BadImageError(f'{self.shards.root}: no image of {self.shards.names[0]} … can be read')
+
+    def __iter__(self) -> Iterator[tuple]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        counter = (self.epoch, self.start, self.rank, worker)
+        i = -1
+        for i, (image, target) in enumerate(self._reader(info, counter) if self.shards.names else ()):
+            if not 0 <= target < self.num_classes:
+                raise BadImageError(f'{self.shards.root}: an image is of class {target}, of {self.num_classes}')
+            if self.train:
+                _seed_augmentation(counter_seed(self.seed, 'augment', *counter, i))
+                yield self.transform(image), target, worker + workers * i
+            else:
+                yield self.transform(image), target
+        if self.train and i + 1 < self._of_a_worker():
+            raise BadImageError(f'{self.shards.root}: no image of the shards of a loader process can be read')
+
+    def _reader(self, info: object, counter: tuple[int, ...]) -> Iterable:
+        log = logging.getLogger('timm.data.readers.reader_wds')
+        log.addFilter(lambda record: 'info file not found' not in record.getMessage())
+        reader = create_reader(
+            STREAM,
+            root=str(self.shards.root),
+            split=f'{"::".join(self.shards.names)}|{self.shards.images - self.start}',
+            is_training=self.train,
+            batch_size=self.batch_size,
+            seed=counter_seed(self.seed, 'shards', self.epoch, self.start),
+        )
+        # What it would ask the process group and torch's global generator for.
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        reader.worker_info = info or 'none'
+        reader.dist_num_replicas, reader.num_workers = self.world, workers
+        reader.global_num_workers, reader.global_worker_id = self.world * workers, self.rank * workers + worker
+        reader.worker_seed = counter_seed(self.seed, 'window', *counter)
+        return reader
+
+    def list_bad(self, sum_over_ranks: Callable, again: bool = False) -> list[str]:
+        """Nothing: the reader has warned of each already."""
+        return []
+
+
+def _seed_augmentation(number: int) -> None:
+    """Starts the global generators that timm and torchvision augment with."""
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.default_generator.manual_seed(number)
+
+
 def fingerprint(dataset: Dataset, num_classes: int) -> dict:
     """What tells a training set from another, wherever it lies: number of images, of classes, and a sum of names."""
     names = '\n'.join(map(str, getattr(dataset, 'classes', ())))
-    return {'images': len(dataset), 'classes': num_classes, 'names': zlib.crc32(names.encode())}
+    return {'images': count_images(dataset), 'classes': num_classes, 'names': zlib.crc32(names.encode())}
+
+
+def count_images(dataset: Dataset) -> int:
+    """Of the whole split."""
+    return dataset.images if isinstance(dataset, StreamDataset) else len(dataset)

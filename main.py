@@ -33,7 +33,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, ParseKwargs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import checkpoints
 import datasets
@@ -52,7 +52,7 @@ FREE = (
     'output_dir', 'resume', 'eval', 'eval_ema', 'eval_teacher', 'start_epoch', 'data_path', 'num_workers',
     'pin_mem', 'device', 'dist_url', 'dist_eval', 'print_freq', 'keep', 'save_interval_steps', 'save_interval_minutes',
     'distributed', 'local_rank', 'world_size', 'cooldown_epochs', 'patience_epochs', 'resplit', 'log_grad_share',
-    'list_blocks',
+    'list_blocks', 'num_classes',
 )  # fmt: skip
 
 # Flags ----------------------------------------------------------------------------------------------------------------
@@ -126,6 +126,16 @@ def _block_id(text: str) -> int | str:
     if text != 'auto' and not re.fullmatch(r'-?\d+', text):
         raise argparse.ArgumentTypeError(f'{text} is neither a whole number nor auto')
     return text if text == 'auto' else int(text)
+
+
+def _data_set(text: str) -> str:
+    if text.startswith('hfds/'):
+        raise argparse.ArgumentTypeError(
+            f'{text}: timm reads it by a package named datasets, as a file of this program is; convert it to wds/'
+        )
+    if text not in datasets.DATA_SETS and not text.startswith(datasets.STREAM):
+        raise argparse.ArgumentTypeError(f'{text} is none of {", ".join(datasets.DATA_SETS)}, {datasets.STREAM}…')
+    return text
 
 
 def _non_finite(text: str) -> str:
@@ -251,8 +261,11 @@ def _add_augmentation_flags(parser: Parser) -> None:
 
 def _add_data_flags(parser: Parser) -> None:
     add = parser.add_argument_group('data').add_argument
-    add('--data-set', default='IMNET', choices=tuple(datasets.DATA_SETS), help='FOLDER: any tree of class folders')
-    add('--data-path', default='', help='folder that holds train/ and val/, or the files of CIFAR or iNaturalist')
+    add('--data-set', type=_data_set, default='IMNET', metavar='{' + ','.join(datasets.DATA_SETS) + ',wds/…}',
+        help='FOLDER: any tree of class folders; TAR: train.tar and val.tar, or folders of tars, of class folders; '
+        'wds/…: WebDataset shards, in a folder of that name in --data-path, or wds/ in it itself')  # fmt: skip
+    add('--data-path', default='', help='folder that holds train/ and val/, or the files of the other sets')
+    add('--num-classes', type=COUNT, help='classes of --data-set wds/…; the others tell it')
     add('--inat-category', default='name', choices=datasets.INAT_CATEGORIES, help='level that is the class')
     add('--num_workers', '--num-workers', type=WHOLE, default=10, help='loader processes per rank')
     add('--bad-images', default='stop', choices=('stop', 'skip'), help='images that cannot be decoded; skip: train on '
@@ -350,6 +363,10 @@ def _has_weights(args: argparse.Namespace) -> bool:
 def _check_recipe(args: argparse.Namespace) -> None:
     if args.data_set != 'FAKE' and not args.data_path:
         raise UsageError(f"--data-path '': --data-set {args.data_set} needs the folder it lies in")
+    if _streams(args):
+        _check_stream(args)
+    elif args.num_classes is not None:
+        raise UsageError(f'--num-classes {args.num_classes}: --data-set {args.data_set} tells it by itself')
     if not re.fullmatch(r'cpu|cuda(:\d+)?', args.device):
         raise UsageError(f'--device {args.device}: must be cpu, cuda or cuda:N')
     sides = [int(args.input_size * side) for side in args.cutmix_minmax or (0, 1)]
@@ -363,6 +380,22 @@ def _check_recipe(args: argparse.Namespace) -> None:
         )
     if args.lr_noise is not None and len(args.lr_noise) > 2:
         raise UsageError(f'--lr-noise {_words(args.lr_noise)}: one or two numbers are needed')
+
+
+def _check_stream(args: argparse.Namespace) -> None:
+    if args.num_classes is None:
+        raise UsageError(f'--data-set {args.data_set}: shards do not tell how many classes there are, --num-classes')
+    if args.repeated_aug == 'always' and not args.eval:
+        raise UsageError(f'--repeated-aug: a stream, --data-set {args.data_set}, cannot repeat images')
+    if args.bad_images == 'stop':
+        raise UsageError(
+            f"--bad-images stop: timm's reader of --data-set {args.data_set} leaves out, with a warning, images that "
+            'cannot be decoded; say so by --bad-images skip'
+        )
+
+
+def _streams(args: argparse.Namespace) -> bool:
+    return args.data_set.startswith(datasets.STREAM)
 
 
 def _mixes(args: argparse.Namespace) -> bool:
@@ -510,18 +543,24 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     )
 
 
-def _open_split(args: argparse.Namespace, train: bool, transform: Callable) -> datasets.CheckedDataset:
+def _open_split(args: argparse.Namespace, train: bool, transform: Callable) -> Dataset:
+    """Training or validation images; of a stream this rank's share of the latter."""
     skip_bad = args.bad_images == 'skip'
     with blame('--data-path', args.data_path):
-        dataset, _ = datasets.build_dataset(
-            args.data_set,
-            args.data_path,
-            train,
-            transform,
-            input_size=args.input_size,
-            inat_category=args.inat_category,
-        )
-    dataset = TrainDataset(dataset, skip_bad, args.seed) if train else EvalDataset(dataset, skip_bad)
+        if _streams(args):
+            dataset = _open_stream(args, train, transform)
+        else:
+            dataset, _ = datasets.build_dataset(
+                args.data_set,
+                args.data_path,
+                train,
+                transform,
+                input_size=args.input_size,
+                inat_category=args.inat_category,
+            )
+            dataset = TrainDataset(dataset, skip_bad, args.seed) if train else EvalDataset(dataset, skip_bad)
+    if _streams(args) and not dataset.shards.names:  # a rank without validation shards
+        return dataset
     shape = tuple(dataset.first()[0].shape[1:])
     if shape != (args.input_size, args.input_size):
         raise UsageError(
@@ -531,12 +570,37 @@ def _open_split(args: argparse.Namespace, train: bool, transform: Callable) -> d
     return dataset
 
 
+def check_shards(args: argparse.Namespace) -> None:
+    """Refuses, before any work, a stream of fewer training shards than there are to read them."""
+    world, readers = utils.get_world_size(), max(1, args.num_workers)
+    with blame('--data-path', args.data_path):
+        shards = len(datasets.find_shards(_stream_root(args), train=not args.eval).names)
+    if not args.eval and shards < world * readers:
+        raise UsageError(
+            f'--num_workers {args.num_workers}: {world} × {readers} loader processes want a shard each, '
+            f'--data-path {args.data_path} has {_count(shards, "shard")} for training'
+        )
+
+
+def _stream_root(args: argparse.Namespace) -> Path:
+    return Path(args.data_path) / args.data_set.removeprefix(datasets.STREAM)
+
+
+def _open_stream(args: argparse.Namespace, train: bool, transform: Callable) -> datasets.StreamDataset:
+    shards, rank, world = datasets.find_shards(_stream_root(args), train), utils.get_rank(), utils.get_world_size()
+    if not train:
+        shards, rank, world = shards.share(rank, world) if args.dist_eval else shards, 0, 1
+    parts = (args.num_classes, args.batch_size, args.num_workers, args.seed, rank, world)
+    return datasets.StreamDataset(shards, train, transform, *parts)
+
+
 def _loader_options(args: argparse.Namespace, device: torch.device) -> dict:
     return {
         'batch_size': args.batch_size,
         'num_workers': args.num_workers,
         'pin_memory': args.pin_mem and device.type == 'cuda',
-        'persistent_workers': args.num_workers > 0,
+        # Those of a stream begin anew, and hear of the epoch then.
+        'persistent_workers': args.num_workers > 0 and not _streams(args),
     }
 
 
@@ -562,6 +626,8 @@ def build_train_loader(
 ) -> DataLoader:
     """Augmented training images, this rank's share, whole batches only."""
     dataset = _open_split(args, True, build_train_transform(args, stats))
+    if _streams(args):
+        return DataLoader(dataset, drop_last=True, **_loader_options(args, device))
     world, shuffle_seed = utils.get_world_size(), utils.counter_seed(args.seed, 'shuffle')
     sampler = build_train_sampler(dataset, world, utils.get_rank(), repeated_aug, shuffle_seed)
     loader = DataLoader(dataset, sampler=sampler, drop_last=True, **_loader_options(args, device))
@@ -576,6 +642,8 @@ def build_train_loader(
 def build_val_loader(args: argparse.Namespace, device: torch.device, stats: tuple[tuple, tuple]) -> DataLoader:
     """This rank's share of the validation images, without padding; all of them with --no-dist-eval."""
     dataset = _open_split(args, False, datasets.build_eval_transform(args.input_size, *stats))
+    if _streams(args):
+        return DataLoader(dataset, **_loader_options(args, device))
     rank, world = (utils.get_rank(), utils.get_world_size()) if args.dist_eval else (0, 1)
     return DataLoader(dataset, sampler=range(rank, len(dataset), world), **_loader_options(args, device))
 
@@ -585,6 +653,8 @@ def choose_order(args: argparse.Namespace, checkpoint: dict) -> bool:
 
     A run keeps the order it began with, whatever the number of ranks, unless a flag is typed.
     """
+    if _streams(args):
+        return False
     typed = {'always': True, False: False}.get(args.repeated_aug)
     begun = checkpoint.get('repeated_aug')
     if typed is None:
@@ -798,9 +868,12 @@ def describe_training(
     args: argparse.Namespace, train: DataLoader, val: DataLoader, criterion: nn.Module, repeated_aug: bool
 ) -> None:
     """What is trained on and what on, and what may surprise."""
-    world, images = utils.get_world_size(), len(train.dataset)
-    say(f'images      {images:,} for training, {len(val.dataset):,} for validation, {len(train):,} steps an epoch')
-    if repeated_aug:
+    world, images = utils.get_world_size(), datasets.count_images(train.dataset)
+    validation = datasets.count_images(val.dataset)
+    say(f'images      {images:,} for training, {validation:,} for validation, {len(train):,} steps an epoch')
+    if _streams(args):
+        say('sampler     a stream: shards in an order of (seed, epoch), shuffled within a window')
+    elif repeated_aug:
         distinct = distinct_images(args.batch_size, world)
         say(f"sampler     repeated augmentation: {distinct} distinct images in a rank's batch of {args.batch_size}")
     else:
@@ -870,7 +943,11 @@ class Parts:
 def run(args: argparse.Namespace, device: torch.device, signals: utils.Signals) -> None:
     """Builds the parts, in the order that finds faults before work is done, and evaluates or trains."""
     with blame('--data-path', args.data_path):
-        num_classes = datasets.count_classes(args.data_set, args.data_path, args.inat_category)
+        num_classes = args.num_classes or utils.first_rank_first(
+            lambda: datasets.count_classes(args.data_set, args.data_path, args.inat_category)
+        )
+    if _streams(args):
+        check_shards(args)
     describe_run(args, device, num_classes)
     taught = args.distillation_type != 'none' and not args.eval
     torch.manual_seed(args.seed)
@@ -896,7 +973,7 @@ def run(args: argparse.Namespace, device: torch.device, signals: utils.Signals) 
     folder = prepare_output(args, checkpoint, own) if not args.eval else None
 
     val_loader = build_val_loader(args, device, stats)
-    found = len(getattr(val_loader.dataset.dataset, 'classes', range(num_classes)))
+    found = len(getattr(getattr(val_loader.dataset, 'dataset', None), 'classes', range(num_classes)))
     if found != num_classes:
         say(f'warning: --data-path {args.data_path} has {found} class folders; the head keeps {num_classes} classes')
     agreement = utils.Agreement(signals)
@@ -952,7 +1029,8 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
     criterion = build_criterion(args)
     describe_training(args, train_loader, parts.val_loader, criterion, repeated_aug)
     state = build_state(args, parts.student.model)
-    state.data = datasets.fingerprint(train_loader.dataset.dataset, parts.num_classes)
+    images = train_loader.dataset if _streams(args) else train_loader.dataset.dataset
+    state.data = datasets.fingerprint(images, parts.num_classes)
     state.repeated_aug = repeated_aug
     check_same_data(args, state, checkpoint)
     resume(args, state, checkpoint, len(train_loader))
@@ -985,7 +1063,13 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
     start = time.monotonic()
     keeper.settle()
     for epoch in range(state.epoch + 1, args.epochs):
-        train_loader.sampler.set_epoch(epoch, state.position)
+        order = train_loader.dataset if _streams(args) else train_loader.sampler
+        order.set_epoch(epoch, state.position)
+        if _streams(args) and state.position:
+            say(
+                'note        a stream cannot be entered in its midst: the epoch goes on with shards in another order, '
+                'and images may come twice or not at all'
+            )
         progress = {'epoch': epoch, 'step': state.step, 'done': state.position // global_batch}
         models_and_loss = (wrapped, parts.teacher, criterion)
         stats = train_one_epoch(

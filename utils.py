@@ -143,6 +143,17 @@ def gather_objects(value: object) -> list:
     return gathered
 
 
+def first_rank_first(call: Callable[[], object]) -> object:
+    """What `call` returns, on the first rank before the others: it may leave an index on the disk for these."""
+    if get_rank() > 0:
+        gather_objects(None)
+    try:
+        return call()
+    finally:
+        if get_rank() == 0:
+            gather_objects(None)
+
+
 # Stopping together ----------------------------------------------------------------------------------------------------
 
 

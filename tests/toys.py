@@ -1,6 +1,8 @@
 """Toy runs of main.py: flags, weights files, trees of images. Shared by the tests that run more than one module."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import timm
@@ -78,6 +80,19 @@ def write_images(folder: Path, counts: list[int], size: int) -> None:
             colour = tuple(number * step % 256 for step in (97, 61, 151))
             Image.new('RGB', (size, size), colour).save(folder / f'c{i}' / f'{j}.png')
             number += 1
+
+
+def write_shard(path: Path, numbers: range, classes: int, size: int) -> None:
+    """A shard of WebDataset: image n is of one colour of its own and of class n modulo their number."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, 'w') as tar:
+        for n in numbers:
+            image = io.BytesIO()
+            Image.new('RGB', (size, size), tuple(n * step % 256 for step in (97, 61, 151))).save(image, 'png')
+            for ending, data in (('png', image.getvalue()), ('cls', str(n % classes).encode())):
+                member = tarfile.TarInfo(f'{n:04d}.{ending}')
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
 
 
 def log_rows(folder: Path) -> list[dict]:
