@@ -4,7 +4,7 @@ Letters: B images, N patch tokens, D channels, C classes.
 """
 
 from models.blocks import Block, list_blocks
-from models.grids import ALIGNMENTS, meet, words
+from models.grids import ALIGNMENTS, meet, resample, words
 from models.tap import Output, Prepare, TappedModel, freeze, pair_ids, tap
 from models.weights import adapt, build, has_source, load_weights, match_head, named_weights, normalisation
 
@@ -25,6 +25,7 @@ __all__ = [
     'named_weights',
     'normalisation',
     'pair_ids',
+    'resample',
     'tap',
     'words',
 ]

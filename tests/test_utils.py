@@ -113,6 +113,25 @@ def test_meters_come_back_to_the_bit_and_count_on():
     assert empty.total is None
 
 
+@pytest.mark.parametrize(('rank', 'order'), [(0, ['call', 'meet']), (1, ['meet', 'call'])])
+@pytest.mark.parametrize('fails', [False, True])
+def test_the_first_rank_goes_first_and_keeps_nobody_waiting_when_it_fails(monkeypatch, rank, order, fails):
+    done = []
+    ranks(monkeypatch, 2, rank)
+    monkeypatch.setattr(utils, 'gather_objects', lambda value: done.append('meet'))
+
+    def call():
+        done.append('call')
+        return 1 / (0 if fails else 1)
+
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            utils.first_rank_first(call)
+    else:
+        assert utils.first_rank_first(call) == 1
+    assert done == order
+
+
 @pytest.mark.parametrize('saved_by', [1, 2, 3])
 @pytest.mark.parametrize('world', [1, 2, 3])
 def test_meters_of_some_ranks_go_on_among_others_with_the_same_sums(monkeypatch, saved_by, world):

@@ -1,0 +1,200 @@
+"""Every student with every teacher, really run: writes docs/compatibility.md.
+
+    python -m tools.compatibility                 all of STUDENTS and TEACHERS, some minutes on two cores
+    python -m tools.compatibility --only swin     those whose names contain a word, printed only
+
+Random weights, two images of noise, blocks paired as `--s-id auto --t-id auto` does, grids met by pooling. Each model
+runs forward once; its tokens serve all partners. A pair passes if all relation terms are finite and their gradient
+reaches the student's first block. For each model is shown, too, that a change in one place of the image shows most at
+that place of its tokens.
+"""
+
+import argparse
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import models
+from losses import ManifoldDistillationLoss
+
+IMAGES, K = 2, 192
+PAGE = Path(__file__).parent.parent / 'docs' / 'compatibility.md'
+
+STUDENTS = (
+    'deit_tiny_patch16_224 deit_tiny_distilled_patch16_224 vit_tiny_patch16_224 deit3_small_patch16_224 '
+    'vit_xsmall_patch16_clip_224 eva02_tiny_patch14_224 xcit_nano_12_p16_224 cait_xxs24_224 convit_tiny pit_ti_224 '
+    'tnt_s_patch16_224 swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 focalnet_tiny_srf '
+    'davit_tiny gcvit_xxtiny pvt_v2_b0 twins_svt_small hiera_tiny_224 mvitv2_tiny nest_tiny coat_lite_tiny '
+    'levit_128s maxvit_pico_rw_256 coatnet_nano_rw_224 caformer_s18 poolformer_s12 mobilevit_xxs mobilevitv2_050 '
+    'tiny_vit_5m_224 efficientformer_l1 efficientformerv2_s0 efficientvit_b0 efficientvit_m0 fastvit_t8 '
+    'edgenext_xx_small repvit_m0_9 swiftformer_xs convnext_atto convnextv2_atto mambaout_femto inception_next_atto '
+    'starnet_s1 shvit_s1 mobilenetv3_small_100 mobilenetv4_conv_small ghostnet_100 efficientnet_b0 resnet18 '
+    'regnetx_002 mixer_s32_224 sequencer2d_s nextvit_small visformer_tiny iformer_t densenet121'
+).split()
+TEACHERS = (
+    'cait_s24_224 cait_xxs36_224 deit_small_patch16_224 deit_base_distilled_patch16_224 deit3_base_patch16_224 '
+    'vit_base_patch16_224 vit_small_patch16_384 vit_base_patch32_224 vit_small_patch14_dinov2 '
+    'vit_small_patch14_reg4_dinov2 vit_small_patch16_dinov3 vit_base_patch16_dinov3 convnext_tiny '
+    'vit_base_patch16_siglip_224 vit_base_patch16_siglip_gap_224 vit_base_patch16_clip_224 '
+    'eva02_small_patch14_224 eva02_base_patch14_224 beit_base_patch16_224 beitv2_base_patch16_224 xcit_small_12_p8_224 '
+    'samvit_base_patch16 flexivit_small swin_small_patch4_window7_224 swin_base_patch4_window12_384 '
+    'swinv2_small_window8_256 focalnet_small_srf davit_small pvt_v2_b3 twins_pcpvt_base hiera_small_224 '
+    'hiera_base_224 mvitv2_small nest_small volo_d1_224 crossvit_small_240 maxvit_tiny_rw_224 coatnet_1_rw_224 '
+    'caformer_s36 tiny_vit_21m_224 efficientformer_l7 convnextv2_tiny inception_next_small mambaout_tiny '
+    'resnet50 regnety_032 efficientnet_b4 vit_base_r26_s32_224 vitamin_small_224 naflexvit_base_patch16_siglip '
+    'inception_v3'
+).split()
+
+
+@dataclass
+class Side:
+    """A model that has run: its tokens and grids by block, and how to reach its first block."""
+
+    name: str
+    parameters: int
+    size: int
+    tokens: list[Tensor]
+    blocks: list[models.Block]
+    first: list[Tensor] | None = None
+
+    def of(self, ids: list[int]) -> list[tuple[Tensor, tuple[int, int]]]:
+        return [(self.tokens[i], self.blocks[i].grid) for i in ids]
+
+
+def run_model(name: str, student: bool) -> Side:
+    """Forward, once as it is and, for the place of the tokens, once with one place of the images changed."""
+    torch.manual_seed(0)
+    size = min(timm.get_pretrained_cfg(name).input_size[1], 384)
+    size = size if size % 32 == 0 or size == 224 else 224
+    model = models.build(name, None, size)
+    for key, parameter in model.named_parameters():  # layer scales of 1e-5: all blocks would put out the same
+        if 'gamma' in key or 'layer_scale' in key:
+            nn.init.constant_(parameter, 0.5)
+    blocks = models.list_blocks(model, size)
+    tapped = models.tap(model.eval().requires_grad_(student), range(len(blocks)), size)
+    images = torch.randn(IMAGES, 3, size, size)
+    with torch.set_grad_enabled(student):
+        tokens = tapped(images).tokens
+    check_place(tapped, tokens, images)
+    first = list(model.get_submodule(blocks[0].path).parameters()) if student else None
+    return Side(name, sum(p.numel() for p in model.parameters()), size, list(tokens), blocks, first)
+
+
+@torch.no_grad()
+def check_place(tapped: models.TappedModel, tokens: tuple[Tensor, ...], images: Tensor) -> None:
+    """Raises ValueError if a change of the images near the right edge shows elsewhere in the first block's tokens."""
+    size = images.shape[-1]
+    top, left = size // 8, 5 * size // 8
+    changed = images.clone()
+    changed[..., top : top + size // 8, left : left + size // 8] += 5
+    difference = tapped(changed).tokens[0] - tokens[0]
+    h, w = tapped.grids[0]
+    row, column = divmod(int(difference.square().sum(dim=(0, 2)).argmax()), w)
+    if max(abs((row + 0.5) / h - 3 / 16), abs((column + 0.5) / w - 11 / 16)) > 1 / 16 + 1 / h:
+        raise ValueError(f'tokens are not in the order of the image: {row},{column} of {h}×{w}')
+
+
+def run_pair(student: Side, teacher: Side) -> None:
+    """Loss and backward; raises ValueError with what is wrong."""
+    ids = models.pair_ids(len(student.blocks), len(teacher.blocks))
+    ours, theirs = [], []
+    for (s, s_grid), (t, t_grid) in zip(student.of(ids[0]), teacher.of(ids[1]), strict=True):
+        met = models.meet(s_grid, t_grid, 'pool', K)
+        ours.append(models.resample(s, s_grid, met[0], 'pool'))
+        theirs.append(models.resample(t, t_grid, met[1], 'pool'))
+    logits = torch.zeros(IMAGES, 2, requires_grad=True)
+    criterion = ManifoldDistillationLoss(nn.CrossEntropyLoss(), 'soft', alpha=0, w_full=1, K=K)
+    generator = torch.Generator().manual_seed(0)
+    found = criterion((logits, logits, ours), (None, None, theirs), torch.zeros(IMAGES, dtype=torch.long), generator)
+    found.pop('base')
+    if not all(torch.isfinite(value) for value in found.values()):
+        raise ValueError('a term is not finite')
+    gradients = torch.autograd.grad(sum(found.values()), student.first, retain_graph=True, allow_unused=True)
+    gradients = [gradient for gradient in gradients if gradient is not None]
+    if not all(torch.isfinite(gradient).all() for gradient in gradients) or not any(map(torch.any, gradients)):
+        raise ValueError('no gradient reaches the first block')
+
+
+def run_all(names: list[str], student: bool, partners: list[Side], failed: dict[str, str]) -> list[Side]:
+    """Models of one side that run; with partners, the students, each against all of these, and is let go of then."""
+    sides = []
+    for name in names:
+        try:
+            side = run_model(name, student)
+            wrong = {}
+            for partner in partners:
+                try:
+                    run_pair(side, partner)
+                except ValueError as error:
+                    wrong[partner.name] = str(error)
+            if wrong:
+                raise ValueError(f'with {len(wrong)} of {len(partners)} teachers, {next(iter(wrong.items()))}')
+        except ValueError as error:
+            failed[name] = str(error)
+            print(f'{name}: {error}', flush=True)
+            continue
+        if student:  # its graph is large, and nobody asks for it any more
+            side.tokens, side.first = [], None
+        sides.append(side)
+        print(f'{name}: {len(side.blocks)} blocks', flush=True)
+    return sides
+
+
+def table(sides: list[Side], failed: dict[str, str], names: list[str]) -> str:
+    rows = ['| model | parameters | pixels | blocks | grids of patches | width |', '|---|---|---|---|---|---|']
+    done = {side.name: side for side in sides}
+    for name in names:
+        if name not in done:
+            rows.append(f'| `{name}` | | | | **fails:** {failed[name].split(" (blocks.")[0]} | |')
+            continue
+        side = done[name]
+        grids = dict.fromkeys(models.words(block.grid) for block in side.blocks)
+        widths = [block.width for block in side.blocks]
+        span = str(widths[0]) if len(set(widths)) == 1 else f'{min(widths)}–{max(widths)}'
+        millions = f'{side.parameters / 1e6:.1f} M'
+        rows.append(f'| `{name}` | {millions} | {side.size} | {len(side.blocks)} | {", ".join(grids)} | {span} |')
+    return '\n'.join(rows)
+
+
+def page(students: list[Side], teachers: list[Side], failed: dict[str, str], seconds: float) -> str:
+    pairs = len(students) * len(teachers)
+    versions = f'torch {torch.__version__.split("+")[0]}, timm {timm.__version__}, {platform.machine()}'
+    return f"""# Which models go together
+
+Written by `python -m tools.compatibility`, which really runs them: random weights, two images, blocks paired by
+`--s-id auto --t-id auto`, grids met by `--token-align pool`. Every student below was run with every teacher below,
+**{len(students)} × {len(teachers)} = {pairs:,} pairs**: all relation terms are finite, and their gradient reaches the
+student's first block. Each model's tokens were found to lie where the image has them. It says nothing of what a pair
+learns.
+
+{versions}, {torch.get_num_threads()} threads, {seconds / 60:.0f} minutes.
+
+## Students
+
+{table(students, failed, STUDENTS)}
+
+## Teachers
+
+{table(teachers, failed, TEACHERS)}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', default='', help='models whose names contain this; the page is not written')
+    only = parser.parse_args().only
+    start, failed = time.monotonic(), {}
+    teachers = run_all([name for name in TEACHERS if only in name], False, [], failed)
+    students = run_all([name for name in STUDENTS if only in name], True, teachers, failed)
+    print(f'{len(students)} × {len(teachers)} pairs, {len(failed)} models fail, {time.monotonic() - start:.0f} s')
+    if not only:
+        PAGE.write_text(page(students, teachers, failed, time.monotonic() - start))
+
+
+if __name__ == '__main__':
+    main()
