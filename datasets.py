@@ -155,7 +155,8 @@ class TarDataset(Dataset):
 @lru_cache  # both splits and the size of the head ask for it, and a large tar is read from end to end
 def _tar_index(place: Path) -> ReaderImageInTar:
     try:
-        return ReaderImageInTar(str(place))
+        # Its cache of a large index is a pickle, and not told from that of other tars.
+        return ReaderImageInTar(str(place), cache_tarinfo=False)
     except (AssertionError, ValueError, tarfile.TarError) as error:
         raise ValueError(f'{place} is no tar of images, and no folder of such: {error}') from error
 
@@ -474,19 +475,16 @@ _INFO = ('_info.json', 'info.json')
 
 @dataclass(frozen=True)
 class Shards:
-    """The tars of a split, relative to their root, and how many images are in each."""
+    """The tars of a split, relative to their root, how many images are in each, and in the whole split."""
 
     root: Path
     names: tuple[str, ...]
     lengths: tuple[int, ...]
+    images: int
 
     def share(self, rank: int, world: int) -> 'Shards':
         """Every world-th of them, from rank on."""
-        return Shards(self.root, self.names[rank::world], self.lengths[rank::world])
-
-    @property
-    def images(self) -> int:
-        return sum(self.lengths)
+        return Shards(self.root, self.names[rank::world], self.lengths[rank::world], self.images)
 
 
 @lru_cache  # without `_info.json` all shards are gone through
@@ -503,12 +501,17 @@ def find_shards(root: Path, train: bool) -> Shards:
             found = [splits[name] for name in (('train',) if train else ('validation', 'val')) if name in splits]
             if not found:
                 raise ValueError(f'{path} has no split {"train" if train else "validation"}')
-            return Shards(root, tuple(found[0]['filenames']), tuple(found[0]['shard_lengths']))
+            names, lengths = found[0]['filenames'], found[0]['shard_lengths']
+            missing = [name for name in names if not (root / name).exists()]  # the reader would pass over them
+            if missing:
+                raise ValueError(f'{len(missing)} of {len(names)} shards in {path} are not there: {missing[0]} …')
+            return Shards(root, tuple(names), tuple(lengths), sum(lengths))
     word = 'train' if train else 'val'
     paths = sorted([*root.glob(f'*{word}*.tar'), *root.glob(f'{word}/*.tar')])
     if not paths:
         raise ValueError(f'{root} has no _info.json, no *{word}*.tar and no {word}/*.tar')
-    return Shards(root, tuple(str(path.relative_to(root)) for path in paths), tuple(map(_count_images, paths)))
+    lengths = tuple(map(_count_images, paths))
+    return Shards(root, tuple(str(path.relative_to(root)) for path in paths), lengths, sum(lengths))
 
 
 def _count_images(path: Path) -> int:
@@ -521,11 +524,12 @@ def _count_images(path: Path) -> int:
 
 
 class StreamDataset(IterableDataset):
-    """A split of WebDataset shards, members `.jpg` (or `.png`, `.webp`) and `.cls`, through timm's reader.
+    """A split of WebDataset shards, by timm's reader: `.jpg`, `.jpeg`, `.png` or `.webp` with a number in `.cls`.
 
-    In training all ranks take equally many images: a shard that is read sooner than others begins again. The order of
-    the shards is a function of (seed, epoch), that within a window of 8192 images of the loader process too. Evaluation
-    has each image of its shards once. Images that cannot be decoded are left out, with a warning on stderr.
+    In training all loader processes take equally many images, in whole batches: one with fewer in its shards begins
+    them again, one with more leaves some out. The order of the shards is a function of (seed, epoch), that within a
+    window of 8192 images of the loader process too. Evaluation has each image of its shards once. Images that cannot be
+    decoded are left out, with a warning on stderr.
 
     Args:
         shards: all of the split in training, this rank's share in evaluation.
@@ -568,7 +572,7 @@ class StreamDataset(IterableDataset):
     def __len__(self) -> int:
         """Images this rank takes; in evaluation as many as there are at most, counted in batches."""
         if not self.train:
-            return self.shards.images + self.workers * self.batch_size
+            return sum(self.shards.lengths) + self.workers * self.batch_size
         return self.workers * self._of_a_worker()
 
     def _of_a_worker(self) -> int:
@@ -589,7 +593,10 @@ class StreamDataset(IterableDataset):
         i = -1
         for i, (image, target) in enumerate(self._reader(info, counter) if self.shards.names else ()):
             if not 0 <= target < self.num_classes:
-                raise BadImageError(f'{self.shards.root}: an image is of class {target}, of {self.num_classes}')
+                raise BadImageError(
+                    f'{self.shards.root}: an image is of class {target}, --num-classes {self.num_classes} are 0 to '
+                    f'{self.num_classes - 1}'
+                )
             if self.train:
                 _seed_augmentation(counter_seed(self.seed, 'augment', *counter, i))
                 yield self.transform(image), target, worker + workers * i
@@ -607,6 +614,7 @@ class StreamDataset(IterableDataset):
             split=f'{"::".join(self.shards.names)}|{self.shards.images - self.start}',
             is_training=self.train,
             batch_size=self.batch_size,
+            input_key='jpg;jpeg;png;webp',
             seed=counter_seed(self.seed, 'shards', self.epoch, self.start),
         )
         # What it would ask the process group and torch's global generator for.

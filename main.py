@@ -192,7 +192,8 @@ def _add_method_flags(parser: Parser) -> None:
 
 def _add_model_flags(parser: Parser) -> None:
     add = parser.add_argument_group('models').add_argument
-    add('--model', default='deit_base_patch16_224', help="student, one of timm's models, hf-hub:… or local-dir:…")
+    add('--model', default='deit_base_patch16_224', help="student, one of timm's models, or that of hf-hub:… or "
+        'local-dir:…, with fresh weights or those of --finetune')  # fmt: skip
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='its arguments')
     add('--list-blocks', action='store_true', help='print the blocks of --model, their grids and widths, and stop')
     add('--teacher-model', default='cait_s24_224', help="teacher, one of timm's models, or hf-hub:… or local-dir:… "
@@ -422,7 +423,10 @@ def build_student(args: argparse.Namespace, num_classes: int) -> nn.Module:
             # A fresh head is something to train, not to evaluate.
             state, changes = models.adapt(student, weights, replace_heads=not args.eval)
             models.load_weights(student, state)
+            stats, theirs = models.normalisation(student), models.normalisation(student, args.finetune)
         say(f'finetune    {args.finetune}' + ''.join(f'; {change}' for change in changes))
+        if stats != theirs:
+            say(f"warning: --finetune {args.finetune}: its images had another mean and deviation than --model's have")
     return student
 
 
@@ -470,7 +474,9 @@ def tap_teacher(
     block_ids, size = (args.t_id or []) if taught else [], args.teacher_input_size
     with blame('--t-id', f'{_words(block_ids)} with --teacher-model {args.teacher_model}'):
         tapped = models.tap(teacher, block_ids, size or args.input_size)
-    prepare = models.Prepare(ours, models.normalisation(teacher), size)
+    with blame('--teacher-path', args.teacher_path):
+        theirs = models.normalisation(teacher, args.teacher_path)
+    prepare = models.Prepare(ours, theirs, size)
     return models.freeze(tapped, prepare, with_logits=args.distillation_alpha > 0)
 
 
@@ -571,14 +577,18 @@ def _open_split(args: argparse.Namespace, train: bool, transform: Callable) -> D
 
 
 def check_shards(args: argparse.Namespace) -> None:
-    """Refuses, before any work, a stream of fewer training shards than there are to read them."""
+    """Refuses, before any work, a stream of fewer training shards or images than there is use for."""
     world, readers = utils.get_world_size(), max(1, args.num_workers)
     with blame('--data-path', args.data_path):
-        shards = len(datasets.find_shards(_stream_root(args), train=not args.eval).names)
-    if not args.eval and shards < world * readers:
+        shards = datasets.find_shards(_stream_root(args), train=not args.eval)
+    if not args.eval and len(shards.names) < world * readers:
         raise UsageError(
             f'--num_workers {args.num_workers}: {world} × {readers} loader processes want a shard each, '
-            f'--data-path {args.data_path} has {_count(shards, "shard")} for training'
+            f'--data-path {args.data_path} has {_count(len(shards.names), "shard")} for training'
+        )
+    if not args.eval and shards.images < world * args.batch_size:
+        raise UsageError(
+            f'--batch-size {args.batch_size}: the {shards.images} images do not fill a batch on {_count(world, "rank")}'
         )
 
 
@@ -895,11 +905,15 @@ def warn_of_idle_flags(args: argparse.Namespace) -> None:
     """Says which flags of the method were typed in vain."""
     relations = ('w_sample', 'w_patch', 'w_rand', 'K', 'w_full', 'relations', 'relation_scale', 'distillation_beta')
     taught = args.distillation_type != 'none'
-    names = relations if taught else ('s_id', *relations, 'distillation_alpha', 'distillation_tau')
+    relations += ('token_align', 'max_patches')
+    others = ('distillation_alpha', 'distillation_tau', 'teacher_path', 'teacher_input_size')
+    names = relations if taught else ('s_id', *relations, *(others if not args.eval_teacher else others[:2]))
     defaults = get_args_parser()
     typed = [_flag(name) for name in names if getattr(args, name) != defaults.get_default(name)]
     if typed and not (taught and args.s_id):
         say(f'warning: {", ".join(typed)}: no effect without {"--s-id and --t-id" if taught else "a teacher"}')
+    elif '--max-patches' in typed and args.token_align != 'merge':
+        say(f'warning: --max-patches {args.max_patches}: no effect without --token-align merge')
     elif args.relations == 'global' and not (args.w_sample or args.w_rand or args.w_full):
         say('warning: --relations global: no effect, for patch relations do not cross images')
 
@@ -1015,6 +1029,9 @@ def measure(
     stats = evaluate(model, loader, device, _amp_dtype(args, device), poll)
     if not stats['images']:
         raise datasets.BadImageError(f'{args.data_path}: no validation image can be read')
+    expected = datasets.count_images(loader.dataset)
+    if _streams(args) and stats['images'] < expected * (1 if args.dist_eval else utils.get_world_size()):
+        say(f'warning: --data-path {args.data_path}: not all of the {expected} validation images can be read')
     say(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
     images = stats['images'] // (1 if args.dist_eval else utils.get_world_size())
     say(f'Accuracy of the {what} on the {images} test images: {stats["acc1"]:.1f}%')
@@ -1173,8 +1190,9 @@ def _start(argv: list[str] | None, signals: utils.Signals) -> None:
 
 def _stop(reason: object, code: int) -> NoReturn:
     if str(reason):
-        # The last line is the reason; what a loader process raised has its traceback before it.
-        print(f'main.py: error: {str(reason).strip().splitlines()[-1]}', file=sys.stderr, flush=True)
+        # The last line is the reason; what a loader process raised has its traceback before it, and its class.
+        line = re.sub(r'^[\w.]+Error: ', '', str(reason).strip().splitlines()[-1])
+        print(f'main.py: error: {line}', file=sys.stderr, flush=True)
     raise SystemExit(code) from None
 
 

@@ -44,7 +44,9 @@ def _unblocked(model: nn.Module, i: int, x: Tensor) -> Tensor:
 FAMILIES = (
     Family('blocks.*', _unrolled, marks=('reroll', 'unroll')),
     Family('levels.*.transformer_encoder.*', _unblocked),
-    Family('blocks.*'),  # ViT, DeiT, CaiT, BEiT, EVA, XCiT, TNT, Mixer; CaiT's class-attention blocks are not counted
+    # ViT, DeiT, CaiT, BEiT, EVA, XCiT, TNT, Mixer. CaiT's class-attention blocks are not counted; of CrossViT's two
+    # branches the first is.
+    Family('blocks.*'),
     Family('encoder.blocks.*'),
     Family('blocks.*.*'),  # Twins, EfficientNet, MobileNet
     Family('layers.*.blocks.*'),  # Swin, FocalNet
@@ -57,7 +59,6 @@ FAMILIES = (
     Family('stage*.*'),
     Family('layer*.*'),  # ResNet
     Family('s*.b*'),  # RegNet
-    Family('features.*'),
 )
 
 
@@ -110,8 +111,7 @@ def find_modules(model: nn.Module) -> tuple[Family, dict[str, nn.Module]]:
         fits = found and all(hasattr(model, mark) for mark in family.marks)
         if fits and not any(type(module) in lists for module in found.values()):
             return family, found
-    known = ', '.join(dict.fromkeys(family.paths for family in FAMILIES))
-    raise ValueError(f'it has no sequence of blocks at a place that is known ({known})')
+    raise ValueError('it has no blocks at a place that is known, such as blocks.* or stages.*.blocks.*')
 
 
 @torch.no_grad()

@@ -1,14 +1,16 @@
 """Building timm models by name and fitting weights of any common layout to them."""
 
 import difflib
+import json
 import math
 import sys
+from pathlib import Path
 
 import timm
 import torch
 from timm.data import resolve_data_config
 from timm.layers import resample_abs_pos_embed
-from timm.models import clean_state_dict
+from timm.models import clean_state_dict, load_model_config_from_hf
 from torch import Tensor, nn
 
 # Where the weights of a checkpoint lie, first match first; a bare state dict has none of these keys.
@@ -50,10 +52,29 @@ def has_source(name: str) -> bool:
     return name.split(':')[0] in ('hf-hub', 'hf_hub', 'local-dir')
 
 
-def normalisation(model: nn.Module) -> tuple[tuple, tuple]:
-    """Mean and standard deviation of the channels of its images, values in 0 … 1, by timm's configuration."""
+def normalisation(model: nn.Module, source: str = '') -> tuple[tuple, tuple]:
+    """Mean and standard deviation of the channels of a model's images, values in 0 … 1, by timm's configuration.
+
+    Args:
+        model: a timm model.
+        source: where its weights come from; the configuration beside those of `hf-hub:OWNER/NAME` or
+            `local-dir:FOLDER` counts.
+
+    Raises:
+        ValueError: the hub does not give it.
+    """
     config = resolve_data_config({}, model=model)
-    return tuple(config['mean']), tuple(config['std'])
+    kind, _, place = source.partition(':')
+    beside = {}
+    try:
+        if kind == 'local-dir' and (Path(place) / 'config.json').exists():
+            beside = json.loads((Path(place) / 'config.json').read_text(encoding='utf-8'))
+            beside = beside.get('pretrained_cfg', beside)
+        elif has_source(source) and kind != 'local-dir':
+            beside = load_model_config_from_hf(place)[0]
+    except Exception as error:  # the hub's client has a dozen kinds
+        raise ValueError(f'its configuration cannot be read: {first_line(error)}') from error
+    return tuple(tuple(beside.get(key) or config[key]) for key in ('mean', 'std'))
 
 
 def _nearest(name: str) -> list[str]:
@@ -144,8 +165,8 @@ def adapt(
     """
     own, state, done = model.state_dict(), dict(state), []
     embedding = state.get('pos_embed')
-    if _flat(own) and _flat(state) and embedding.shape[1] != own['pos_embed'].shape[1]:
-        grid = model.patch_embed.grid_size
+    grid = getattr(getattr(model, 'patch_embed', None), 'grid_size', None)
+    if grid and _flat(own) and _flat(state) and embedding.shape[1] != own['pos_embed'].shape[1]:
         prefix = own['pos_embed'].shape[1] - grid[0] * grid[1]
         positions = embedding.shape[1] - prefix
         if positions < 1 or math.isqrt(positions) ** 2 != positions:

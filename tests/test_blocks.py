@@ -144,7 +144,6 @@ def one_rank(tmp_path_factory):
 @pytest.mark.filterwarnings('ignore:Grad strides do not match')  # of convolutions with one channel; costs a copy
 @each_family
 def test_a_student_of_any_family_learns_from_a_deit_under_ddp_and_gradients_reach_its_first_block(family, one_rank):
-    depth = len(FAMILIES[family][2].split())
     student = models.tap(make(family), [0, -1], SIZE, two_heads=True)
     teacher = models.freeze(models.tap(make('DeiT', seed=3), [0, -1], SIZE))
     met = [models.meet(block.grid, (4, 4), 'pool', 196) for block in student.blocks]
@@ -160,7 +159,6 @@ def test_a_student_of_any_family_learns_from_a_deit_under_ddp_and_gradients_reac
     first = student.model.get_submodule(models.list_blocks(student.model, SIZE)[0].path)
     gradients = [p.grad for p in first.parameters() if p.grad is not None]
     assert any(gradient.any() for gradient in gradients)
-    assert depth == student.depth
 
 
 @pytest.mark.slow
@@ -270,15 +268,10 @@ def test_grids_of_images_that_are_not_square_are_found():
         assert (blocks[0].grid, blocks[-1].grid) == ((8, 24), (1, 3))
 
 
-@pytest.mark.parametrize(
-    ('name', 'words'),
-    [('densenet121', r'no sequence of blocks at a place that is known \(blocks\.\*'), ('dla34', 'no sequence')],
-)
-def test_a_model_without_blocks_at_a_known_place_is_refused(name, words):
-    with pytest.raises(ValueError, match=words):
-        models.tap(
-            timm.create_model(name, num_classes=C, **({'init_weights': False} if 'inc' in name else {})), [0], 96
-        )
+@pytest.mark.parametrize('name', ['densenet121', 'dla34', 'vgg11'])
+def test_a_model_without_blocks_at_a_known_place_is_refused(name):
+    with pytest.raises(ValueError, match='it has no blocks at a place that is known'):
+        models.tap(timm.create_model(name, num_classes=C), [0], 96)
 
 
 def test_listing_leaves_the_mode_of_every_module_and_no_hook_behind():

@@ -779,6 +779,17 @@ def test_shards_are_those_of_the_info_file_where_there_is_one(shards):
     assert (train.names, train.images) == (('toy-train-0.tar', 'toy-train-1.tar'), 12)
     assert sorted(numbers_of(stream(shards, False))) == list(range(18, 24))
     assert (val.names, val.images) == (('val/3.tar',), 6)
+    (shards / 'toy-train-1.tar').unlink()
+    datasets.find_shards.cache_clear()
+    with pytest.raises(ValueError, match=r'1 of 2 shards .* are not there: toy-train-1\.tar'):
+        datasets.find_shards(shards, True)
+
+
+@of_webdataset
+@pytest.mark.parametrize('ending', ['jpg', 'jpeg', 'png', 'webp'])
+def test_images_of_a_stream_may_have_the_usual_endings(tmp_path, collected, ending):
+    write_tar(tmp_path / 'train.tar', {f'0.{ending}': as_png(0), '0.cls': b'0'})
+    assert set(numbers_of(stream(tmp_path))) == {0}
 
 
 @of_webdataset
@@ -795,7 +806,7 @@ def test_an_image_of_a_stream_that_cannot_be_decoded_is_left_out_with_a_warning(
     ('members', 'words'),
     [
         ({'0.png': b'no image', '0.cls': b'0'}, 'no image of the shards'),
-        ({'0.png': as_png(0), '0.cls': b'7'}, 'an image is of class 7, of 7'),
+        ({'0.png': as_png(0), '0.cls': b'7'}, 'an image is of class 7, --num-classes 7 are 0 to 6'),
     ],
 )
 def test_a_stream_without_images_or_with_unknown_classes_ends_in_words(tmp_path, collected, members, words):

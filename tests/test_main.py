@@ -278,7 +278,7 @@ WRONG = [
     ({'teacher_input_size': 48}, '6×6', '4×4', 'token-align'),
     ({'s_id': 'auto', 't_id': '0'}, '--t-id 0'),
     ({'t_id': 'auto 1', 's_id': 'auto 1'}, 'auto'),
-    ({'s_id': 'auto', 't_id': 'auto', 'model': 'densenet121', 'model_kwargs': None}, 'no sequence of blocks'),
+    ({'s_id': 'auto', 't_id': 'auto', 'model': 'densenet121', 'model_kwargs': None}, 'no blocks at a place'),
     ({'teacher_model': 'local-dir:{files}/no', 'teacher_path': None},),
     ({'teacher_path': 'local-dir:{files}/tree'}, 'model.safetensors'),
     ({'teacher_path': '{files}/headless.pth'}, 'no head', '--distillation-alpha 0'),
@@ -335,6 +335,7 @@ WRONG = [
     ({'bad_images': 'stop', 'data_path': '{files}/shards', **{**STREAM, 'bad_images': 'stop'}}, '--data-set wds/'),
     ({'repeated_aug': True, 'data_path': '{files}/shards', **STREAM}, '--data-set wds/'),
     ({'num_workers': 2, 'data_path': '{files}/one_shard', **STREAM}, '1 shard'),
+    ({'batch_size': 32, 'data_path': '{files}/shards', **STREAM}, '16 images'),
     ({'num_classes': 5, **FOLDER, 'data_path': '{files}/tree'}, 'FOLDER'),
     ({'data_path': '{files}/tree', **FOLDER, 'data_set': 'TAR'}, 'tar'),
     # recipe
@@ -449,6 +450,11 @@ def test_dropout_reaches_positions_projections_and_mlp_but_neither_head_nor_atte
         ({**toys.ALONE, 'w_full': 5, 'relations': 'global'}, '--w-full, --relations: no effect without a teacher'),
         ({'s_id': None, 't_id': None, 'w_full': 0, 'K': 5}, '--K: no effect without --s-id and --t-id'),
         ({'relations': 'global', 'w_sample': 0, 'w_rand': 0, 'w_full': 0}, '--relations global: no effect'),
+        (
+            {**toys.ALONE, 'w_full': 0, 'token_align': 'pool', 'teacher_input_size': 64},
+            '--token-align, --teacher-input-size: no effect without a teacher',
+        ),
+        ({'max_patches': 5}, '--max-patches 5: no effect without --token-align merge'),
         ({'relations': 'global'}, None),
         ({**toys.ALONE, 'w_full': 0}, None),
     ],

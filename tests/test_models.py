@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import re
 from itertools import permutations
 
@@ -344,6 +345,21 @@ def test_weights_under_their_authors_names_are_converted_by_timm_s_rules():
     assert same_weights({key: found[key] for key in state}, state)
     assert done == ["converted by timm's rules for the model"]
     models.load_weights(model, found)
+
+
+def test_positions_that_are_no_flat_table_are_refused_in_words_not_in_a_traceback():
+    kwargs = {'embed_dim': 16, 'stages': (1, 1, 2, 1)}
+    small, large = (models.build('hiera_tiny_224', C, size, kwargs=kwargs) for size in (64, 96))
+    with pytest.raises(ValueError, match='does not fit the model: pos_embed'):
+        models.load_weights(large, models.adapt(large, small.state_dict())[0])
+
+
+def test_the_configuration_beside_weights_tells_their_normalisation(toy, tmp_path):
+    model = toy()
+    (tmp_path / 'config.json').write_text(json.dumps({'pretrained_cfg': {'mean': [0.1, 0.2, 0.3], 'std': [1, 2, 3]}}))
+    assert models.normalisation(model, f'local-dir:{tmp_path}') == ((0.1, 0.2, 0.3), (1, 2, 3))
+    assert models.normalisation(model, f'local-dir:{tmp_path / "no"}') == models.normalisation(model)
+    assert models.normalisation(model, 'a/file.pth') == models.normalisation(model)
 
 
 @pytest.mark.parametrize('classes', [0, 7])

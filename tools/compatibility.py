@@ -22,30 +22,31 @@ from torch import Tensor, nn
 import models
 from losses import ManifoldDistillationLoss
 
-IMAGES, K = 2, 192
+IMAGES, K, SMALL = 2, 192, 128
 PAGE = Path(__file__).parent.parent / 'docs' / 'compatibility.md'
 
 STUDENTS = (
     'deit_tiny_patch16_224 deit_tiny_distilled_patch16_224 vit_tiny_patch16_224 deit3_small_patch16_224 '
-    'vit_xsmall_patch16_clip_224 eva02_tiny_patch14_224 xcit_nano_12_p16_224 cait_xxs24_224 convit_tiny pit_ti_224 '
-    'tnt_s_patch16_224 swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 focalnet_tiny_srf '
-    'davit_tiny gcvit_xxtiny pvt_v2_b0 twins_svt_small hiera_tiny_224 mvitv2_tiny nest_tiny coat_lite_tiny '
-    'levit_128s maxvit_pico_rw_256 coatnet_nano_rw_224 caformer_s18 poolformer_s12 mobilevit_xxs mobilevitv2_050 '
-    'tiny_vit_5m_224 efficientformer_l1 efficientformerv2_s0 efficientvit_b0 efficientvit_m0 fastvit_t8 '
-    'edgenext_xx_small repvit_m0_9 swiftformer_xs convnext_atto convnextv2_atto mambaout_femto inception_next_atto '
-    'starnet_s1 shvit_s1 mobilenetv3_small_100 mobilenetv4_conv_small ghostnet_100 efficientnet_b0 resnet18 '
+    'eva02_tiny_patch14_224 xcit_nano_12_p16_224 cait_xxs24_224 convit_tiny pit_ti_224 '
+    'tnt_s_patch16_224 swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 focalnet_tiny_srf '
+    'gcvit_xxtiny pvt_v2_b0 hiera_tiny_224 mvitv2_tiny nest_tiny '
+    'levit_128s maxvit_pico_rw_256 coatnet_nano_rw_224 caformer_s18 mobilevit_xxs '
+    'tiny_vit_5m_224 efficientformer_l1 efficientformerv2_s0 efficientvit_b0 fastvit_t8 '
+    'repvit_m0_9 swiftformer_xs convnext_atto mambaout_femto '
+    'starnet_s1 mobilenetv3_small_100 mobilenetv4_conv_small ghostnet_100 efficientnet_b0 resnet18 '
     'regnetx_002 mixer_s32_224 sequencer2d_s nextvit_small visformer_tiny iformer_t densenet121'
 ).split()
 TEACHERS = (
-    'cait_s24_224 cait_xxs36_224 deit_small_patch16_224 deit_base_distilled_patch16_224 deit3_base_patch16_224 '
+    'cait_s24_224 deit_small_patch16_224 deit_base_distilled_patch16_224 hiera_base_224 convnextv2_tiny '
+    'deit3_base_patch16_224 '
     'vit_base_patch16_224 vit_small_patch16_384 vit_base_patch32_224 vit_small_patch14_dinov2 '
-    'vit_small_patch14_reg4_dinov2 vit_small_patch16_dinov3 vit_base_patch16_dinov3 convnext_tiny '
-    'vit_base_patch16_siglip_224 vit_base_patch16_siglip_gap_224 vit_base_patch16_clip_224 '
-    'eva02_small_patch14_224 eva02_base_patch14_224 beit_base_patch16_224 beitv2_base_patch16_224 xcit_small_12_p8_224 '
+    'vit_small_patch14_reg4_dinov2 vit_small_patch16_dinov3 convnext_tiny '
+    'vit_base_patch16_siglip_224 vit_base_patch16_clip_224 '
+    'eva02_small_patch14_224 beit_base_patch16_224 xcit_small_12_p8_224 '
     'samvit_base_patch16 flexivit_small swin_small_patch4_window7_224 swin_base_patch4_window12_384 '
     'swinv2_small_window8_256 focalnet_small_srf davit_small pvt_v2_b3 twins_pcpvt_base hiera_small_224 '
-    'hiera_base_224 mvitv2_small nest_small volo_d1_224 crossvit_small_240 maxvit_tiny_rw_224 coatnet_1_rw_224 '
-    'caformer_s36 tiny_vit_21m_224 efficientformer_l7 convnextv2_tiny inception_next_small mambaout_tiny '
+    'mvitv2_small nest_small volo_d1_224 crossvit_small_240 maxvit_tiny_rw_224 '
+    'caformer_s36 tiny_vit_21m_224 inception_next_small mambaout_tiny '
     'resnet50 regnety_032 efficientnet_b4 vit_base_r26_s32_224 vitamin_small_224 naflexvit_base_patch16_siglip '
     'inception_v3'
 ).split()
@@ -69,9 +70,7 @@ class Side:
 def run_model(name: str, student: bool) -> Side:
     """Forward, once as it is and, for the place of the tokens, once with one place of the images changed."""
     torch.manual_seed(0)
-    size = min(timm.get_pretrained_cfg(name).input_size[1], 384)
-    size = size if size % 32 == 0 or size == 224 else 224
-    model = models.build(name, None, size)
+    model, size = build(name)
     for key, parameter in model.named_parameters():  # layer scales of 1e-5: all blocks would put out the same
         if 'gamma' in key or 'layer_scale' in key:
             nn.init.constant_(parameter, 0.5)
@@ -83,6 +82,15 @@ def run_model(name: str, student: bool) -> Side:
     check_place(tapped, tokens, images)
     first = list(model.get_submodule(blocks[0].path).parameters()) if student else None
     return Side(name, sum(p.numel() for p in model.parameters()), size, list(tokens), blocks, first)
+
+
+def build(name: str) -> tuple[nn.Module, int]:
+    """A model for small images, or for its own where it takes no others; and their size."""
+    try:
+        return models.build(name, None, SMALL), SMALL
+    except ValueError:
+        size = min(timm.get_pretrained_cfg(name).input_size[1], 384)
+        return models.build(name, None, size), size
 
 
 @torch.no_grad()
