@@ -606,8 +606,7 @@ class StreamDataset(IterableDataset):
             raise BadImageError(f'{self.shards.root}: no image of the shards of a loader process can be read')
 
     def _reader(self, info: object, counter: tuple[int, ...]) -> Iterable:
-        log = logging.getLogger('timm.data.readers.reader_wds')
-        log.addFilter(lambda record: 'info file not found' not in record.getMessage())
+        logging.getLogger('timm.data.readers.reader_wds').addFilter(_no_word_of_info)  # once, however often
         reader = create_reader(
             STREAM,
             root=str(self.shards.root),
@@ -628,6 +627,11 @@ class StreamDataset(IterableDataset):
     def list_bad(self, sum_over_ranks: Callable, again: bool = False) -> list[str]:
         """Nothing: the reader has warned of each already."""
         return []
+
+
+def _no_word_of_info(record: logging.LogRecord) -> bool:
+    """Keeps the reader from missing a file it is not asked to read: `find_shards` has told it all."""
+    return 'info file not found' not in record.getMessage()
 
 
 def _seed_augmentation(number: int) -> None:

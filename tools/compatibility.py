@@ -158,7 +158,7 @@ def table(sides: list[Side], failed: dict[str, str], names: list[str]) -> str:
     done = {side.name: side for side in sides}
     for name in names:
         if name not in done:
-            rows.append(f'| `{name}` | | | | **fails:** {failed[name].split(" (blocks.")[0]} | |')
+            rows.append(f'| `{name}` | | | | **fails:** {failed[name]} | |')
             continue
         side = done[name]
         grids = dict.fromkeys(models.words(block.grid) for block in side.blocks)
