@@ -4,6 +4,7 @@ Letters: B images, N patch tokens, D channels, C classes.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from models.blocks import Block, list_blocks
 from models.grids import Grid, resample
+from models.talking_heads import hasten
 
 
 class Output(NamedTuple):
@@ -30,6 +32,10 @@ class Output(NamedTuple):
     kd_logits: Tensor | None
     tokens: tuple[Tensor, ...]
     features: tuple[Tensor, ...] = ()
+
+
+class _Enough(Exception):  # noqa: N818 – no error
+    """All that was asked for is there."""
 
 
 class TappedModel(nn.Module):
@@ -74,7 +80,9 @@ class TappedModel(nn.Module):
         """Logits and tokens of images (B, 3, H, W)."""
         self._listening = True
         try:
-            logits = self.model(self.prepare(images))
+            with suppress(_Enough):
+                logits = None
+                logits = self.model(self.prepare(images))
             features = tuple(self._captured[i] for i in self.block_ids)
         finally:
             # Left in place, the tokens would keep their graph alive and make torch.compile trace again at every step.
@@ -94,6 +102,8 @@ class TappedModel(nn.Module):
     def _capture(self, i: int, which: int | None, block: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
         if self._listening:  # not when the timm model is called by itself, in evaluation
             self._captured[i] = output if which is None else output[which]
+            if not self.with_logits and i == max(self.block_ids):
+                raise _Enough  # what lies behind leads to logits nobody asks for
 
 
 class Prepare(nn.Module):
@@ -147,15 +157,16 @@ def tap(
 
 
 def freeze(tapped: TappedModel, prepare: nn.Module | None = None, with_logits: bool = True) -> TappedModel:
-    """Makes a teacher of a model: no gradients, eval mode for good.
+    """Makes a teacher of a model: no gradients, eval mode for good, and no work for outputs nobody uses.
 
     Args:
         tapped: the model.
         prepare: images of the student → images as this model knows them, see `Prepare`; None: they are the same.
-        with_logits: False where nobody asks for them: the model has no head, or one of other classes.
+        with_logits: False where nobody asks for them: it stops behind the last tapped block.
     """
     tapped.frozen, tapped.with_logits = True, with_logits
     tapped.prepare = prepare or nn.Identity()
+    hasten(tapped.model)
     return tapped.requires_grad_(False).eval()
 
 

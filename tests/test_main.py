@@ -659,8 +659,8 @@ def test_the_teacher_is_frozen_and_in_no_checkpoint(run, files, tmp_path, monkey
     toys.assert_same(built[0].model.state_dict(), original.state_dict())
     assert not any(p.requires_grad or p.grad is not None for p in built[0].parameters())
     images = torch.randn(3, 3, 32, 32)
-    # Frozen like the teacher: torch folds a matrix product, and rounds it, otherwise where a gradient may be asked for.
-    assert torch.equal(built[0](images).logits, original.eval().requires_grad_(False)(images))
+    # Its talking heads are put otherwise, which rounds otherwise.
+    torch.testing.assert_close(built[0](images).logits, original.eval()(images), rtol=1e-5, atol=1e-5)
     checkpoint = toys.load(tmp_path / 'checkpoint.pth')
     assert checkpoint['model'].keys() == checkpoint['model_ema'].keys() == toys.student().state_dict().keys()
     held = [index for group in checkpoint['optimizer']['param_groups'] for index in group['params']]

@@ -153,6 +153,64 @@ def test_a_deep_copy_captures_into_itself(toy):
     assert not twin._captured
 
 
+def talking_heads(dtype=torch.float32, **changes):
+    torch.manual_seed(1)
+    kwargs = {'embed_dim': 48, 'depth': 3, 'num_heads': 4, 'patch_size': 8, 'img_size': SIZE, **changes}
+    model = timm.create_model('cait_s24_224', num_classes=C, init_values=0.5, **kwargs).eval()
+    with torch.no_grad():  # timm begins with mixings and biases at which much would go unnoticed
+        for name, parameter in model.named_parameters():
+            if 'proj_l' in name or 'proj_w' in name or 'bias' in name:
+                parameter.add_(torch.randn_like(parameter))
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize('qkv_bias', [True, False])
+def test_a_frozen_cait_has_timm_s_outputs_names_and_weights_with_its_heads_mixed_otherwise(qkv_bias):
+    # in float64 the formula shows, in float32 what rounding makes of it
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        model = talking_heads(dtype, qkv_bias=qkv_bias)
+        theirs, state = copy.deepcopy(model), model.state_dict()
+        tapped = models.freeze(models.tap(copy.deepcopy(model).float(), [0, -1], SIZE))
+        tapped.to(dtype).model.load_state_dict(state)
+        assert same_weights(tapped.model.state_dict(), state)
+        images = some_images().to(dtype)
+        out, expected = tapped(images), plain_blocks(theirs, images)
+        torch.testing.assert_close(out.logits, theirs(images), rtol=tolerance, atol=tolerance)
+        for tokens, block in zip(out.tokens, (expected[0], expected[2]), strict=True):
+            assert (tokens - block).norm() <= tolerance * block.norm()
+        assert [type(block.attn).__name__ for block in tapped.model.blocks] == ['FrozenTalkingHeads'] * 3
+
+
+def test_under_autocast_a_frozen_cait_is_as_near_to_float32_as_timm_s():
+    model = talking_heads()
+    images = some_images()
+    exact = model(images)
+    with torch.autocast('cpu', torch.bfloat16):
+        theirs = model(images)
+        ours = models.freeze(models.tap(copy.deepcopy(model), [0], SIZE))(images).logits
+    assert ours.dtype == theirs.dtype
+    assert (ours.float() - exact).norm() <= 1.5 * (theirs.float() - exact).norm()
+
+
+def test_only_a_frozen_model_is_changed():
+    assert 'FrozenTalkingHeads' not in repr(models.tap(talking_heads(), [0], SIZE))
+
+
+@each_family
+def test_without_logits_a_teacher_stops_behind_the_last_tapped_block(toy, family):
+    images, ids = some_images(), [1, 0]
+    model, ran = toy(family), []
+    for name, module in model.named_modules():
+        if name in ('blocks.0', 'blocks.1', 'blocks.2', 'norm', 'head'):
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    whole = models.freeze(models.tap(copy.deepcopy(model), ids, SIZE))(images)
+    ran.clear()
+    out = models.freeze(models.tap(model, ids, SIZE), with_logits=False)(images)
+    assert ran[-2:] == ['blocks.0', 'blocks.1']
+    assert out.logits is None
+    assert all(torch.equal(x, y) for x, y in zip(out.tokens, whole.tokens, strict=True))
+
+
 def test_no_tokens_are_left_behind_also_when_the_inner_model_is_called_by_itself(toy):
     tapped = models.tap(toy(), [0, -1], SIZE)
     assert not tapped._captured
