@@ -28,6 +28,9 @@ RELATION_SCALES = ('mean', 'paper')
 
 # Tokens whose products the full term adds at once: enough for a fast product, 19 MB at the recipe's widths.
 CHUNK = 4096
+# Entries of maps that are there at once: all of 109 images of 196 patches, 17 MB.
+ENTRIES = 1 << 22
+RELATION_DTYPES = ('float32', 'bfloat16')
 
 
 def _full_precision(x: Tensor) -> Tensor:
@@ -52,8 +55,11 @@ def relation_map(tokens: Tensor) -> Tensor:
     return tokens @ tokens.mT
 
 
-def _map_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of two relation maps: (…, M, D_s) and (…, M, D_t) → scalar."""
+def plain_map_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of two relation maps by its definition: (…, M, D_s) and (…, M, D_t) → scalar.
+
+    What the terms are compared with. It keeps maps for the backward pass and is differentiable any number of times.
+    """
     # Most differences are below 1e-2: their squares vanish in float16 and lose three digits in bfloat16.
     with torch.autocast(student.device.type, enabled=False):
         return (relation_map(student) - relation_map(teacher)).square().mean()
@@ -87,39 +93,81 @@ def _through_unit(pull: Tensor, unit: Tensor, length: Tensor) -> Tensor:
     return (pull - (pull * unit).sum(dim=-1, keepdim=True) * unit) / length
 
 
+def _map_distance(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`plain_map_distance` of G maps, (G, M, D_s) and (G, M, D_t), with its gradient at once.
+
+    For maps are symmetric, the gradient at the unit tokens S is 4·(SSᵀ − TTᵀ)·S: one product, where autograd needs two
+    and keeps the maps for them.
+
+    Args:
+        student: tokens (G, M, D_s).
+        teacher: tokens (G, M, D_t).
+        dtype: of the products' factors and of the maps; tokens of float64 stay what they are.
+    """
+    (G, M), sets = student.shape[:2], max(1, ENTRIES // student.shape[1] ** 2)
+    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        exact = torch.promote_types(_full_precision(student).dtype, _full_precision(teacher).dtype)
+        unit, length = _unit(student.to(exact))
+        S, T = (_factor(x, dtype) for x in (unit, _unit(teacher.to(exact))[0]))
+        value, pulls = 0.0, []
+        for s, t in zip(S.split(sets), T.split(sets), strict=True):
+            # In bfloat16 the difference is taken before it is rounded, where the product is added up.
+            difference = torch.bmm(t, t.mT).neg_().baddbmm_(s, s.mT)
+            value = value + _sum_of_squares(difference) / (G * M**2)
+            pulls.append(difference @ s)
+        pull = pulls[0] if len(pulls) == 1 else torch.cat(pulls)
+        gradient = _through_unit(4 / (G * M**2) * pull.to(unit.dtype), unit, length)
+    return _Known.apply(student, value, gradient)
+
+
+def _sum_of_squares(maps: Tensor) -> Tensor:
+    """Of all entries, in float32 or better."""
+    # Row by row: millions of squares in one go lose digits.
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    return torch.linalg.vector_norm(maps, dim=-1, dtype=dtype).square().sum()
+
+
+def _factor(unit: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unit tokens as the factors of a product."""
+    return unit if unit.dtype == torch.float64 else unit.to(dtype)
+
+
 def _sum_over_ranks(values: Tensor) -> Tensor:
     dist.all_reduce(values)
     return values
 
 
-def sample_loss(student: Tensor, teacher: Tensor, over_ranks: bool = False) -> Tensor:
+def sample_loss(
+    student: Tensor, teacher: Tensor, over_ranks: bool = False, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Relations across images, one B×B map per patch position (the paper's inter-image term).
 
     Args:
         student: tokens (B, N, D_s).
         teacher: tokens (B, N, D_t).
         over_ranks: maps of the images of all ranks, W·B×W·B. Each rank gathers W·B·N unit tokens of either side in
-            float32, one side at a time, and computes B rows of each map.
+            `dtype`, one side at a time, and computes B rows of each map.
+        dtype: of the products' factors.
 
     Returns:
-        Mean of squared differences over the N maps, a scalar; the paper writes a Frobenius sum divided by N. Over ranks
-        differentiable once, with respect to the student.
+        Mean of squared differences over the N maps, a scalar, differentiable once, with respect to the student; the
+        paper writes a Frobenius sum divided by N.
 
     Raises:
         ValueError: B or N differ.
     """
     _check_pair(student, teacher)
     if not over_ranks:
-        return _map_distance(student.transpose(0, 1), teacher.transpose(0, 1))
+        return _map_distance(student.transpose(0, 1), teacher.transpose(0, 1), dtype)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        maps = _rows_over_ranks(_unit(_full_precision(teacher))[0])[0]
+        maps = _rows_over_ranks(_factor(_unit(_full_precision(teacher))[0], dtype))[0]
         unit, length = _unit(_full_precision(student))
-        rows, everyone = _rows_over_ranks(unit)
+        rows, everyone = _rows_over_ranks(_factor(unit, dtype))
         difference = rows - maps  # (N, B, W·B)
         entries = len(difference) * everyone.shape[1] ** 2
-        value = _sum_over_ranks(difference.square().sum()) / entries
+        value = _sum_over_ranks(_sum_of_squares(difference)) / entries
         # Each token stands in a row and in a column of its map.
-        pull = 4 / entries * (difference.to(everyone.dtype) @ everyone).transpose(0, 1)
+        pull = 4 / entries * (difference.to(everyone.dtype) @ everyone).to(unit.dtype).transpose(0, 1)
         gradient = dist.get_world_size() * _through_unit(pull, unit, length)
     return _Known.apply(student, value, gradient)
 
@@ -134,13 +182,7 @@ def _rows_over_ranks(unit: Tensor) -> tuple[Tensor, Tensor]:
     return unit.transpose(0, 1) @ everyone.mT, everyone
 
 
-def plain_patch_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """`patch_loss` by its definition, with B maps of N² entries: what the other is compared with."""
-    _check_pair(student, teacher)
-    return _map_distance(student, teacher)
-
-
-def patch_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def patch_loss(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Relations inside an image, one N×N map per image (the paper's intra-image term).
 
     The maps are made as long as they are small. With many more tokens than channels (N > 4·(D_s + D_t)), as in the
@@ -149,10 +191,11 @@ def patch_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: tokens (B, N, D_s).
         teacher: tokens (B, N, D_t).
+        dtype: of the products' factors, where maps are made; without them all is in float64.
 
     Returns:
-        Mean of squared differences over the B maps, a scalar; the paper writes a Frobenius sum divided by B. Without
-        maps differentiable once, with respect to the student.
+        Mean of squared differences over the B maps, a scalar, differentiable once, with respect to the student; the
+        paper writes a Frobenius sum divided by B.
 
     Raises:
         ValueError: B or N differ.
@@ -161,7 +204,7 @@ def patch_loss(student: Tensor, teacher: Tensor) -> Tensor:
     B, N, D_s = student.shape
     channels = D_s + teacher.shape[-1]
     if 4 * channels >= N:
-        return plain_patch_loss(student, teacher)
+        return _map_distance(student, teacher, dtype)
     images = max(1, CHUNK // N)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         parts = [
@@ -172,7 +215,12 @@ def patch_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def random_loss(
-    student: Tensor, teacher: Tensor, K: int, generator: torch.Generator | None = None, over_ranks: bool = False
+    student: Tensor,
+    teacher: Tensor,
+    K: int,
+    generator: torch.Generator | None = None,
+    over_ranks: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Relations of min(K, B·N) tokens drawn without replacement from the batch (the paper's random term).
 
@@ -183,9 +231,10 @@ def random_loss(
         generator: source of the draw, best on the tokens' device; torch's global one if None.
         over_ranks: draw from the W·B images of all ranks, whose generators must be in the same state. What was drawn,
             K·(D_s + D_t) numbers of float32, is sent to all.
+        dtype: of the products' factors.
 
     Returns:
-        Mean of squared differences of the two K×K maps, a scalar.
+        Mean of squared differences of the two K×K maps, a scalar, differentiable once, with respect to the student.
 
     Raises:
         ValueError: B or N differ; `over_ranks` without a generator, for each rank would draw other tokens.
@@ -199,21 +248,21 @@ def random_loss(
     device = student.device if generator is None else generator.device
     chosen = torch.randperm(W * B * N, generator=generator, device=device)[:K].to(student.device)
     if not over_ranks:
-        return _map_distance(student.flatten(0, 1)[chosen], teacher.flatten(0, 1)[chosen])
+        return _map_distance(student.flatten(0, 1)[chosen][None], teacher.flatten(0, 1)[chosen][None], dtype)
     image, place = chosen // N, chosen % N
     mine = (image % W == rank)[:, None]
     # As many tokens on each rank, and zeros for those of others: how many are its own the host need not know.
     own = [torch.where(mine, _full_precision(tokens[image // W, place]), 0.0) for tokens in (student, teacher)]
     everyone = _sum_over_ranks(torch.cat([tokens.detach() for tokens in own], dim=1))
     everyone = everyone.split([tokens.shape[1] for tokens in own], dim=1)
-    value = _map_distance(*(torch.where(mine, *pair) for pair in zip(own, everyone, strict=True)))
+    value = _map_distance(*(torch.where(mine, *pair)[None] for pair in zip(own, everyone, strict=True)), dtype)
     return value.detach() + W * (value - value.detach())
 
 
 def plain_full_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """`full_loss` by its definition, with maps of (B·N)² entries: what the other is compared with."""
     _check_pair(student, teacher)
-    return _map_distance(student.flatten(0, 1), teacher.flatten(0, 1))
+    return plain_map_distance(student.flatten(0, 1), teacher.flatten(0, 1))
 
 
 def full_loss(student: Tensor, teacher: Tensor, over_ranks: bool = False) -> Tensor:
@@ -329,6 +378,7 @@ class ManifoldDistillationLoss(nn.Module):
         w_full: weight of the relations between all tokens of the batch.
         relations: whose images sample, random and full relate, 'rank' or 'global': a rank's own, or those of all ranks.
         relation_scale: 'mean' or 'paper': the release's means or the paper's sums.
+        relation_dtype: 'float32' or 'bfloat16': of the factors of sample, patch and random products.
     """
 
     def __init__(
@@ -345,11 +395,13 @@ class ManifoldDistillationLoss(nn.Module):
         w_full: float = 0.0,
         relations: str = 'rank',
         relation_scale: str = 'mean',
+        relation_dtype: str = 'float32',
     ) -> None:
         super().__init__()
         _check_choice('distillation_type', distillation_type, DISTILLATION_TYPES)
         _check_choice('relations', relations, RELATIONS)
         _check_choice('relation_scale', relation_scale, RELATION_SCALES)
+        _check_choice('relation_dtype', relation_dtype, RELATION_DTYPES)
         if K < 1:
             raise ValueError(f'K must be at least 1, not {K}')
         self.base_criterion = base_criterion
@@ -364,6 +416,7 @@ class ManifoldDistillationLoss(nn.Module):
         self.w_full = w_full
         self.relations = relations
         self.relation_scale = relation_scale
+        self.relation_dtype = getattr(torch, relation_dtype)
 
     def forward(self, student_out, teacher_out, targets: Tensor, generator=None) -> dict[str, Tensor]:
         """Weighted scalars by name; the training loss is their sum.
@@ -415,11 +468,13 @@ class ManifoldDistillationLoss(nn.Module):
     def _relation_terms(self, generator) -> dict[str, _Term]:
         """One row per relation term, by its key."""
         over_ranks = self.relations == 'global' and dist.is_initialized()
-        W, K = dist.get_world_size() if over_ranks else 1, self.K
-        random = partial(random_loss, K=K, generator=generator, over_ranks=over_ranks)
+        W, K, dtype = dist.get_world_size() if over_ranks else 1, self.K, self.relation_dtype
+        sample = partial(sample_loss, over_ranks=over_ranks, dtype=dtype)
+        patch = partial(patch_loss, dtype=dtype)
+        random = partial(random_loss, K=K, generator=generator, over_ranks=over_ranks, dtype=dtype)
         return {
-            'mf_sample': _Term(self.w_sample, partial(sample_loss, over_ranks=over_ranks), lambda B, N: W * B),
-            'mf_patch': _Term(self.w_patch, patch_loss, lambda B, N: N),
+            'mf_sample': _Term(self.w_sample, sample, lambda B, N: W * B),
+            'mf_patch': _Term(self.w_patch, patch, lambda B, N: N),
             'mf_rand': _Term(self.w_rand, random, lambda B, N: min(K, W * B * N)),
             'mf_full': _Term(self.w_full, partial(full_loss, over_ranks=over_ranks), lambda B, N: W * B * N),
         }

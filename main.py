@@ -42,7 +42,7 @@ import utils
 from checkpoints import Keeper, RunFolder, TrainingState
 from datasets import EvalDataset, TrainDataset
 from engine import Watch, evaluate, train_one_epoch
-from losses import DISTILLATION_TYPES, RELATION_SCALES, RELATIONS, ManifoldDistillationLoss
+from losses import DISTILLATION_TYPES, RELATION_DTYPES, RELATION_SCALES, RELATIONS, ManifoldDistillationLoss
 from samplers import build_train_sampler, distinct_images
 from utils import UsageError, blame, say
 
@@ -179,6 +179,12 @@ def _add_method_flags(parser: Parser) -> None:
     add('--relation-scale', default='mean', choices=RELATION_SCALES, help='terms as means over entries and layer '
         "pairs, the release's, or as the paper's sums, larger by L times the entries of a map: N²·L for patch, B²·L "
         'for sample, min(K, B·N)²·L for random, (B·N)²·L for full; B of all ranks with --relations global')  # fmt: skip
+    add(
+        '--relation-dtype',
+        default='float32',
+        choices=RELATION_DTYPES,
+        help='of the factors of sample, patch and random products; sums and the full term keep their precision',
+    )
     add('--log-grad-share', action='store_true', help="with each log line each term's share of the norm of the "
         'gradient at the tapped features, on the first rank; costs one more backward pass per term there')  # fmt: skip
     add('--s-id', type=_block_id, nargs='+', help='student blocks to tap, from 0, negative from the end; none: no '
@@ -199,6 +205,8 @@ def _add_model_flags(parser: Parser) -> None:
     add('--teacher-model', default='cait_s24_224', help="teacher, one of timm's models, or hf-hub:… or local-dir:… "
         'with its weights')  # fmt: skip
     add('--teacher-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='same of the teacher')
+    add('--teacher-dtype', choices=('float32', 'bfloat16'), help="of the teacher's weights and all its arithmetic, "
+        'whatever --amp-dtype says (float32 weights under --amp-dtype)')  # fmt: skip
     add('--teacher-path', default='', help="teacher's weights: a file, URL, hf-hub:… or local-dir:…")
     add('--teacher-pretrained', action='store_true', help="without --teacher-path: timm's own weights of the teacher")
     add('--finetune', default='', help='start from these weights: positions resampled, a head of another size dropped')
@@ -476,8 +484,9 @@ def tap_teacher(
         tapped = models.tap(teacher, block_ids, size or args.input_size)
     with blame('--teacher-path', args.teacher_path):
         theirs = models.normalisation(teacher, args.teacher_path)
-    prepare = models.Prepare(ours, theirs, size)
-    return models.freeze(tapped, prepare, with_logits=args.distillation_alpha > 0)
+    dtype = getattr(torch, args.teacher_dtype) if args.teacher_dtype else None
+    prepare = models.Prepare(ours, theirs, size, dtype)
+    return models.freeze(tapped, prepare, with_logits=args.distillation_alpha > 0, dtype=dtype)
 
 
 def check_classes(args: argparse.Namespace, classes: int, num_classes: int) -> None:
@@ -531,6 +540,7 @@ def build_criterion(args: argparse.Namespace) -> ManifoldDistillationLoss:
         w_full=args.w_full,
         relations=args.relations,
         relation_scale=args.relation_scale,
+        relation_dtype=args.relation_dtype,
     )
 
 
@@ -682,7 +692,7 @@ def build_state(args: argparse.Namespace, model: nn.Module) -> TrainingState:
     with blame('--opt', args.opt + betas, AssertionError, IndexError, TypeError):
         options = {**optimizer_kwargs(args), 'lr': _scaled_lr(args)}
         optimizer = create_optimizer_v2(model, **options)
-        if device.type == 'cuda' and 'fused' in optimizer.defaults:  # it can leave an update out on the device
+        if 'fused' in optimizer.defaults:  # one kernel, and it can leave an update out on the device
             optimizer = create_optimizer_v2(model, **options, fused=True)
     if getattr(optimizer, 'is_second_order', False):
         raise UsageError(f'--opt {args.opt}: needs second derivatives, which this training step does not make')
@@ -905,8 +915,8 @@ def warn_of_idle_flags(args: argparse.Namespace) -> None:
     """Says which flags of the method were typed in vain."""
     relations = ('w_sample', 'w_patch', 'w_rand', 'K', 'w_full', 'relations', 'relation_scale', 'distillation_beta')
     taught = args.distillation_type != 'none'
-    relations += ('token_align', 'max_patches')
-    others = ('distillation_alpha', 'distillation_tau', 'teacher_path', 'teacher_input_size')
+    relations += ('relation_dtype', 'token_align', 'max_patches')
+    others = ('distillation_alpha', 'distillation_tau', 'teacher_path', 'teacher_input_size', 'teacher_dtype')
     names = relations if taught else ('s_id', *relations, *(others if not args.eval_teacher else others[:2]))
     defaults = get_args_parser()
     typed = [_flag(name) for name in names if getattr(args, name) != defaults.get_default(name)]

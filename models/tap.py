@@ -65,6 +65,7 @@ class TappedModel(nn.Module):
         self.frozen = False
         self.prepare: nn.Module = nn.Identity()
         self.with_logits = True
+        self.dtype: torch.dtype | None = None
         self._alignment = ''
         self._captured: dict[int, Tensor] = {}
         self._listening = False
@@ -82,7 +83,7 @@ class TappedModel(nn.Module):
         try:
             with suppress(_Enough):
                 logits = None
-                logits = self.model(self.prepare(images))
+                logits = self._run(images)
             features = tuple(self._captured[i] for i in self.block_ids)
         finally:
             # Left in place, the tokens would keep their graph alive and make torch.compile trace again at every step.
@@ -94,6 +95,12 @@ class TappedModel(nn.Module):
         )
         heads = logits if isinstance(logits, tuple) else (logits, logits)
         return Output(*(heads if self.with_logits else (None, None)), tokens, features)
+
+    def _run(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self.dtype is None:
+            return self.model(self.prepare(images))
+        with torch.autocast(images.device.type, enabled=False):
+            return self.model(self.prepare(images))
 
     def train(self, mode: bool = True) -> 'TappedModel':
         """Switches the mode; a frozen model stays in eval mode, or its drop-path would be switched on."""
@@ -113,10 +120,18 @@ class Prepare(nn.Module):
         ours: mean and standard deviation of each channel the images were normalised by, values in 0 … 1.
         theirs: those the other model was trained with.
         size: its height and width in pixels; None keeps the images'.
+        dtype: of its weights; None keeps the images'.
     """
 
-    def __init__(self, ours: tuple[Sequence, Sequence], theirs: tuple[Sequence, Sequence], size: int | None) -> None:
+    def __init__(
+        self,
+        ours: tuple[Sequence, Sequence],
+        theirs: tuple[Sequence, Sequence],
+        size: int | None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        self.dtype = dtype
         (mean, std), (their_mean, their_std) = (torch.tensor(stats).view(2, 3, 1, 1) for stats in (ours, theirs))
         self.size = size
         self.same = torch.equal(mean, their_mean) and torch.equal(std, their_std)
@@ -128,7 +143,7 @@ class Prepare(nn.Module):
             images = images * self.scale + self.shift
         if self.size is not None and images.shape[-1] != self.size:
             images = F.interpolate(images, (self.size, self.size), mode='bicubic', antialias=True)
-        return images
+        return images if self.dtype is None else images.to(self.dtype)
 
 
 def _resolve(index: int, depth: int) -> int:
@@ -156,17 +171,26 @@ def tap(
     return TappedModel(model, block_ids, input_size)
 
 
-def freeze(tapped: TappedModel, prepare: nn.Module | None = None, with_logits: bool = True) -> TappedModel:
+def freeze(
+    tapped: TappedModel,
+    prepare: nn.Module | None = None,
+    with_logits: bool = True,
+    dtype: torch.dtype | None = None,
+) -> TappedModel:
     """Makes a teacher of a model: no gradients, eval mode for good, and no work for outputs nobody uses.
 
     Args:
         tapped: the model.
         prepare: images of the student → images as this model knows them, see `Prepare`; None: they are the same.
         with_logits: False where nobody asks for them: it stops behind the last tapped block.
+        dtype: of its weights and its arithmetic, whatever autocast says; None leaves both alone.
     """
     tapped.frozen, tapped.with_logits = True, with_logits
     tapped.prepare = prepare or nn.Identity()
     hasten(tapped.model)
+    if dtype is not None:
+        tapped.dtype = dtype
+        tapped.model.to(dtype)
     return tapped.requires_grad_(False).eval()
 
 

@@ -22,7 +22,7 @@ from losses import (
     hard_distillation_loss,
     patch_loss,
     plain_full_loss,
-    plain_patch_loss,
+    plain_map_distance,
     random_loss,
     sample_loss,
     soft_distillation_loss,
@@ -37,9 +37,9 @@ def tokens(width, dtype=torch.float64):
     return torch.randn(B, N, width, dtype=dtype)
 
 
-def draw_loss(student, teacher, K=7):
+def draw_loss(student, teacher, K=7, dtype=torch.float32):
     """The random term as a function of the tokens alone: every call draws the same ones."""
-    return random_loss(student, teacher, K, torch.Generator().manual_seed(3))
+    return random_loss(student, teacher, K, torch.Generator().manual_seed(3), dtype=dtype)
 
 
 TERMS = {'sample': sample_loss, 'patch': patch_loss, 'random': draw_loss, 'full': full_loss}
@@ -118,6 +118,48 @@ def test_relation_terms_in_float32_stay_close_to_plain_loops(name, seed):
     expected, expected_gradient = oracle(student.double(), teacher.double(), SETS.get(name) or [drawn_tokens(gradient)])
     assert abs(value.item() - expected) <= 1e-6 * expected
     assert (gradient - expected_gradient).norm() <= 5e-6 * expected_gradient.norm()
+
+
+def near(share, count=150, dtype=torch.float32):
+    """Tokens of 6 images, and others that differ from them by a share of their size."""
+    teacher = torch.randn(6, count, 24, dtype=torch.float64)
+    return (teacher + share * torch.randn_like(teacher)).to(dtype), teacher.to(dtype)
+
+
+@pytest.mark.parametrize('share', [1.0, 0.1, 0.01])
+@pytest.mark.parametrize('entries', [1, 50_000, 1 << 22])
+def test_terms_with_their_gradient_at_once_are_the_definition_in_float64(share, entries, monkeypatch):
+    monkeypatch.setattr(losses, 'ENTRIES', entries)  # however many maps are made at once
+    student, teacher = near(share)
+    for term, transposed in ((patch_loss, False), (sample_loss, True)):
+        pair = [x.double().transpose(0, 1) if transposed else x.double() for x in (student, teacher)]
+        expected, expected_gradient = value_and_gradient(plain_map_distance, *pair)
+        expected_gradient = expected_gradient.transpose(0, 1) if transposed else expected_gradient
+        value, gradient = value_and_gradient(term, student, teacher)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-6 / share)
+        assert (gradient.double() - expected_gradient).norm() <= 2e-6 / share * expected_gradient.norm()
+
+
+def test_products_of_bfloat16_keep_the_difference_they_are_made_for():
+    student, teacher = near(0.3)
+    for term in (patch_loss, sample_loss, partial(draw_loss, K=300)):
+        exact, exact_gradient = value_and_gradient(term, student, teacher)
+        value, gradient = value_and_gradient(partial(term, dtype=torch.bfloat16), student, teacher)
+        assert value != exact  # the flag has an effect
+        assert value.item() == pytest.approx(exact.item(), rel=2e-3)
+        assert (gradient - exact_gradient).norm() <= 1e-2 * exact_gradient.norm()
+        assert gradient.dtype == torch.float32
+
+
+def test_a_term_keeps_no_map_for_the_backward_pass():
+    student, teacher = near(0.3)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        patch_loss(student.requires_grad_(), teacher)
+        assert kept == [student.numel()]
+        kept.clear()
+        plain_map_distance(student, teacher)
+    assert max(kept) == 6 * 150 * 150  # as the definition does
 
 
 @each_term
@@ -311,7 +353,7 @@ def test_patch_term_of_many_tokens_is_its_definition_without_maps(images_at_once
     value, gradient = value_and_gradient(patch_loss, student, teacher)
     monkeypatch.undo()
     assert not made
-    expected, expected_gradient = value_and_gradient(plain_patch_loss, student.double(), teacher.double())
+    expected, expected_gradient = value_and_gradient(plain_map_distance, student.double(), teacher.double())
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
     assert value.item() == pytest.approx(expected.item(), rel=min(tolerance, 1e-6))
     assert gradient.dtype == dtype
@@ -333,11 +375,20 @@ def test_random_term_of_all_tokens_is_the_mean_over_the_full_map(K):
 
 @pytest.mark.parametrize('K', [2, 5, B * N - 1, B * N, 50])
 def test_random_tokens_are_drawn_without_replacement_at_the_same_places_of_both_sides(K):
-    student, teacher = tokens(D_S).requires_grad_(), tokens(D_T).requires_grad_()
-    value = random_loss(student, teacher, K, torch.Generator().manual_seed(0))
-    drawn = [drawn_tokens(gradient) for gradient in torch.autograd.grad(value, (student, teacher))]
-    assert drawn[0] == drawn[1]
-    assert len(drawn[0]) == min(K, B * N)
+    student, teacher = tokens(D_S), tokens(D_T)
+
+    def value(teacher):
+        return random_loss(student, teacher, K, torch.Generator().manual_seed(0)).item()
+
+    drawn = drawn_tokens(value_and_gradient(lambda s, t: random_loss(s, t, K, torch.Generator().manual_seed(0)),
+                                            student, teacher)[1])  # fmt: skip
+    of_teacher = []
+    for place in PLACES:  # the value depends on those it drew
+        other = teacher.clone()
+        other[place] = -other[place]
+        of_teacher += [place] if value(other) != value(teacher) else []
+    assert drawn == of_teacher
+    assert len(drawn) == min(K, B * N)
 
 
 def test_random_tokens_are_a_function_of_the_generator():

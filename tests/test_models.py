@@ -192,6 +192,18 @@ def test_under_autocast_a_frozen_cait_is_as_near_to_float32_as_timm_s():
     assert (ours.float() - exact).norm() <= 1.5 * (theirs.float() - exact).norm()
 
 
+def test_a_teacher_of_bfloat16_weights_computes_in_bfloat16_under_any_autocast():
+    model, images = talking_heads(), some_images()
+    exact, stats = model(images), ((0.0,) * 3, (1.0,) * 3)
+    prepare = models.Prepare(stats, stats, None, torch.bfloat16)
+    teacher = models.freeze(models.tap(model, [0], SIZE), prepare, dtype=torch.bfloat16)
+    plain = teacher(images)
+    assert {x.dtype for x in (*plain.tokens, plain.logits, *model.parameters())} == {torch.bfloat16}
+    assert 0 < (plain.logits.float() - exact).norm() <= 0.03 * exact.norm()
+    with torch.autocast('cpu', torch.float16):
+        assert torch.equal(teacher(images).logits, plain.logits)
+
+
 def test_only_a_frozen_model_is_changed():
     assert 'FrozenTalkingHeads' not in repr(models.tap(talking_heads(), [0], SIZE))
 
