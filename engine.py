@@ -22,6 +22,11 @@ def _autocast(device: torch.device, dtype: torch.dtype):
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+def _undivided(student: nn.Module, last: bool):
+    """Keeps DDP, where there is one, from averaging gradients before the last micro-batch has added its own."""
+    return nullcontext() if last or not hasattr(student, 'no_sync') else student.no_sync()
+
+
 class Watch:
     """Withholds the update of every step in which something was not finite, on all ranks, and says what and where.
 
@@ -63,13 +68,14 @@ class Watch:
         """1, by which a loss stays what it is; NaN if one of the values is not finite.
 
         Args:
-            step: its name.
-            indices: of the images, (B,), on the CPU.
+            step: its name; called again with the same name for each micro-batch.
+            indices: of the step's images on this rank, on the CPU.
             values: terms and logits by name.
         """
         finite = torch.stack([torch.isfinite(value).all() for value in values.values()])
         self._names = list(values)
-        self._here = (step, indices, finite)
+        whole = finite & self._here[2] if self._here and self._here[0] == step else finite
+        self._here = (step, indices, whole)
         self._gradient = torch.ones_like(finite[0])
         return torch.where(finite.all(), 1.0, torch.nan)
 
@@ -152,6 +158,7 @@ def train_one_epoch(
     shared_draw: bool = False,
     grad_share: bool = False,
     print_freq: int = 10,
+    accum_steps: int = 1,
 ) -> dict[str, float]:
     """Trains the student for one epoch, or for what is left of it.
 
@@ -168,7 +175,7 @@ def train_one_epoch(
         amp_dtype: dtype of autocast for both models; float32 for none.
         epoch: counts from 0, for the log lines.
         seed: the run's.
-        step: training steps of the run so far; with `seed` it determines every random number of the next.
+        step: training steps (updates) of the run so far; with `seed` it determines every random number of the next.
         done: steps of this epoch so far.
         mixup: images and classes → mixed images and soft labels (B, C).
         average: called after each update, for the moving average.
@@ -180,6 +187,8 @@ def train_one_epoch(
         print_freq: steps between log lines; between them the host never waits for the device, except for the
             gradient scaler of float16, which reads at each step whether the gradients overflowed, and for an optimizer
             that cannot be told on the device to leave an update out.
+        accum_steps: micro-batches of B/accum_steps images whose gradients make an update. Mixing sees the whole batch,
+            relations across images and random tokens those of a micro-batch.
 
     Returns:
         Means over steps and ranks: `lr`, `loss`, and `loss_<name>` for each term.
@@ -204,23 +213,25 @@ def train_one_epoch(
         if mixup is not None:
             images, targets = mixup(images, targets)
 
-        with _autocast(device, amp_dtype):
-            with torch.no_grad():  # not inference_mode: the student's backward saves the teacher's tensors
-                teacher_out = teacher(images) if teacher is not None else None
-            student_out = student(images)
-        losses = criterion(student_out, teacher_out, targets, generator)
-        if grad_share and progress.due:
-            shares = gradient_shares(losses, student_out.features, scaler)
-        loss = sum(losses.values())
-        loss = loss * watch.factor(
-            f'step {done + number} of epoch {epoch}', indices, _values(losses, student_out, teacher_out, shared_draw)
-        )
-
+        name = f'step {done + number} of epoch {epoch}'
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        parts = list(zip(images.chunk(accum_steps), targets.chunk(accum_steps), strict=True))
+        for part, (images, targets) in enumerate(parts, start=1):
+            with _undivided(student, last=part == accum_steps):
+                with _autocast(device, amp_dtype):
+                    with torch.no_grad():  # not inference_mode: the student's backward saves the teacher's tensors
+                        teacher_out = teacher(images) if teacher is not None else None
+                    student_out = student(images)
+                losses = criterion(student_out, teacher_out, targets, generator)
+                if grad_share and progress.due and part == accum_steps:
+                    shares = gradient_shares(losses, student_out.features, scaler)
+                loss = sum(losses.values()) / accum_steps
+                loss = loss * watch.factor(name, indices, _values(losses, student_out, teacher_out, shared_draw))
+                scaler.scale(loss).backward()
+            meters.update(losses, len(images))
+
         good = watch.judge(_gradient_norm(student, optimizer, scaler, clip_grad))
         _update(optimizer, scaler, good)
-        meters.update(losses, len(images))
         withheld = watch.look() if watch.every_step else 0
         if average is not None and not withheld:
             average()

@@ -18,6 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -212,6 +213,8 @@ def _add_model_flags(parser: Parser) -> None:
     add('--finetune', default='', help='start from these weights: positions resampled, a head of another size dropped')
     add('--input-size', type=COUNT, default=224, help='height and width of the images in pixels')
     add('--teacher-input-size', type=COUNT, help="those the teacher sees, resized on the device (the student's)")
+    add('--grad-checkpointing', action='store_true', help="compute the student's activations anew in the backward pass "
+        'instead of keeping them')  # fmt: skip
     add('--drop', type=FRACTION, default=0.0, help='dropout after position embedding, attention projection and MLP')
     add('--drop-path', type=FRACTION, default=0.0, help='stochastic depth of the student')
     add('--model-ema', action='store_true', default=True, help='keep a moving average of the student (default)')
@@ -222,7 +225,9 @@ def _add_model_flags(parser: Parser) -> None:
 
 def _add_optimizer_flags(parser: Parser) -> None:
     add = parser.add_argument_group('optimizer and schedule').add_argument
-    add('--batch-size', type=COUNT, default=64, help='images per rank and step')
+    add('--batch-size', type=COUNT, default=64, help='images per rank and forward pass')
+    add('--accum-steps', type=COUNT, default=1, help='forward passes whose gradients make one step; relations across '
+        'images and random tokens see the images of one of them')  # fmt: skip
     add('--epochs', type=COUNT, default=300, help='length of the run and of the schedule')
     add('--opt', default='adamw', help="one of timm's optimizers")
     add('--opt-eps', type=POSITIVE, default=1e-8, help='its epsilon')
@@ -302,6 +307,7 @@ def _add_run_flags(parser: Parser) -> None:
     add('--device', default='cuda', help='cuda, cuda:N or cpu; without a GPU cuda becomes cpu')
     add('--amp-dtype', choices=('bfloat16', 'float16', 'float32'), help='default: bfloat16 on a GPU that has it, else '
         'float16 with a gradient scaler, float32 on the CPU')  # fmt: skip
+    add('--compile', action='store_true', help='compile the blocks of both models, each kind once; evaluation is not')
     add('--seed', type=SEED, default=0, help='of weights, order, augmentation, mixing and random tokens')
     add('--dist_url', '--dist-url', default='env://', help='where the ranks meet')
     add('--print-freq', type=COUNT, default=10, help='steps between log lines')
@@ -381,7 +387,7 @@ def _check_recipe(args: argparse.Namespace) -> None:
     sides = [int(args.input_size * side) for side in args.cutmix_minmax or (0, 1)]
     if len(sides) != 2 or sides[0] >= sides[1]:  # timm draws the side in pixels, below the larger one
         raise UsageError(f'--cutmix-minmax {_words(args.cutmix_minmax)}: two numbers are needed, the smaller first')
-    if _mixes(args) and args.batch_size % 2 and not args.eval:
+    if _mixes(args) and _images_of_a_step(args) % 2 and not args.eval:
         raise UsageError(f'--batch-size {args.batch_size}: mixup and cutmix pair the images and need an even batch')
     if args.opt_betas and (len(args.opt_betas) not in (2, 3) or max(args.opt_betas) == 1):
         raise UsageError(
@@ -409,6 +415,11 @@ def _streams(args: argparse.Namespace) -> bool:
 
 def _mixes(args: argparse.Namespace) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def _images_of_a_step(args: argparse.Namespace) -> int:
+    """Of one rank."""
+    return args.batch_size * args.accum_steps
 
 
 def _words(values: list) -> str:
@@ -472,7 +483,11 @@ def tap_student(args: argparse.Namespace, student: nn.Module, taught: bool) -> m
     """Hooks on --s-id, if there is a teacher."""
     block_ids = (args.s_id or []) if taught else []
     with blame('--s-id', f'{_words(block_ids)} with --model {args.model}'):
-        return models.tap(student, block_ids, args.input_size, two_heads=taught)
+        tapped = models.tap(student, block_ids, args.input_size, two_heads=taught)
+    if args.grad_checkpointing and not args.eval:
+        with blame('--grad-checkpointing', f'with --model {args.model}'):
+            models.checkpoint_activations(tapped, args.input_size)
+    return tapped
 
 
 def tap_teacher(
@@ -586,6 +601,10 @@ def _open_split(args: argparse.Namespace, train: bool, transform: Callable) -> D
     return dataset
 
 
+def _accumulated(args: argparse.Namespace) -> str:
+    return f' of --accum-steps {args.accum_steps}' if args.accum_steps > 1 else ''
+
+
 def check_shards(args: argparse.Namespace) -> None:
     """Refuses, before any work, a stream of fewer training shards or images than there is use for."""
     world, readers = utils.get_world_size(), max(1, args.num_workers)
@@ -596,9 +615,10 @@ def check_shards(args: argparse.Namespace) -> None:
             f'--num_workers {args.num_workers}: {world} × {readers} loader processes want a shard each, '
             f'--data-path {args.data_path} has {_count(len(shards.names), "shard")} for training'
         )
-    if not args.eval and shards.images < world * args.batch_size:
+    if not args.eval and shards.images < world * _images_of_a_step(args):
         raise UsageError(
-            f'--batch-size {args.batch_size}: the {shards.images} images do not fill a batch on {_count(world, "rank")}'
+            f'--batch-size {args.batch_size}: the {shards.images} images do not fill a batch{_accumulated(args)} on '
+            f'{_count(world, "rank")}'
         )
 
 
@@ -610,13 +630,13 @@ def _open_stream(args: argparse.Namespace, train: bool, transform: Callable) -> 
     shards, rank, world = datasets.find_shards(_stream_root(args), train), utils.get_rank(), utils.get_world_size()
     if not train:
         shards, rank, world = shards.share(rank, world) if args.dist_eval else shards, 0, 1
-    parts = (args.num_classes, args.batch_size, args.num_workers, args.seed, rank, world)
+    batch = _images_of_a_step(args) if train else args.batch_size
+    parts = (args.num_classes, batch, args.num_workers, args.seed, rank, world)
     return datasets.StreamDataset(shards, train, transform, *parts)
 
 
 def _loader_options(args: argparse.Namespace, device: torch.device) -> dict:
     return {
-        'batch_size': args.batch_size,
         'num_workers': args.num_workers,
         'pin_memory': args.pin_mem and device.type == 'cuda',
         # Those of a stream begin anew, and hear of the epoch then.
@@ -645,16 +665,16 @@ def build_train_loader(
     args: argparse.Namespace, device: torch.device, repeated_aug: bool, stats: tuple[tuple, tuple]
 ) -> DataLoader:
     """Augmented training images, this rank's share, whole batches only."""
-    dataset = _open_split(args, True, build_train_transform(args, stats))
+    dataset, batch = _open_split(args, True, build_train_transform(args, stats)), _images_of_a_step(args)
     if _streams(args):
-        return DataLoader(dataset, drop_last=True, **_loader_options(args, device))
+        return DataLoader(dataset, batch, drop_last=True, **_loader_options(args, device))
     world, shuffle_seed = utils.get_world_size(), utils.counter_seed(args.seed, 'shuffle')
     sampler = build_train_sampler(dataset, world, utils.get_rank(), repeated_aug, shuffle_seed)
-    loader = DataLoader(dataset, sampler=sampler, drop_last=True, **_loader_options(args, device))
+    loader = DataLoader(dataset, batch, sampler=sampler, drop_last=True, **_loader_options(args, device))
     if not len(loader):
         raise UsageError(
             f'--batch-size {args.batch_size}: {_count(world, "rank")} of {len(sampler)} images each do not fill one '
-            f'batch; the training set has {len(dataset)} images'
+            f'batch{_accumulated(args)}; the training set has {len(dataset)} images'
         )
     return loader
 
@@ -663,9 +683,11 @@ def build_val_loader(args: argparse.Namespace, device: torch.device, stats: tupl
     """This rank's share of the validation images, without padding; all of them with --no-dist-eval."""
     dataset = _open_split(args, False, datasets.build_eval_transform(args.input_size, *stats))
     if _streams(args):
-        return DataLoader(dataset, **_loader_options(args, device))
+        return DataLoader(dataset, args.batch_size, **_loader_options(args, device))
     rank, world = (utils.get_rank(), utils.get_world_size()) if args.dist_eval else (0, 1)
-    return DataLoader(dataset, sampler=range(rank, len(dataset), world), **_loader_options(args, device))
+    return DataLoader(
+        dataset, args.batch_size, sampler=range(rank, len(dataset), world), **_loader_options(args, device)
+    )
 
 
 def choose_order(args: argparse.Namespace, checkpoint: dict) -> bool:
@@ -704,7 +726,7 @@ def build_state(args: argparse.Namespace, model: nn.Module) -> TrainingState:
 
 
 def _scaled_lr(args: argparse.Namespace) -> float:
-    return args.lr * args.batch_size * utils.get_world_size() / 512
+    return args.lr * _images_of_a_step(args) * utils.get_world_size() / 512
 
 
 def _amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
@@ -859,8 +881,9 @@ def describe_run(args: argparse.Namespace, device: torch.device, num_classes: in
     say(f'data        {args.data_set} {args.data_path or "(generated)"}, {num_classes} classes')
     if args.eval:
         return
-    total = args.batch_size * world
-    say(f'batch       {_count(world, "rank")} × {args.batch_size} images = {total} a step')
+    total = _images_of_a_step(args) * world
+    passes = f' × {args.accum_steps} passes' if args.accum_steps > 1 else ''
+    say(f'batch       {_count(world, "rank")} × {args.batch_size} images{passes} = {total} a step')
     say(f'lr          {args.lr:g} × {total}/512 = {_scaled_lr(args):g}, {args.opt}, {args.sched}, seed {args.seed}')
 
 
@@ -894,8 +917,9 @@ def describe_training(
     if _streams(args):
         say('sampler     a stream: shards in an order of (seed, epoch), shuffled within a window')
     elif repeated_aug:
-        distinct = distinct_images(args.batch_size, world)
-        say(f"sampler     repeated augmentation: {distinct} distinct images in a rank's batch of {args.batch_size}")
+        batch = _images_of_a_step(args)
+        distinct = distinct_images(batch, world)
+        say(f"sampler     repeated augmentation: {distinct} distinct images in a rank's batch of {batch}")
     else:
         why = ' (repeated augmentation starts at two ranks)' if args.repeated_aug else ''
         say(f'sampler     shuffled without repeats{why}')
@@ -1036,7 +1060,9 @@ def measure(
     args: argparse.Namespace, model: nn.Module, loader: DataLoader, device: torch.device, poll: Callable, what: str
 ) -> dict[str, float]:
     """Evaluates and prints the result."""
-    stats = evaluate(model, loader, device, _amp_dtype(args, device), poll)
+    # Other batches and another mode: compiled anew they would cost more than they save.
+    with torch.compiler.set_stance('force_eager') if args.compile else nullcontext():
+        stats = evaluate(model, loader, device, _amp_dtype(args, device), poll)
     if not stats['images']:
         raise datasets.BadImageError(f'{args.data_path}: no validation image can be read')
     expected = datasets.count_images(loader.dataset)
@@ -1064,11 +1090,13 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
     allowed = _allowed_skips(args)
     # A run that goes on after a withheld update must keep it from the moving average too.
     watch = Watch(state.scaler, allowed, state.skipped, every_step=device.type == 'cpu' or allowed > 0)
+    if args.compile:  # after the moving average was copied
+        compile_models(args, parts)
     wrapped = parts.student
     if torch.distributed.is_initialized():
         wrapped = DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == 'cuda' else None)
         watch.attach(wrapped)
-    global_batch = args.batch_size * utils.get_world_size()
+    global_batch = _images_of_a_step(args) * utils.get_world_size()
     keeper = Keeper(state, parts.folder, parts.agreement, watch, vars(args), global_batch, args.save_interval_steps)
     options = {
         'device': device,
@@ -1084,6 +1112,7 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
         'shared_draw': args.relations == 'global',
         'grad_share': args.log_grad_share,
         'print_freq': args.print_freq,
+        'accum_steps': args.accum_steps,
     }
     if state.epoch + 1 >= args.epochs:
         say(f'--epochs {args.epochs}: all done already, nothing to train')
@@ -1109,6 +1138,16 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
     share = 100 * parts.folder.seconds / max(took, 1e-9)
     say(f'Training time {timedelta(seconds=int(took))}, {share:.2f} % of it for {parts.folder.saves} saves')
     report_bad_images(device, train_loader, parts.val_loader, again=True)
+
+
+def compile_models(args: argparse.Namespace, parts: Parts) -> None:
+    """Compiles the blocks of both models."""
+    with blame('--compile', f'with --model {args.model}'):
+        counts = [models.compile_blocks(parts.student, args.input_size)]
+    if parts.teacher is not None:
+        with blame('--compile', f'with --teacher-model {args.teacher_model}'):
+            counts.append(models.compile_blocks(parts.teacher, args.teacher_input_size or args.input_size))
+    say(f'compile     {" and ".join(map(str, counts))} blocks, in the first step; its time is in the first log line')
 
 
 def _allowed_skips(args: argparse.Namespace) -> int:

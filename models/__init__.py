@@ -5,7 +5,16 @@ Letters: B images, N patch tokens, D channels, C classes.
 
 from models.blocks import Block, list_blocks
 from models.grids import ALIGNMENTS, meet, resample, words
-from models.tap import Output, Prepare, TappedModel, freeze, pair_ids, tap
+from models.tap import (
+    Output,
+    Prepare,
+    TappedModel,
+    checkpoint_activations,
+    compile_blocks,
+    freeze,
+    pair_ids,
+    tap,
+)
 from models.weights import adapt, build, has_source, load_weights, match_head, named_weights, normalisation
 
 __all__ = [
@@ -16,6 +25,8 @@ __all__ = [
     'TappedModel',
     'adapt',
     'build',
+    'checkpoint_activations',
+    'compile_blocks',
     'freeze',
     'has_source',
     'list_blocks',

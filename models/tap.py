@@ -194,6 +194,42 @@ def freeze(
     return tapped.requires_grad_(False).eval()
 
 
+def checkpoint_activations(tapped: TappedModel, input_size: int) -> None:
+    """Keeps no activations inside the blocks for the backward pass, which computes them anew.
+
+    Raises:
+        ValueError: the model cannot, or its tokens would have no gradient.
+    """
+    if not hasattr(tapped.model, 'set_grad_checkpointing'):
+        raise ValueError('it knows no activation checkpointing')
+    try:
+        tapped.model.set_grad_checkpointing(True)
+    except AssertionError as error:  # timm's word for "not supported"
+        raise ValueError(f'it knows no activation checkpointing: {error}') from error
+    training = tapped.training
+    out = tapped.eval()(torch.zeros(1, 3, input_size, input_size))
+    tapped.train(training)
+    if not all(feature.requires_grad for feature in out.features):
+        raise ValueError('this version of timm recomputes blocks in a way that cuts hooks off; a newer one is needed')
+
+
+def compile_blocks(tapped: TappedModel, input_size: int) -> int:
+    """Compiles the blocks, each kind once; returns how many there are. Parameters keep their names, hooks stay outside.
+
+    Do so after deep copies are made: a copy of a compiled block would run the original.
+
+    Raises:
+        ValueError: its blocks are not known.
+    """
+    # A graph for each shape and kind of block, in training; the default would give up after 8.
+    torch._dynamo.config.cache_size_limit = 64
+    paths = dict.fromkeys(block.path for block in list_blocks(tapped.model, input_size))
+    for path in paths:
+        block = tapped.model.get_submodule(path)
+        block.forward = torch.compile(block.forward, dynamic=False)
+    return len(paths)
+
+
 def pair_ids(student_depth: int, teacher_depth: int) -> tuple[list[int], list[int]]:
     """The recipe's pairing for any depths: the first k and the last k blocks of either side.
 
