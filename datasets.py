@@ -1,14 +1,19 @@
-"""The table of data sets, streams, transforms, and augmentation that depends on an image's place alone."""
+"""The table of data sets, streams, transforms, and augmentation that depends on an image's place alone.
+
+Images are bytes, (3, H, W) of dtype uint8, or PIL's; `augment.py` makes of them what models see.
+"""
 
 import io
 import json
 import logging
 import math
+import os
 import random
 import tarfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,19 +21,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, create_transform
 from timm.data.auto_augment import AugmentOp
+from timm.data.random_erasing import RandomErasing
 from timm.data.readers import create_reader
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation, ToNumpy
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, FakeData, ImageFolder
-from torchvision.datasets.folder import default_loader
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import resize
 
+from augment import Recorder, draw_erasures
 from utils import counter_seed
 
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 SMALL = 32  # images up to this size are neither resized nor cropped out of larger ones
+_TO_FLOAT = (transforms.ToTensor, transforms.PILToTensor, MaybeToTensor, ToNumpy)  # where timm leaves PIL images
 FAKE_CLASSES, FAKE_TRAIN, FAKE_VAL = 10, 1024, 256
 
 
@@ -36,24 +47,67 @@ class BadImageError(ValueError):
     """An image cannot be decoded; says which and why."""
 
 
-def load_image(path: str, opened: io.BytesIO | None = None) -> Image.Image:
-    """Reads an image as PIL's RGB: of animations the first frame, not rotated.
+def load_image(name: str, path: Path | None = None, start: int = 0, size: int = -1) -> torch.Tensor:
+    """Reads an image as RGB bytes (3, H, W): of animations the first frame, not rotated.
+
+    Ordinary JPEGs are decoded by torchvision, to the same bytes as by PIL, which reads all others.
 
     Args:
-        path: of its file, or what it is called.
-        opened: its bytes, if they do not stand in a file of their own.
+        name: what it is called, the path of its file as a rule.
+        path: of the file it lies in, if that is another.
+        start: where in the file it begins, in bytes.
+        size: bytes it has; −1: all.
 
     Raises:
         BadImageError: it cannot be decoded.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of odd but readable files
-            return default_loader(path) if opened is None else Image.open(opened).convert('RGB')
+        return _decode(path or name, start, size, os.stat(path or name).st_ctime_ns)
     except MemoryError:
         raise
     except Exception as error:  # PIL raises a dozen kinds for damaged files
-        raise BadImageError(f'{path}: {getattr(error, "strerror", None) or error}') from error
+        raise BadImageError(f'{name}: {getattr(error, "strerror", None) or error}') from error
+
+
+@lru_cache(maxsize=1)  # with repeated augmentation an image may come several times in a row
+def _decode(path: str | Path, start: int, size: int, changed: int) -> torch.Tensor:
+    """`changed`: when the file was changed last; what was read before does not count then."""
+    with open(path, 'rb') as file:
+        file.seek(start)
+        data = file.read(size)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of odd but readable files
+        image = Image.open(io.BytesIO(data))
+        if image.format == 'JPEG' and image.mode in ('L', 'RGB'):
+            with suppress(RuntimeError):  # of damage; PIL knows how to say it
+                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        return _to_bytes(image.convert('RGB'))
+
+
+def _to_bytes(image: Image.Image | torch.Tensor) -> torch.Tensor:
+    """(3, H, W), uint8."""
+    return image if isinstance(image, torch.Tensor) else pil_to_tensor(image.convert('RGB'))
+
+
+class Samples(Sequence):
+    """(path, class) of each image in two arrays: of a million Python objects each loader process gets its own copies.
+
+    Args:
+        samples: the same as a list.
+    """
+
+    def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
+        names = [os.fsencode(name) for name, _ in samples]
+        self._text = b''.join(names)
+        self._ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
+        self._classes = np.array([target for _, target in samples], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        index = range(len(self))[index]
+        return os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]]), int(self._classes[index])
 
 
 class INatDataset(Dataset):
@@ -132,23 +186,24 @@ class TarDataset(Dataset):
         self.classes = _index_classes(index)
         names = {number: name for name, number in index.class_name_to_idx.items()}
         number = {name: i for i, name in enumerate(self.classes)}
-        self.samples, self._places = [], []
+        self.samples, places = [], []
+        self._archives = list(dict.fromkeys(place / archive if archive else place for _, archive, _ in index.samples))
+        archive_number = {path: i for i, path in enumerate(self._archives)}
         for (member, archive, inner), target in zip(index.samples, index.targets, strict=True):
             path = place / archive if archive else place
             self.samples.append((f'{path}:{inner.name + ":" if inner else ""}{member.name}', number[names[target]]))
             start = member.offset_data + (inner.offset_data if inner else 0)
-            self._places.append((path, start, member.size))
+            places.append((archive_number[path], start, member.size))
+        self._places = np.array(places, dtype=np.int64).reshape(-1, 3)
         self.transform = transform
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int):
-        (name, target), (path, start, size) = self.samples[index], self._places[index]
+        (name, target), (archive, start, size) = self.samples[index], self._places[index].tolist()
         # Opened anew for each image: an open file would be shared, with its position, by all loader processes.
-        with open(path, 'rb') as file:
-            file.seek(start)
-            image = load_image(name, io.BytesIO(file.read(size)))
+        image = load_image(name, self._archives[archive], start, size)
         return (self.transform(image) if self.transform else image), target
 
 
@@ -297,18 +352,55 @@ def build_dataset(
         raise ValueError(f'{name}: {str(error).split(".")[0]}') from error
 
 
+class TrainTransform:
+    """Image → bytes (3, H, W), and what is left for the device, see `augment.Finish`; at random as timm has it.
+
+    Args:
+        steps: PIL images or bytes → bytes.
+        policy: draws what the device is to do, `plan`; None where nothing of that kind is left.
+        erasing: timm's, from which `erase` is drawn; None for none.
+    """
+
+    def __init__(self, steps: Callable, policy: Recorder | None = None, erasing: RandomErasing | None = None) -> None:
+        self.steps, self.policy, self.erasing = steps, policy, erasing
+
+    def __call__(self, image: Image.Image | torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        image, todo = self.steps(image), {}
+        if self.policy is not None:
+            todo['plan'] = self.policy()
+        if self.erasing is not None:
+            todo['erase'] = draw_erasures(self.erasing, *image.shape[1:])
+        return image, todo
+
+
+class RandomResizedCrop:
+    """timm's crop at random, the same boxes, of bytes (3, H, W): torchvision resizes them three times as fast as PIL.
+
+    Args:
+        crop: timm's.
+    """
+
+    def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
+        self.crop = crop
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+        way = self.crop.interpolation
+        way = random.choice(way) if isinstance(way, tuple | list) else way
+        return resize(image[:, top : top + height, left : left + width], list(self.crop.size), way, antialias=True)
+
+
 def build_train_transform(
     input_size: int,
     color_jitter: float,
     auto_augment: str | None,
     interpolation: str,
     reprob: float,
-    remode: str,
     recount: int,
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    std: Sequence[float] = IMAGENET_DEFAULT_STD,
-) -> Callable:
-    """DeiT's training augmentation, PIL image → (3, input_size, input_size), by timm.
+    on_device: bool = False,
+) -> TrainTransform:
+    """DeiT's training augmentation by timm; normalising and erasing are left to the device, `augment.Finish`.
 
     Args:
         input_size: pixels; up to 32 a random crop with padding 4 takes the place of resizing.
@@ -316,29 +408,35 @@ def build_train_transform(
         auto_augment: timm's policy string; None for none.
         interpolation: 'random', 'bilinear' or 'bicubic'.
         reprob: probability of random erasing.
-        remode: its filling, 'pixel', 'rand' or 'const'.
         recount: its number of rectangles.
-        mean: of each channel, values in 0 … 1, subtracted.
-        std: standard deviation of each channel, divided by.
+        mean: of each channel, values in 0 … 1, the colour of what geometric operations uncover.
+        on_device: leave auto-augmentation to the device too.
+
+    Raises:
+        ValueError: the device cannot do that for this policy.
     """
-    transform = create_transform(
+    steps = create_transform(
         input_size,
         is_training=True,
         color_jitter=color_jitter,
         auto_augment=auto_augment,
         interpolation=interpolation,
         re_prob=reprob,
-        re_mode=remode,
         re_count=recount,
         mean=mean,
-        std=std,
-    )
-    if input_size <= SMALL:
-        transform.transforms[0] = transforms.RandomCrop(input_size, padding=4)
-    for op in _augment_ops(transform.transforms):
+    ).transforms
+    crop, flip, *colours = steps[: next(i for i, step in enumerate(steps) if isinstance(step, _TO_FLOAT))]
+    crop = RandomResizedCrop(crop) if input_size > SMALL else transforms.RandomCrop(input_size, padding=4)
+    for op in _augment_ops(colours):
         if 'Posterize' in op.name:
             op.aug_fn = _posterize
-    return transform
+    policy = None
+    if on_device:
+        policy, colours = Recorder(*colours), []
+    if colours:
+        colours = [transforms.ToPILImage(), *colours, _to_bytes]
+    erasing = steps[-1] if isinstance(steps[-1], RandomErasing) else None
+    return TrainTransform(transforms.Compose([_to_bytes, crop, flip, *colours]), policy, erasing)
 
 
 def _augment_ops(steps: Iterable) -> Iterable[AugmentOp]:
@@ -358,15 +456,15 @@ def _posterize(image: Image.Image, bits: int, **_) -> Image.Image:
     return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
-def build_eval_transform(
-    input_size: int, mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD
-) -> Callable:
-    """Resize to 256/224 of the input size, centre crop, normalise; up to 32 pixels no resize or crop."""
-    steps = [transforms.ToTensor(), transforms.Normalize(mean, std)]
-    if input_size > SMALL:
-        resize = transforms.Resize(int(256 / 224 * input_size), transforms.InterpolationMode.BICUBIC)
-        steps = [resize, transforms.CenterCrop(input_size), *steps]
-    return transforms.Compose(steps)
+def build_eval_transform(input_size: int) -> Callable:
+    """Resize to 256/224 of the input size and centre crop, by PIL, to bytes; up to 32 pixels neither."""
+    if input_size <= SMALL:
+        return _to_bytes
+    side = int(256 / 224 * input_size)
+    resize_by_pil = transforms.Resize(side, transforms.InterpolationMode.BICUBIC)
+    return transforms.Compose(
+        [_to_bytes, transforms.ToPILImage(), resize_by_pil, transforms.CenterCrop(input_size), _to_bytes]
+    )
 
 
 class CheckedDataset(Dataset):
@@ -381,6 +479,10 @@ class CheckedDataset(Dataset):
 
     def __init__(self, dataset: Dataset, skip_bad: bool) -> None:
         self.dataset = dataset
+        if hasattr(dataset, 'samples'):
+            dataset.samples = Samples(dataset.samples)
+            if isinstance(dataset, ImageFolder):  # which keeps the same in lists of its own
+                dataset.imgs, dataset.targets = dataset.samples, None
         self.skip_bad = skip_bad
         self._listed: set[int] = set()
         # Shared with the loader processes, which find them.
@@ -436,7 +538,8 @@ class CheckedDataset(Dataset):
 class TrainDataset(CheckedDataset):
     """Draws each image's augmentation from (seed, epoch, position): the same on any worker, resumed or not.
 
-    An item is (image, class, index). In the place of a bad image stands the next good one of the data set.
+    An item is (image, class, index, todo): bytes (3, H, W), and what `TrainTransform` leaves for the device, with a
+    `key` for what is random about that. In the place of a bad image stands the next good one of the data set.
 
     Args:
         dataset: augments with the global generators of `random`, numpy and torch, as timm and torchvision do.
@@ -455,7 +558,8 @@ class TrainDataset(CheckedDataset):
             _seed_augmentation(number)
             item = self.read(instead % len(self))
             if item is not None:
-                return *item, instead % len(self)
+                (image, todo), target = item
+                return image, target, instead % len(self), {'key': number, **todo}
         raise BadImageError(f'{self.describe(index)} and the {self.TRIES - 1} after it: none can be read')
 
 
@@ -533,7 +637,7 @@ class StreamDataset(IterableDataset):
 
     Args:
         shards: all of the split in training, this rank's share in evaluation.
-        train: items are (image, class, number), in evaluation (image, class).
+        train: items are (image, class, number, todo) as those of `TrainDataset`, in evaluation (image, class).
         transform: PIL image → tensor.
         num_classes: classes there are.
         batch_size: images of a batch.
@@ -598,8 +702,10 @@ class StreamDataset(IterableDataset):
                     f'{self.num_classes - 1}'
                 )
             if self.train:
-                _seed_augmentation(counter_seed(self.seed, 'augment', *counter, i))
-                yield self.transform(image), target, worker + workers * i
+                number = counter_seed(self.seed, 'augment', *counter, i)
+                _seed_augmentation(number)
+                image, todo = self.transform(image)
+                yield image, target, worker + workers * i, {'key': number, **todo}
             else:
                 yield self.transform(image), target
         if self.train and i + 1 < self._of_a_worker():
@@ -639,6 +745,12 @@ def _seed_augmentation(number: int) -> None:
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.default_generator.manual_seed(number)
+
+
+def image_size(dataset: Dataset) -> tuple[int, int]:
+    """Height and width of the images of a split, by its first one."""
+    image = dataset.first()[0]
+    return tuple((image[0] if isinstance(image, tuple) else image).shape[1:])
 
 
 def fingerprint(dataset: Dataset, num_classes: int) -> dict:

@@ -150,6 +150,7 @@ def train_one_epoch(
     seed: int,
     step: int = 0,
     done: int = 0,
+    finish: Callable[..., Tensor] | None = None,
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     average: Callable[[], None] | None = None,
     after_step: Callable[[], None] | None = None,
@@ -166,7 +167,7 @@ def train_one_epoch(
         student: images (B, 3, H, W) → output with logits and tokens; wrapped in DDP when there are several ranks.
         teacher: the same, frozen; None without distillation.
         criterion: (student_out, teacher_out, targets, generator) → weighted scalars by name; the loss is their sum.
-        loader: batches of images (B, 3, H, W), classes (B,) and the images' indices (B,).
+        loader: batches of images (B, 3, H, W), classes (B,), the images' indices (B,), and what `finish` wants beside.
         optimizer: holds the student's parameters.
         scaler: of the gradients, enabled for float16 only.
         meters: of the epoch so far.
@@ -177,6 +178,7 @@ def train_one_epoch(
         seed: the run's.
         step: training steps (updates) of the run so far; with `seed` it determines every random number of the next.
         done: steps of this epoch so far.
+        finish: images as they come, on the device → normalised ones, see `augment.Finish`; None: they are that already.
         mixup: images and classes → mixed images and soft labels (B, C).
         average: called after each update, for the moving average.
         after_step: called after each step, when all that belongs to it is done.
@@ -207,9 +209,11 @@ def train_one_epoch(
         return f'lr: {lr:.6g}  {meters.line()}{percent}'
 
     progress = utils.Progress(f'Epoch: [{epoch}]', print_freq, line, device=device)
-    for number, (images, targets, indices) in enumerate(progress.over(loader, done)):
+    for number, (images, targets, indices, *todo) in enumerate(progress.over(loader, done)):
         utils.seed_step(generator, seed, step + number, utils.get_rank(), shared_draw)
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        if finish is not None:
+            images = finish(images, *todo)
         if mixup is not None:
             images, targets = mixup(images, targets)
 

@@ -40,6 +40,7 @@ import checkpoints
 import datasets
 import models
 import utils
+from augment import Finish
 from checkpoints import Keeper, RunFolder, TrainingState
 from datasets import EvalDataset, TrainDataset
 from engine import Watch, evaluate, train_one_epoch
@@ -250,6 +251,8 @@ def _add_optimizer_flags(parser: Parser) -> None:
 def _add_augmentation_flags(parser: Parser) -> None:
     add = parser.add_argument_group('augmentation').add_argument
     add('--aa', default='rand-m9-mstd0.5-inc1', help="timm's auto-augmentation policy; none or '' for none")
+    add('--device-augment', action='store_true', help='the device applies --aa, to whole batches: the same decisions, '
+        'nearly the same pixels')  # fmt: skip
     add('--no-aug', action='store_true', help='train on images as evaluation sees them; mixing is apart')
     add('--color-jitter', type=AMOUNT, default=0.4, help='strength, without auto-augmentation only')
     add('--train-interpolation', default='bicubic', choices=('random', 'bilinear', 'bicubic'), help='of random crops')
@@ -382,6 +385,8 @@ def _check_recipe(args: argparse.Namespace) -> None:
         _check_stream(args)
     elif args.num_classes is not None:
         raise UsageError(f'--num-classes {args.num_classes}: --data-set {args.data_set} tells it by itself')
+    if args.device_augment and (args.no_aug or args.aa in ('', 'none')):
+        raise UsageError('--device-augment: there is no auto-augmentation to apply, --aa')
     if not re.fullmatch(r'cpu|cuda(:\d+)?', args.device):
         raise UsageError(f'--device {args.device}: must be cpu, cuda or cuda:N')
     sides = [int(args.input_size * side) for side in args.cutmix_minmax or (0, 1)]
@@ -592,7 +597,7 @@ def _open_split(args: argparse.Namespace, train: bool, transform: Callable) -> D
             dataset = TrainDataset(dataset, skip_bad, args.seed) if train else EvalDataset(dataset, skip_bad)
     if _streams(args) and not dataset.shards.names:  # a rank without validation shards
         return dataset
-    shape = tuple(dataset.first()[0].shape[1:])
+    shape = datasets.image_size(dataset)
     if shape != (args.input_size, args.input_size):
         raise UsageError(
             f'--input-size {args.input_size}: the images are {models.words(shape)} pixels, '
@@ -644,28 +649,26 @@ def _loader_options(args: argparse.Namespace, device: torch.device) -> dict:
     }
 
 
-def build_train_transform(args: argparse.Namespace, stats: tuple[tuple, tuple]) -> Callable:
-    """The augmentation the flags ask for; `stats`: mean and deviation the images are normalised by."""
+def build_train_transform(args: argparse.Namespace, mean: tuple) -> datasets.TrainTransform:
+    """The augmentation the flags ask for; `mean`: of the images' channels."""
     if args.no_aug:
-        return datasets.build_eval_transform(args.input_size, *stats)
-    with blame('--aa', args.aa, AssertionError, KeyError):
+        return datasets.TrainTransform(datasets.build_eval_transform(args.input_size))
+    with blame('--aa', f'{args.aa}{" with --device-augment" * args.device_augment}', AssertionError, KeyError):
         return datasets.build_train_transform(
             args.input_size,
             args.color_jitter,
             None if args.aa in ('', 'none') else args.aa,
             args.train_interpolation,
             args.reprob,
-            args.remode,
             args.recount,
-            *stats,
+            mean,
+            on_device=args.device_augment,
         )
 
 
-def build_train_loader(
-    args: argparse.Namespace, device: torch.device, repeated_aug: bool, stats: tuple[tuple, tuple]
-) -> DataLoader:
+def build_train_loader(args: argparse.Namespace, device: torch.device, repeated_aug: bool, mean: tuple) -> DataLoader:
     """Augmented training images, this rank's share, whole batches only."""
-    dataset, batch = _open_split(args, True, build_train_transform(args, stats)), _images_of_a_step(args)
+    dataset, batch = _open_split(args, True, build_train_transform(args, mean)), _images_of_a_step(args)
     if _streams(args):
         return DataLoader(dataset, batch, drop_last=True, **_loader_options(args, device))
     world, shuffle_seed = utils.get_world_size(), utils.counter_seed(args.seed, 'shuffle')
@@ -679,9 +682,9 @@ def build_train_loader(
     return loader
 
 
-def build_val_loader(args: argparse.Namespace, device: torch.device, stats: tuple[tuple, tuple]) -> DataLoader:
+def build_val_loader(args: argparse.Namespace, device: torch.device) -> DataLoader:
     """This rank's share of the validation images, without padding; all of them with --no-dist-eval."""
-    dataset = _open_split(args, False, datasets.build_eval_transform(args.input_size, *stats))
+    dataset = _open_split(args, False, datasets.build_eval_transform(args.input_size))
     if _streams(args):
         return DataLoader(dataset, args.batch_size, **_loader_options(args, device))
     rank, world = (utils.get_rank(), utils.get_world_size()) if args.dist_eval else (0, 1)
@@ -981,6 +984,7 @@ class Parts:
     device: torch.device
     num_classes: int
     stats: tuple[tuple, tuple]  # mean and deviation the images are normalised by
+    finish: Finish
     student: models.TappedModel
     teacher: models.TappedModel | None
     val_loader: DataLoader
@@ -1020,26 +1024,31 @@ def run(args: argparse.Namespace, device: torch.device, signals: utils.Signals) 
     student.to(device)
     folder = prepare_output(args, checkpoint, own) if not args.eval else None
 
-    val_loader = build_val_loader(args, device, stats)
+    val_loader = build_val_loader(args, device)
     found = len(getattr(getattr(val_loader.dataset, 'dataset', None), 'classes', range(num_classes)))
     if found != num_classes:
         say(f'warning: --data-path {args.data_path} has {found} class folders; the head keeps {num_classes} classes')
     agreement = utils.Agreement(signals)
+    uncovered = [min(255, round(255 * value)) for value in stats[0]]  # as timm has it
+    finish = Finish(*stats, args.remode, uncovered).to(device)
     if args.eval_teacher:
         measure(
             args,
-            nn.Sequential(teacher.prepare, teacher.model),
+            nn.Sequential(finish, teacher.prepare, teacher.model),
             val_loader,
             device,
             lambda: stop_if_told(agreement),
             'teacher',
         )
     if args.eval:
-        measure(args, student.model, val_loader, device, lambda: stop_if_told(agreement), 'network')
+        network = nn.Sequential(finish, student.model)
+        measure(args, network, val_loader, device, lambda: stop_if_told(agreement), 'network')
         report_bad_images(device, val_loader)
         return
     signals.defer()
-    parts = Parts(device, num_classes, stats, student, teacher if taught else None, val_loader, folder, agreement)
+    parts = Parts(
+        device, num_classes, stats, finish, student, teacher if taught else None, val_loader, folder, agreement
+    )
     train(args, parts, checkpoint)
 
 
@@ -1078,7 +1087,7 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
     """The epoch loop: train, evaluate, log, save."""
     device = parts.device
     repeated_aug = choose_order(args, checkpoint)
-    train_loader = build_train_loader(args, device, repeated_aug, parts.stats)
+    train_loader = build_train_loader(args, device, repeated_aug, parts.stats[0])
     criterion = build_criterion(args)
     describe_training(args, train_loader, parts.val_loader, criterion, repeated_aug)
     state = build_state(args, parts.student.model)
@@ -1102,6 +1111,7 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
         'device': device,
         'amp_dtype': _amp_dtype(args, device),
         'seed': args.seed,
+        'finish': parts.finish,
         'mixup': build_mixup(args, parts.num_classes),
         # without `step`: a constant decay from the first step on
         'average': (lambda: state.ema.update(state.model)) if state.ema else None,
@@ -1160,7 +1170,7 @@ def finish_epoch(
     """Evaluates, logs and saves."""
 
     def measured(model: nn.Module, what: str) -> dict[str, float]:
-        return measure(args, model, parts.val_loader, parts.device, keeper.poll, what)
+        return measure(args, nn.Sequential(parts.finish, model), parts.val_loader, parts.device, keeper.poll, what)
 
     rows = {'train': stats, 'test': measured(state.model, 'network')}
     if args.eval_ema and state.ema:

@@ -262,6 +262,12 @@ WRONG = [
     ({'w_full': -1},),
     ({'relations': 'all'},),
     ({'relation_scale': 'sum'},),
+    ({'relation_dtype': 'float16'},),
+    ({'teacher_dtype': 'float16'},),
+    ({'accum_steps': 0},),
+    ({'device_augment': True, 'aa': 'none'}, '--aa'),
+    ({'device_augment': True, 'no_aug': True}, '--aa'),
+    ({'device_augment': True, 'aa': 'augmix-m5-w4-d2'}, 'AugMix', '--device-augment'),
     ({'log_grad_share': True, 's_id': None, 't_id': None}, '--s-id'),
     ({'log_grad_share': True, **toys.ALONE}, 'teacher'),
     # models
@@ -958,6 +964,14 @@ def test_a_run_of_accumulated_steps_resumed_in_mid_epoch_is_the_whole_one_to_the
     whole, parts = (toys.load(tmp_path / name / 'checkpoint.pth') for name in ('whole', 'parts'))
     for key in ('model', 'model_ema', 'optimizer', 'step'):
         toys.assert_same(parts[key], whole[key])
+
+
+def test_augmentation_on_the_device_trains_and_resumes_to_the_bit(run, tmp_path):
+    flags = {'device_augment': True, 'epochs': 2, 'reprob': 0.9}
+    whole = run(**flags, output_dir=tmp_path / 'whole')
+    first = tmp_path / 'whole' / 'checkpoint-00000002.pth'
+    assert run(**flags, resume=first, output_dir=tmp_path / 'parts') == whole[1:]
+    assert run(**{**flags, 'device_augment': None}, output_dir=tmp_path / 'plain') != whole
 
 
 def test_what_is_not_finite_in_the_first_of_several_passes_stops_the_step(run, monkeypatch):

@@ -1,0 +1,429 @@
+"""The batch against timm and Pillow image by image, the draws against timm's, erasing, and no waiting for a device."""
+
+import copy
+import pickle
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_transform
+from timm.data.auto_augment import (
+    LEVEL_TO_ARG,
+    AugmentOp,
+    RandAugment,
+    augment_and_mix_transform,
+    auto_augment_transform,
+    rand_augment_transform,
+)
+from timm.data.random_erasing import RandomErasing
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision import transforms
+
+from augment import OPERATIONS, Finish, Recorder, apply_policy, draw_erasures, erase
+
+H, W = 24, 20
+FILL = (10, 200, 99)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NAMES = sorted(LEVEL_TO_ARG.keys() - {'Desaturate', 'GaussianBlur', 'GaussianBlurRand'})
+MOVING = [name for name in NAMES if name.startswith(('Rotate', 'Shear', 'Translate'))]
+COLOURS = [name for name in NAMES if name not in MOVING]
+POLICIES = ['rand-m9-mstd0.5-inc1', 'rand-m9', 'rand-m7-n3-p0.8-mstd101', 'rand-m6-n4-mstd1-mmax12-inc1-tweights',
+            'v0', 'v0r-mstd0.5', 'original', 'originalr-mstd2']  # fmt: skip
+LEVELS = (0, 1, 2.3, 5, 7.7, 9, 10)
+
+
+def pictures(kind='all', number=3):
+    """(number, 3, H, W) uint8: gradients of another slope in each channel, noise, both, or a pale plane, in turn."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.meshgrid(torch.linspace(0, 1, W), torch.linspace(0, 1, H), indexing='xy')
+    found = []
+    for i in range(number):
+        smooth = torch.stack([20 + (200 - i) * x, 250 - (220 - i) * y, 70 * x + 90 * y + i])
+        noise = torch.randint(0, 256, (3, H, W), generator=generator).float()
+        kinds = {
+            'smooth': smooth,
+            'noise': noise,
+            'both': 0.7 * smooth + 0.2 * noise,
+            'plane': torch.full_like(noise, 250),
+        }
+        found.append(list(kinds.values())[i % 4] if kind == 'all' else kinds[kind])
+    return torch.stack(found).to(torch.uint8)
+
+
+def as_pil(image):
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def as_tensor(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def seed(number):
+    random.seed(number)
+    np.random.seed(number)
+
+
+def states():
+    kind, numbers, *rest = np.random.get_state()
+    return random.getstate(), kind, numbers.tolist(), rest
+
+
+def posterize(image, bits, **_):
+    # Pillow 13 refuses to keep no bit; what Pillow 12 answered was black.
+    return image.point(lambda value: 0) if bits <= 0 else ImageOps.posterize(image, min(bits, 8))
+
+
+def operations(policy):
+    sequences = [policy.ops] if isinstance(policy, RandAugment) else policy.policy
+    return [op for ops in sequences for op in ops]
+
+
+def timm_policy(words, **hparams):
+    make = rand_augment_transform if words.startswith('rand') else auto_augment_transform
+    policy = make(words, {'translate_const': 9, 'img_mean': FILL, **hparams})
+    for op in operations(policy):
+        op.aug_fn = posterize if 'Posterize' in op.name else op.aug_fn
+    return policy
+
+
+def one_operation(name, level, resample=Image.Resampling.BILINEAR):
+    hparams = {'translate_const': 9, 'img_mean': FILL, 'interpolation': resample}
+    op = AugmentOp(name, 1.0, level, hparams)
+    op.aug_fn = posterize if 'Posterize' in name else op.aug_fn
+    return RandAugment([op], 1)
+
+
+def both_ways(policies, images):
+    """The images by timm and Pillow, and as a batch, image i by policy i with seed i: each (B, 3, H, W) int."""
+    plans, expected = [], []
+    for i, (policy, image) in enumerate(zip(policies, images, strict=True)):
+        seed(i)
+        expected.append(as_tensor(policy(as_pil(image))))
+        seed(i)
+        plans.append(Recorder(policy)())
+    return torch.stack(expected).int(), apply_policy(images, torch.stack(plans), FILL).int()
+
+
+def of_each_level(name, kind, resample=Image.Resampling.BILINEAR, each=4):
+    """Absolute differences of `both_ways`, (B, 3, H, W), over all levels and both signs."""
+    levels = [level for level in LEVELS for _ in range(each)]
+    policies = [one_operation(name, level, resample) for level in levels]
+    expected, found = both_ways(policies, pictures(kind, len(levels)))
+    return (expected - found).abs()
+
+
+def every_operation(copies=1):
+    """(copies · number of operations, 1, 3): a plan with something to do for each operation."""
+    arguments = {'Rotate': 20, 'Posterize': 3, 'Solarize': 100, 'SolarizeAdd': 60, 'TranslateX': 4, 'TranslateY': -5}
+    rows = [[number, arguments.get(name, 0.3), 3] for number, name in enumerate(OPERATIONS)]
+    return torch.tensor(rows, dtype=torch.float32)[:, None].repeat(copies, 1, 1)
+
+
+class Watched(TorchDispatchMode):
+    """Counts what is asked of torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+# Pixels ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', COLOURS)
+def test_a_colour_operation_is_pillows_to_within_one_of_255(name):
+    difference = of_each_level(name, 'all')
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 0.002  # AutoContrast, where Pillow's product misses a whole number
+
+
+@pytest.mark.parametrize('name', MOVING)
+def test_bilinear_motion_is_pillows_to_within_one_of_255_and_fills_the_same_pixels(name):
+    for kind in ('smooth', 'noise', 'plane'):  # against the plane a pixel that is filled stands out
+        difference = of_each_level(name, kind)
+        assert difference.max() <= 1
+        assert (difference > 0).float().mean() < 0.03
+
+
+@pytest.mark.parametrize('name', MOVING)
+def test_bicubic_motion_fills_the_same_pixels_and_differs_from_pillows_by_its_softer_kernel(name):
+    bicubic = Image.Resampling.BICUBIC
+    assert of_each_level(name, 'plane', bicubic).max() == 0
+    assert of_each_level(name, 'smooth', bicubic).max() <= 1
+    assert of_each_level(name, 'noise', bicubic).float().mean() < 4  # of 255; 85 between two images of noise
+
+
+@pytest.mark.parametrize('name', MOVING)
+def test_motion_without_interpolation_is_pillows(name):
+    # At levels 5 and 10 a pixel lies halfway between two, and either is right.
+    levels = [level for level in LEVELS if level % 5 or 'Translate' not in name for _ in range(4)]
+    policies = [one_operation(name, level, Image.Resampling.NEAREST) for level in levels]
+    expected, found = both_ways(policies, pictures('noise', len(levels)))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize('words', POLICIES)
+def test_a_whole_policy_does_to_a_batch_what_timm_does_to_each_image(words):
+    policy = timm_policy(words, interpolation=Image.Resampling.BILINEAR)
+    expected, found = both_ways([policy] * 60, pictures('all', 60))
+    # A difference of 1 grows where Equalize or Posterize follow.
+    assert ((expected - found).abs() > 1).float().mean() < 0.01
+    assert (expected != pictures('all', 60)).float().mean() > 0.2
+
+
+def test_the_bits_that_are_kept_may_be_none_or_all():
+    number = OPERATIONS.index('Posterize')
+    plan = torch.tensor([[[number, bits, 0]] for bits in (0.0, 8.0, 9.0, 1.0)])
+    none, whole, more, one = apply_policy(pictures('noise', 4), plan, FILL)
+    assert not none.any()
+    assert torch.equal(whole, pictures('noise', 4)[1])
+    assert torch.equal(more, pictures('noise', 4)[2])
+    assert set(one.flatten().tolist()) == {0, 128}
+
+
+def test_an_image_is_the_same_in_a_mixed_batch_as_alone():
+    policy = timm_policy('rand-m9-n3-p0.9-mstd1-inc1')
+    recorder, images = Recorder(policy), pictures('all', 40)
+    seed(0)
+    plan = torch.stack([recorder() for _ in images])
+    assert set(plan[..., 0].flatten().tolist()) >= {0, *map(OPERATIONS.index, ('Equalize', 'Sharpness', 'Rotate'))}
+    assert {2, 3} < set(plan[..., 2].flatten().tolist())
+    together, untouched = apply_policy(images, plan, FILL), pictures('all', 40)
+    assert torch.equal(images, untouched)
+    for i in range(len(images)):
+        assert torch.equal(together[i : i + 1], apply_policy(images[i : i + 1], plan[i : i + 1], FILL))
+
+
+def test_rows_of_zeros_do_nothing():
+    assert torch.equal(apply_policy(pictures(), torch.zeros(3, 2, 3), FILL), pictures())
+
+
+# Draws ----------------------------------------------------------------------------------------------------------------
+
+
+class Spied:
+    """Takes a filter where an image would be moved."""
+
+    size = (W, H)
+
+    def transform(self, size, method, matrix, resample, fillcolor):
+        self.resample = int(resample)
+
+    def rotate(self, degrees, resample, fillcolor):
+        self.resample = int(resample)
+
+
+def spied(policy):
+    """The policy, and the list to which it adds what it does: name, argument, filter."""
+    policy, done = copy.deepcopy(policy), []
+
+    def spy(op, function):
+        def aug_fn(image, *arguments, **kwargs):
+            if op.name in MOVING:
+                function(image, *arguments, **kwargs)
+            resample = image.resample if op.name in MOVING else 0
+            done.append((re.sub('(Increasing|Original)$', '', op.name), *(arguments or (0,)), resample))
+            return image
+
+        return aug_fn
+
+    for op in operations(policy):
+        op.aug_fn = spy(op, op.aug_fn)
+    return policy, done
+
+
+@pytest.mark.parametrize('resample', [None, Image.Resampling.BICUBIC])
+@pytest.mark.parametrize('words', POLICIES)
+def test_the_recorder_draws_what_timm_draws_and_leaves_the_generators_as_timm_does(words, resample):
+    policy = timm_policy(words, **({'interpolation': resample} if resample is not None else {}))
+    recorder, (spy, done), image = Recorder(policy), spied(policy), as_pil(pictures()[0])
+    seen = set()
+    for number in range(60):
+        seed(number)
+        policy(image)
+        after = states()
+        seed(number)
+        done.clear()
+        spy(Spied())
+        seed(number)
+        plan = recorder()
+        assert states() == after
+        assert plan.dtype == torch.float32
+        assert plan.shape == (recorder.rows, 3)
+        expected = [[OPERATIONS.index(name), argument, resample] for name, argument, resample in done]
+        expected += [[0, 0, 0]] * (recorder.rows - len(done))
+        assert torch.equal(plan, torch.tensor(expected, dtype=torch.float32))
+        seen.update(name for name, *_ in done)
+    assert len(seen) > 5
+
+
+def test_the_recorder_works_on_timms_own_transform_and_leaves_it_as_it_is():
+    policy = create_transform(32, is_training=True, auto_augment='rand-m9-mstd0.5-inc1', mean=MEAN).transforms[2]
+    seed(3)
+    before = policy(as_pil(pictures('both')[0]))
+    recorder = Recorder(policy)
+    assert recorder.fill == (124, 116, 104)  # ImageNet's mean, of 255
+    seed(3)
+    recorder()
+    seed(3)
+    assert policy(as_pil(pictures('both')[0])) == before
+
+
+def test_a_copy_of_the_recorder_in_another_process_draws_the_same():
+    recorder = Recorder(timm_policy('rand-m9-n4-p1-mstd0.5'))
+    twin = pickle.loads(pickle.dumps(recorder))
+    seed(5)
+    plan = recorder()
+    seed(5)
+    assert torch.equal(twin(), plan)
+    assert plan.any()
+
+
+@pytest.mark.parametrize(
+    ('policy', 'named'),
+    [
+        (augment_and_mix_transform('augmix-m5'), 'AugMixAugment'),
+        (auto_augment_transform('3a'), 'Desaturate'),
+        (rand_augment_transform('rand-m9', transforms=['Invert', 'GaussianBlur']), 'GaussianBlur'),
+        (rand_augment_transform('rand-m9', {'interpolation': Image.Resampling.LANCZOS}), 'Rotate.*LANCZOS'),
+        (transforms.ColorJitter(0.4), 'ColorJitter'),
+    ],
+    ids=lambda value: value if isinstance(value, str) else '',
+)
+def test_what_cannot_be_done_to_a_batch_is_refused_by_its_name(policy, named):
+    with pytest.raises(ValueError, match=named):
+        Recorder(policy)
+
+
+# Erasing --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('mode', ['pixel', 'rand', 'const'])
+@pytest.mark.parametrize(('probability', 'count'), [(0.5, 1), (1, 1), (0.8, 3)])
+def test_rectangles_are_timms(probability, count, mode):
+    erasing = RandomErasing(probability, max_area=0.5, mode=mode, max_count=count, device='cpu')
+    sizes = Counter()
+    for number in range(80):
+        random.seed(number)
+        expected = erasing(torch.full((3, H, W), 9.0)) != 9
+        after = random.getstate()
+        random.seed(number)
+        noise = torch.get_rng_state()
+        rectangles = draw_erasures(erasing, H, W)
+        assert random.getstate() == after
+        assert torch.equal(torch.get_rng_state(), noise)
+        assert rectangles.dtype == torch.int64
+        assert rectangles.shape == (count, 4)
+        found = torch.zeros(3, H, W, dtype=torch.bool)
+        for top, left, height, width in rectangles.tolist():
+            found[:, top : top + height, left : left + width] = True
+        assert torch.equal(found, expected)
+        sizes[int((rectangles[:, 2] > 0).sum())] += 1
+    assert erasing.mode == mode
+    assert erasing.per_pixel == (mode == 'pixel')
+    assert sizes[count] > 10
+    assert probability == 1 or sizes[0] > 5
+
+
+RECTANGLES = torch.tensor([[[3, 2, 9, 7], [0, 0, 0, 0]], [[0, 0, 0, 0]] * 2, [[1, 1, 5, 6], [12, 4, 8, 10]]])
+
+
+def erased(rectangles, keys, mode='pixel'):
+    images = torch.full((len(keys), 3, H, W), 9.0)
+    erase(images, rectangles, torch.tensor(keys), mode)
+    return images
+
+
+def test_the_filling_depends_on_the_key_alone():
+    first, untouched, last = erased(RECTANGLES, [11, 12, 2**63 - 1])
+    again = erased(RECTANGLES[[2, 0, 0]], [2**63 - 1, 11, 12])
+    assert torch.equal(again[0], last)
+    assert torch.equal(again[1], first)
+    assert not torch.equal(again[2], first)
+    assert (untouched == 9).all()
+
+
+@pytest.mark.parametrize(('mode', 'values'), [('pixel', 3 * 8 * 10), ('rand', 3), ('const', 1)])
+def test_a_rectangle_is_filled_with_noise_one_colour_or_zeros_and_nothing_beside_it_is(mode, values):
+    images = erased(RECTANGLES, [11, 12, 13], mode)
+    area = images[2, :, 12:20, 4:14]
+    assert len(area.unique()) == values
+    assert mode == 'const' or 0.1 < area.std() < 3
+    assert (images != 9).sum((1, 2, 3)).tolist() == [3 * 9 * 7, 0, 3 * (5 * 6 + 8 * 10)]
+
+
+def test_noise_has_mean_0_and_deviation_1_and_differs_between_the_rectangles_of_an_image():
+    areas = torch.tensor([[[0, 0, 12, W], [12, 0, 12, W]]])
+    image = erased(areas, [5])[0]
+    assert abs(float(image.mean())) < 0.1
+    assert 0.9 < image.std() < 1.1
+    assert not torch.equal(image[:, :12], image[:, 12:])
+
+
+# Finish ---------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_plan_the_bits_are_those_of_totensor_and_normalize():
+    images = torch.stack([torch.arange(256, dtype=torch.uint8).view(16, 16)] * 3)[None].repeat(2, 1, 1, 1)
+    images[1] = images[1].flip(2)
+    normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    expected = torch.stack([normalise(as_pil(image)) for image in images])
+    found = Finish(MEAN, STD)(images)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_finish_applies_the_plan_then_normalises_then_erases():
+    images, plan = pictures(), every_operation()[[4, 11, 12]]
+    todo = {'plan': plan, 'erase': RECTANGLES, 'key': torch.tensor([1, 2, 3])}
+    expected = Finish(MEAN, STD)(apply_policy(images, plan, FILL), {})
+    erase(expected, RECTANGLES, todo['key'], 'rand')
+    assert torch.equal(Finish(MEAN, STD, 'rand', FILL)(images, todo), expected)
+    assert torch.equal(images, pictures())
+
+
+def test_images_that_are_floating_point_already_are_refused():
+    with pytest.raises(TypeError, match=r'float32.*uint8'):
+        Finish(MEAN, STD)(torch.rand(2, 3, H, W), {})
+
+
+# The device -----------------------------------------------------------------------------------------------------------
+
+
+def calls(copies, erasing):
+    """What `Finish` asks of torch, by name, for every operation at once on so many images each."""
+    plan, finish = every_operation(copies), Finish(MEAN, STD)
+    images, todo = pictures('all', len(plan)), {'plan': plan}
+    if erasing:
+        todo |= {'erase': RECTANGLES[:1].repeat(len(plan), 1, 1), 'key': torch.arange(len(plan))}
+    with Watched() as watched:
+        finish(images, todo)
+    return watched.calls
+
+
+@pytest.mark.parametrize('erasing', [False, True])
+def test_no_call_waits_for_the_device(erasing):
+    found = calls(2, erasing)
+    assert found['grid_sampler_2d'] == 1
+    assert not found.keys() & {'_local_scalar_dense', 'nonzero', 'masked_select', 'is_nonzero', 'equal'}
+
+
+def test_calls_do_not_grow_with_the_batch():
+    assert calls(1, False) == calls(8, False)
+    assert calls(1, False).total() < 300
+
+
+def test_a_plan_can_be_applied_where_there_are_no_values_to_wait_for():
+    plan = torch.cat([every_operation(2), every_operation(2).flip(0)], 1)
+    images = torch.empty(len(plan), 3, H, W, dtype=torch.uint8, device='meta')
+    found = Finish(MEAN, STD).to('meta')(images, {'plan': plan})
+    assert found.shape == images.shape
+    assert found.dtype == torch.float32
