@@ -27,12 +27,12 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.readers import create_reader
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation, ToNumpy
+from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, FakeData, ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
-from torchvision.transforms.v2.functional import resize
 
 from augment import Recorder, draw_erasures
 from utils import counter_seed
@@ -87,6 +87,10 @@ def _decode(path: str | Path, start: int, size: int, changed: int) -> torch.Tens
 def _to_bytes(image: Image.Image | torch.Tensor) -> torch.Tensor:
     """(3, H, W), uint8."""
     return image if isinstance(image, torch.Tensor) else pil_to_tensor(image.convert('RGB'))
+
+
+def _to_pil(image: torch.Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
 class Samples(Sequence):
@@ -374,7 +378,7 @@ class TrainTransform:
 
 
 class RandomResizedCrop:
-    """timm's crop at random, the same boxes, of bytes (3, H, W): torchvision resizes them three times as fast as PIL.
+    """timm's crop at random, the same boxes, of bytes (3, H, W), which torch resizes several times as fast as PIL.
 
     Args:
         crop: timm's.
@@ -387,7 +391,10 @@ class RandomResizedCrop:
         top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
         way = self.crop.interpolation
         way = random.choice(way) if isinstance(way, tuple | list) else way
-        return resize(image[:, top : top + height, left : left + width], list(self.crop.size), way, antialias=True)
+        box = image[None, :, top : top + height, left : left + width]
+        # With the colours of a pixel side by side, as PIL has them, it takes half the time.
+        box = box.contiguous(memory_format=torch.channels_last)
+        return interpolate(box, self.crop.size, mode=way.value, antialias=True)[0]
 
 
 def build_train_transform(
@@ -434,7 +441,7 @@ def build_train_transform(
     if on_device:
         policy, colours = Recorder(*colours), []
     if colours:
-        colours = [transforms.ToPILImage(), *colours, _to_bytes]
+        colours = [_to_pil, *colours, _to_bytes]
     erasing = steps[-1] if isinstance(steps[-1], RandomErasing) else None
     return TrainTransform(transforms.Compose([_to_bytes, crop, flip, *colours]), policy, erasing)
 
@@ -462,9 +469,7 @@ def build_eval_transform(input_size: int) -> Callable:
         return _to_bytes
     side = int(256 / 224 * input_size)
     resize_by_pil = transforms.Resize(side, transforms.InterpolationMode.BICUBIC)
-    return transforms.Compose(
-        [_to_bytes, transforms.ToPILImage(), resize_by_pil, transforms.CenterCrop(input_size), _to_bytes]
-    )
+    return transforms.Compose([_to_bytes, _to_pil, resize_by_pil, transforms.CenterCrop(input_size), _to_bytes])
 
 
 class CheckedDataset(Dataset):

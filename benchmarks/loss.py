@@ -4,34 +4,35 @@
     python -m benchmarks.loss --device cuda --dtype bfloat16
     python -m torch.distributed.run --standalone --nproc_per_node=2 -m benchmarks.loss      the same over the ranks too
 
-All terms take turns, so that what disturbs one disturbs all; medians. Memory is the peak above what the tokens take, on
-the CPU of the process (Linux with glibc only).
+All terms take turns, so that what disturbs one disturbs all; medians. `definition` is the same with autograd's gradient
+of the plain definition, and `ratio` how much longer that takes. Memory is the peak above what the tokens take, on the
+CPU of the process (Linux with glibc only).
 """
 
 import argparse
-import ctypes
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import benchmarks
 import losses
 import utils
 
 
-def terms(K: int, generator: torch.Generator, over_ranks: bool) -> dict[str, list[Callable[[Tensor, Tensor], Tensor]]]:
+def terms(
+    K: int, generator: torch.Generator, over_ranks: bool, dtype: torch.dtype
+) -> dict[str, list[Callable[[Tensor, Tensor], Tensor]]]:
     """What is measured, by name: functions of two token tensors, called one after the other."""
 
     def of_random(**options) -> Callable:
-        return partial(losses.random_loss, K=K, generator=generator, **options)
+        return partial(losses.random_loss, K=K, generator=generator, dtype=dtype, **options)
 
-    rows = {'patch': [losses.patch_loss], 'sample': [losses.sample_loss], 'random': [of_random()]}
+    patch, sample = partial(losses.patch_loss, dtype=dtype), partial(losses.sample_loss, dtype=dtype)
+    rows = {'patch': [patch], 'sample': [sample], 'random': [of_random()]}
     rows['the three'] = [term for (term,) in rows.values()]
     rows['full'] = [losses.full_loss]
     if over_ranks:
@@ -43,40 +44,12 @@ def terms(K: int, generator: torch.Generator, over_ranks: bool) -> dict[str, lis
 
 def run_once(term: list[Callable], student: Tensor, teacher: Tensor) -> None:
     student.grad = None
-    for function in term:
-        function(student, teacher).backward()
+    sum(function(student, teacher) for function in term).backward()
 
 
-def seconds(term: list[Callable], student: Tensor, teacher: Tensor) -> float:
-    """Of one call."""
-    wait = torch.cuda.synchronize if student.is_cuda else lambda: None
-    wait()
-    start = time.perf_counter()
-    run_once(term, student, teacher)
-    wait()
-    return time.perf_counter() - start
-
-
-def peak_bytes(term: list[Callable], student: Tensor, teacher: Tensor) -> int:
-    """Of one call, above what was taken before it, with the gradient it leaves."""
-    student.grad = None
-    if student.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+def by_definition(term: list[Callable], student: Tensor, teacher: Tensor) -> None:
+    with benchmarks.by_definition():
         run_once(term, student, teacher)
-        return torch.cuda.max_memory_allocated() - before
-    libc = ctypes.CDLL('libc.so.6')
-    libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
-    libc.malloc_trim(0)
-    Path('/proc/self/clear_refs').write_text('5')  # resets the high-water mark
-    before = _resident('VmRSS')
-    run_once(term, student, teacher)
-    return _resident('VmHWM') - before
-
-
-def _resident(field: str) -> int:
-    lines = Path('/proc/self/status').read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
 def run() -> None:
@@ -88,6 +61,7 @@ def run() -> None:
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='of the tokens')
     parser.add_argument('--rounds', type=int, default=11, help='calls of each term')
     parser.add_argument('--by-definition', action='store_true', help='the full term with its maps, too')
+    parser.add_argument('--relation-dtype', default='float32', choices=losses.RELATION_DTYPES, help='of the products')
     parser.add_argument('--device', default='cpu', help='cpu or cuda')
     args = parser.parse_args()
     device = utils.init_distributed(args.device, 'env://')
@@ -97,20 +71,32 @@ def run() -> None:
         for width in args.widths
     )
     student.requires_grad_()
-    rows = terms(args.K, torch.Generator(device).manual_seed(0), utils.get_world_size() > 1)
+    dtype = getattr(torch, args.relation_dtype)
+    rows = terms(args.K, torch.Generator(device).manual_seed(0), utils.get_world_size() > 1, dtype)
+    calls = {(name, run_once): partial(run_once, term, student, teacher) for name, term in rows.items()}
+    for name in ('patch', 'sample', 'random', 'the three'):
+        calls[name, by_definition] = partial(by_definition, rows[name], student, teacher)
     if args.by_definition:
-        rows['full by definition'] = [losses.plain_full_loss]
-    times = {name: [] for name in rows}
+        calls['full', by_definition] = partial(run_once, [losses.plain_full_loss], student, teacher)
+    times = {key: [] for key in calls}
+    benchmarks.keep_freed_memory(True)
     for _ in range(args.rounds + 1):
-        for name, term in rows.items():
-            times[name].append(seconds(term, student, teacher))
-    medians = {name: statistics.median(found[1:]) for name, found in times.items()}
-    utils.say(f'{"a layer pair":24}{"ms":>9}{"of the three":>14}{"peak MiB":>10}')
-    for name, term in rows.items():
-        peak = peak_bytes(term, student, teacher) / 2**20
-        utils.say(f'{name:24}{1000 * medians[name]:9.1f}{medians[name] / medians["the three"]:14.2f}{peak:10.0f}')
-    processor = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor()
-    utils.say(f'{processor or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads')
+        for key, call in calls.items():
+            times[key].append(benchmarks.seconds(call, device))
+    benchmarks.keep_freed_memory(False)
+    medians = {key: statistics.median(found[1:]) for key, found in times.items()}
+    utils.say(f'{"a layer pair":24}{"ms":>9}{"of the three":>14}{"MiB":>7}{"definition":>13}{"MiB":>7}{"ratio":>7}')
+    for name in rows:
+        line, own = '', medians[name, run_once]
+        for run in (run_once, by_definition):
+            if (name, run) in calls:
+                student.grad = None
+                line += f'{1000 * medians[name, run]:{9 if run is run_once else 13}.1f}'
+                line += f'{own / medians["the three", run_once]:14.2f}' if run is run_once else ''
+                line += f'{benchmarks.peak_bytes(calls[name, run], device) / 2**20:7.0f}'
+        ratio = f'{medians[name, by_definition] / own:7.2f}' if (name, by_definition) in calls else ''
+        utils.say(f'{name:24}{line}{ratio}')
+    utils.say(benchmarks.machine(device))
     utils.leave_distributed()
 
 

@@ -1,0 +1,106 @@
+"""What an image costs the loader: the augmentation of timm on PIL images against ours, one core, no loader processes.
+
+    python -m benchmarks.input IMAGENET/train        any tree of folders of JPEGs
+    python -m benchmarks.input IMAGENET/train --device cuda
+
+All take turns on the same images, boxes and decisions; medians over rounds of milliseconds an image. `device` is what
+`augment.Finish` then takes for an image of a batch of 64. The last line compares the crops with those of PIL.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from timm.data import create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch.utils.data import default_collate
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
+
+import benchmarks
+import datasets
+import utils
+from augment import Finish
+
+AA, SIZE, BATCH = 'rand-m9-mstd0.5-inc1', 224, 64
+STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class Timm(datasets.CheckedDataset):
+    """The release's input: PIL decodes and crops, timm augments, normalises and erases each image by itself."""
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple:
+        datasets._seed_augmentation(utils.counter_seed(0, 'augment', key[1], key[2]))
+        return self.read(key[0])
+
+
+def ways(folder: str) -> dict[str, datasets.CheckedDataset]:
+    """Data sets by name, the baseline first."""
+    options = {'color_jitter': 0.4, 'auto_augment': AA, 'interpolation': 'bicubic'}
+    by_timm = create_transform(SIZE, is_training=True, re_prob=0.25, re_mode='pixel', re_count=1, **options)
+    for op in datasets._augment_ops(by_timm.transforms):
+        if 'Posterize' in op.name:
+            op.aug_fn = datasets._posterize
+    found = {'PIL and timm': Timm(ImageFolder(folder, by_timm, loader=default_loader), False)}
+    for name, on_device in (('ours', False), ('--device-augment', True)):
+        transform = datasets.build_train_transform(SIZE, **options, reprob=0.25, recount=1, on_device=on_device)
+        images = ImageFolder(folder, transform, loader=datasets.load_image)
+        found[name] = datasets.TrainDataset(images, False, 0)
+    return found
+
+
+def decibels(folder: str, count: int) -> tuple[float, float]:
+    """Likeness of our crops to PIL's: of all together, and of the least like one."""
+    crop = RandomResizedCropAndInterpolation(SIZE, interpolation='bicubic')
+    ours, errors = datasets.RandomResizedCrop(crop), []
+    for index, (path, _) in zip(range(count), ImageFolder(folder).samples, strict=False):
+        crops = []
+        for load, way in ((default_loader, crop), (datasets.load_image, ours)):
+            datasets._seed_augmentation(index)
+            crops.append(datasets._to_bytes(way(load(path))).float())
+        errors.append((crops[0] - crops[1]).square().mean().item())
+    return tuple(10 * math.log10(255**2 / error) for error in (statistics.fmean(errors), max(errors)))
+
+
+def run() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folder', help='folders of images')
+    parser.add_argument('--rounds', type=int, default=7, help='batches of each way')
+    parser.add_argument('--device', default='cpu', help='cpu or cuda, of what is left to it')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    device = torch.device(args.device)
+    taking = ways(args.folder)
+    length = len(next(iter(taking.values())))
+    finish = Finish(*STATS, 'pixel', [round(255 * value) for value in STATS[0]]).to(device)
+    loads: dict[str, Callable] = {}
+    for name, dataset in taking.items():
+        loads[name] = lambda keys, dataset=dataset: default_collate([dataset[key] for key in keys])
+        loads[f'{name}, 3 repeats'] = loads[name]
+    times, costs = {name: [] for name in loads}, {name: [] for name in loads}
+    for round_number in range(args.rounds + 1):
+        for name, load in loads.items():
+            repeats = 3 if name.endswith('repeats') else 1
+            keys = [((BATCH * round_number + i) // repeats % length, round_number, i) for i in range(BATCH)]
+            start = time.perf_counter()
+            images, *_, todo = load(keys)
+            times[name].append(time.perf_counter() - start)
+            if isinstance(todo, dict):
+                costs[name].append(benchmarks.seconds(partial(finish, images.to(device), todo), device))
+    base = statistics.median(times['PIL and timm'][1:])
+    print(f'{"":32}{"ms":>7}{"img/s":>8}{"ratio":>7}{"device ms":>11}{"ratio with it":>15}')
+    for name, found in times.items():
+        median, cost = statistics.median(found[1:]), statistics.median(costs[name][1:] or [0.0])
+        print(f'{name:32}{1000 * median / BATCH:7.2f}{BATCH / median:8.0f}{base / median:7.2f}'
+              f'{1000 * cost / BATCH:11.3f}{base / (median + cost):15.2f}')  # fmt: skip
+    print('our crops against PIL: {:.1f} dB together, {:.1f} dB the least like one'.format(*decibels(args.folder, 200)))
+    print(benchmarks.machine(device))
+
+
+if __name__ == '__main__':
+    sys.exit(run())

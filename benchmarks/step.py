@@ -1,0 +1,216 @@
+"""The training step against its baseline: stock timm, terms by definition, an unfused optimizer, syncs at each step.
+
+    python -m benchmarks.step                        DeiT-Tiny from CaiT-S24, 16 images of 224 pixels, float32
+    python -m benchmarks.step --dtypes float32 bfloat16 --compile
+    python -m benchmarks.step --device cuda --batch-size 256 --dtypes bfloat16 --compile
+
+Both sides run the program's own loop, alternately, on the same images and random weights; medians. `launches` are the
+aten calls of an eager step that are no views, `waits` the times the host reads a value of the device; `limit` is the
+share of the rate of a large matrix product of the same precision, measured here, that the step's arithmetic reaches.
+"""
+
+import argparse
+import statistics
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from unittest.mock import patch
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import benchmarks
+import main
+import models
+import utils
+from augment import Finish
+from engine import Watch, train_one_epoch
+
+RECIPE = """--data-set FAKE --teacher-path none --distillation-type soft --distillation-alpha 1
+    --w-sample 0.1 --w-patch 4 --w-rand 0.2 --s-id 0 1 2 3 8 9 10 11 --t-id 0 1 2 3 20 21 22 23
+    --model deit_tiny_patch16_224 --teacher-model cait_s24_224""".split()
+CLASSES = 1000
+
+
+class Calls(TorchDispatchMode):
+    """Counts aten calls that are no views, and among them those that read a value of the device."""
+
+    count = waits = 0
+    IDLE = (torch.ops.aten._unsafe_view, torch.ops.aten.promote_types)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        views = any(out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns)
+        self.count += not views and func.overloadpacket not in self.IDLE
+        self.waits += func.overloadpacket is torch.ops.aten._local_scalar_dense
+        return func(*args, **(kwargs or {}))
+
+
+class Side:
+    """One way to train: the program with these flags, or the baseline."""
+
+    def __init__(self, flags: list[str], device: torch.device, stock: bool, seed: int = 0) -> None:
+        self.args = args = main.parse_args([*RECIPE, *flags])
+        self.device, self.stock = device, stock
+        self.dtype = main._amp_dtype(args, device)
+        torch.manual_seed(seed)
+        student = main.tap_student(args, main.build_student(args, CLASSES), taught=True).to(device)
+        teacher = models.build(args.teacher_model, CLASSES, args.input_size)
+        stats = models.normalisation(student.model)
+        with ExitStack() as stack:
+            if stock:
+                stack.enter_context(patch('models.tap.hasten', lambda model: None))
+            self.teacher = main.tap_teacher(args, teacher, True, stats).to(device)
+        self.state = main.build_state(args, student.model)
+        if stock:
+            groups = [{**group} for group in self.state.optimizer.param_groups]
+            options = {'lr': groups[0]['lr'], 'foreach': False}
+            self.state.optimizer = torch.optim.AdamW([{'params': g['params'], 'weight_decay': g['weight_decay']}
+                                                      for g in groups], **options)  # fmt: skip
+            self.state.ema.foreach = False
+        if args.compile:
+            models.compile_blocks(student, args.input_size)
+            models.compile_blocks(self.teacher, args.input_size)
+        self.student, self.criterion = student, main.build_criterion(args)
+        self.finish = Finish(*stats).to(device)
+        self.watch = Watch(self.state.scaler, every_step=False)
+        self.mixup = main.build_mixup(args, CLASSES)
+        self.times: list[float] = []
+        self.teacher_times: list[float] = []
+
+    def train(self, batches: list[tuple]) -> None:
+        """A step for each batch."""
+        with ExitStack() as stack, open('/dev/null', 'w') as nowhere:
+            stack.enter_context(patch('sys.stdout', nowhere))
+            if self.stock:
+                stack.enter_context(benchmarks.by_definition())
+            meters = utils.Meters()
+            train_one_epoch(
+                *(self.student, self.teacher, self.criterion, batches, self.state.optimizer, self.state.scaler, meters),
+                self.watch,
+                device=self.device,
+                amp_dtype=self.dtype,
+                epoch=0,
+                seed=0,
+                finish=self.finish,
+                mixup=self.mixup,
+                average=lambda: self.state.ema.update(self.state.model),
+                # The release read each term and waited for the device at each step.
+                after_step=partial(self._read, meters) if self.stock else None,
+                train_mode=True,
+                print_freq=1 << 30,
+            )
+
+    @staticmethod
+    def _read(meters: utils.Meters) -> None:
+        for value in meters.total:
+            value.item()
+
+    def teach(self, images: torch.Tensor) -> None:
+        """The teacher's forward pass alone."""
+        with torch.no_grad(), _autocast(self.device, self.dtype):
+            self.teacher(images)
+
+
+def _autocast(device: torch.device, dtype: torch.dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second of a large matrix product."""
+    n = 8192 if device.type == 'cuda' else 2048
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / min(benchmarks.seconds(lambda: x @ x, device) for _ in range(4))
+
+
+def waits_on_cuda(call: Callable[[], None]) -> int:
+    """Warnings of torch about calls that wait for the device."""
+    torch.cuda.set_sync_debug_mode('warn')
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter('always')
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    return sum('synchronizing' in str(warning.message) for warning in told)
+
+
+def sides(args: argparse.Namespace, device: torch.device) -> dict[str, Side]:
+    """All that take part, by name; the baselines first."""
+    common = ['--batch-size', str(args.batch_size), '--device', args.device, '--input-size', str(args.input_size)]
+    found = {}
+    for dtype in args.dtypes:
+        flags = [*common, '--amp-dtype', dtype]
+        found[f'baseline {dtype}'] = Side(flags, device, stock=True)
+        found[dtype] = Side(flags, device, stock=False)
+        low = ['--teacher-dtype', 'bfloat16', '--relation-dtype', 'bfloat16']
+        if dtype == 'bfloat16':
+            found['bfloat16 throughout'] = Side([*flags, *low], device, stock=False)
+        if args.compile:
+            extra = low if dtype == 'bfloat16' else []
+            found[f'{dtype} compiled'] = Side([*flags, *extra, '--compile'], device, stock=False)
+    return found
+
+
+def run() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--batch-size', type=int, default=16, help='images')
+    parser.add_argument('--input-size', type=int, default=224, help='pixels')
+    parser.add_argument('--dtypes', nargs='+', default=['float32'], choices=('float32', 'bfloat16'), help='of autocast')
+    parser.add_argument('--compile', action='store_true', help='compiled blocks too; their first step is printed')
+    parser.add_argument('--rounds', type=int, default=7, help='steps of each side')
+    parser.add_argument('--device', default='cpu', help='cpu or cuda')
+    args = parser.parse_args()
+    device = utils.init_distributed(args.device, 'env://')
+    benchmarks.keep_freed_memory(True)
+    images = torch.randint(0, 256, (args.batch_size, 3, args.input_size, args.input_size), dtype=torch.uint8)
+    batch = (images, torch.randint(0, CLASSES, (args.batch_size,)), torch.arange(args.batch_size), {})
+    taking = sides(args, device)
+    for name, side in taking.items():
+        first = benchmarks.seconds(partial(side.train, [batch]), device)
+        print(f'{name}: first step {first:.1f} s', flush=True)
+    for _ in range(args.rounds):
+        for side in taking.values():
+            side.times.append(benchmarks.seconds(partial(side.train, [batch]), device))
+        seen = side.finish(images.to(device))
+        for side in taking.values():
+            side.teacher_times.append(benchmarks.seconds(partial(side.teach, seen), device))
+    report(taking, batch, device)
+
+
+def report(taking: dict[str, Side], batch: tuple, device: torch.device) -> None:
+    """A row for each side."""
+    base = taking[next(iter(taking))]
+    rates = {side.dtype: rate(side.dtype, device) for side in taking.values()}
+    print(f'{"":24}{"ms":>9}{"±":>7}{"img/s":>8}{"ratio":>7}{"same":>7}{"teacher":>9}{"ratio":>7}{"launches":>10}{"waits":>7}'
+          f'{"MiB":>8}{"limit":>7}')  # fmt: skip
+    for name, side in taking.items():
+        same = taking[f'baseline {str(side.dtype).removeprefix("torch.")}']
+        time, teacher = statistics.median(side.times), statistics.median(side.teacher_times)
+        spread = (max(side.times) - min(side.times)) / 2
+        with Calls() as calls, torch.compiler.set_stance('force_eager'):
+            side.train([batch] * 3)
+        with Calls() as fewer, torch.compiler.set_stance('force_eager'):
+            side.train([batch])
+        launches, waits = (calls.count - fewer.count) // 2, (calls.waits - fewer.waits) / 2
+        if device.type == 'cuda':
+            waits = (waits_on_cuda(partial(side.train, [batch] * 3)) - waits_on_cuda(partial(side.train, [batch]))) / 2
+        with FlopCounterMode(display=False) as flops, torch.compiler.set_stance('force_eager'):
+            side.train([batch])
+        benchmarks.keep_freed_memory(False)
+        peak = benchmarks.peak_bytes(partial(side.train, [batch]), device) >> 20
+        benchmarks.keep_freed_memory(True)
+        limit = flops.get_total_flops() / time / rates[side.dtype]
+        ratios = [statistics.median(other.times) / time for other in (base, same)]
+        ratios.append(statistics.median(same.teacher_times) / teacher)
+        print(f'{name:24}{1000 * time:9.0f}{1000 * spread:7.0f}{len(batch[0]) / time:8.1f}{ratios[0]:7.2f}'
+              f'{ratios[1]:7.2f}{1000 * teacher:9.0f}{ratios[2]:7.2f}{launches:10}{waits:7.0f}{peak:8}'
+              f'{limit:7.0%}')  # fmt: skip
+    print('ratio: to the first row; same: to the baseline of the same precision')
+    print(benchmarks.machine(device))
+
+
+if __name__ == '__main__':
+    sys.exit(run())
