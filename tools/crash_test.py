@@ -254,7 +254,7 @@ FP16 = ('--amp-dtype', 'float16')
 def kills(bench: Bench) -> tuple[Row, Row]:
     """R1: chains of kills on every configuration, each compared with the run that was never killed; R14 on the way."""
     configurations = [(1, 0, ()), (1, 2, ()), (2, 0, ()), (2, 2, ()), (1, 0, FP16)]
-    wanted, saving = (12, 5) if bench.short else (200, 80)
+    wanted, saving = (8, 4) if bench.short else (200, 80)
     faults, untidy, chains, struck, in_saves = [], [], 0, 0, 0
     if not same(bench.reference(1, 0), bench.reference(1, 2)):
         faults.append('the number of workers changes the result')
