@@ -90,7 +90,8 @@ def _unit(tokens: Tensor) -> tuple[Tensor, Tensor]:
 def _through_unit(pull: Tensor, unit: Tensor, length: Tensor) -> Tensor:
     """Gradient at the tokens of a loss whose gradient at the unit tokens is `pull`, (…, D)."""
     # A length has no influence, so its direction is taken out.
-    return (pull - (pull * unit).sum(dim=-1, keepdim=True) * unit) / length
+    along = torch.linalg.vecdot(pull, unit).unsqueeze(-1)
+    return torch.addcmul(pull, along, unit, value=-1).div_(length)
 
 
 def _map_distance(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -112,11 +113,11 @@ def _map_distance(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.f
         value, pulls = 0.0, []
         for s, t in zip(S.split(sets), T.split(sets), strict=True):
             # In bfloat16 the difference is taken before it is rounded, where the product is added up.
-            difference = torch.bmm(t, t.mT).neg_().baddbmm_(s, s.mT)
+            difference = torch.bmm(t, t.mT).baddbmm_(s, s.mT, beta=-1)
             value = value + _sum_of_squares(difference) / (G * M**2)
             pulls.append(difference @ s)
         pull = pulls[0] if len(pulls) == 1 else torch.cat(pulls)
-        gradient = _through_unit(4 / (G * M**2) * pull.to(unit.dtype), unit, length)
+        gradient = _through_unit(pull.to(unit.dtype), unit, length * (G * M**2 / 4))
     return _Known.apply(student, value, gradient)
 
 
