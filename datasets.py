@@ -439,6 +439,8 @@ def build_train_transform(
             op.aug_fn = _posterize
     policy = None
     if on_device:
+        if len(colours) != 1:
+            raise ValueError('it is more than a policy, and cannot be applied to a batch')
         policy, colours = Recorder(*colours), []
     if colours:
         colours = [_to_pil, *colours, _to_bytes]

@@ -112,7 +112,7 @@ def _map_distance(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.f
         S, T = (_factor(x, dtype) for x in (unit, _unit(teacher.to(exact))[0]))
         value, pulls = 0.0, []
         for s, t in zip(S.split(sets), T.split(sets), strict=True):
-            # In bfloat16 the difference is taken before it is rounded, where the product is added up.
+            # The student's product is added up on top of the teacher's map: of bfloat16 only this one is rounded.
             difference = torch.bmm(t, t.mT).baddbmm_(s, s.mT, beta=-1)
             value = value + _sum_of_squares(difference) / (G * M**2)
             pulls.append(difference @ s)
@@ -379,7 +379,8 @@ class ManifoldDistillationLoss(nn.Module):
         w_full: weight of the relations between all tokens of the batch.
         relations: whose images sample, random and full relate, 'rank' or 'global': a rank's own, or those of all ranks.
         relation_scale: 'mean' or 'paper': the release's means or the paper's sums.
-        relation_dtype: 'float32' or 'bfloat16': of the factors of sample, patch and random products.
+        relation_dtype: 'float32' or 'bfloat16': of the factors and maps of sample, patch and random; the latter leave
+            about 1e-6 of tokens that are equal.
     """
 
     def __init__(

@@ -385,8 +385,9 @@ def _check_recipe(args: argparse.Namespace) -> None:
         _check_stream(args)
     elif args.num_classes is not None:
         raise UsageError(f'--num-classes {args.num_classes}: --data-set {args.data_set} tells it by itself')
-    if args.device_augment and (args.no_aug or args.aa in ('', 'none')):
-        raise UsageError('--device-augment: there is no auto-augmentation to apply, --aa')
+    if args.device_augment and not args.eval and (args.no_aug or args.aa in ('', 'none')):
+        culprit = '--no-aug' if args.no_aug else f'--aa {args.aa or repr("")}'
+        raise UsageError(f'--device-augment: with {culprit} there is no auto-augmentation to apply')
     if not re.fullmatch(r'cpu|cuda(:\d+)?', args.device):
         raise UsageError(f'--device {args.device}: must be cpu, cuda or cuda:N')
     sides = [int(args.input_size * side) for side in args.cutmix_minmax or (0, 1)]
@@ -717,7 +718,8 @@ def build_state(args: argparse.Namespace, model: nn.Module) -> TrainingState:
     with blame('--opt', args.opt + betas, AssertionError, IndexError, TypeError):
         options = {**optimizer_kwargs(args), 'lr': _scaled_lr(args)}
         optimizer = create_optimizer_v2(model, **options)
-        if 'fused' in optimizer.defaults:  # one kernel, and it can leave an update out on the device
+        # One kernel, and it can leave an update out on the device; but SGD's takes up momentum nobody has written then.
+        if 'fused' in optimizer.defaults and not isinstance(optimizer, torch.optim.SGD):
             optimizer = create_optimizer_v2(model, **options, fused=True)
     if getattr(optimizer, 'is_second_order', False):
         raise UsageError(f'--opt {args.opt}: needs second derivatives, which this training step does not make')
@@ -1032,14 +1034,10 @@ def run(args: argparse.Namespace, device: torch.device, signals: utils.Signals) 
     uncovered = [min(255, round(255 * value)) for value in stats[0]]  # as timm has it
     finish = Finish(*stats, args.remode, uncovered).to(device)
     if args.eval_teacher:
-        measure(
-            args,
-            nn.Sequential(finish, teacher.prepare, teacher.model),
-            val_loader,
-            device,
-            lambda: stop_if_told(agreement),
-            'teacher',
-        )
+        # As it teaches: weights of a type of their own know no autocast.
+        how = argparse.Namespace(**{**vars(args), 'amp_dtype': 'float32'}) if args.teacher_dtype else args
+        network = nn.Sequential(finish, teacher.prepare, teacher.model)
+        measure(how, network, val_loader, device, lambda: stop_if_told(agreement), 'teacher')
     if args.eval:
         network = nn.Sequential(finish, student.model)
         measure(args, network, val_loader, device, lambda: stop_if_told(agreement), 'network')
@@ -1153,10 +1151,10 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
 def compile_models(args: argparse.Namespace, parts: Parts) -> None:
     """Compiles the blocks of both models."""
     with blame('--compile', f'with --model {args.model}'):
-        counts = [models.compile_blocks(parts.student, args.input_size)]
+        counts = [models.compile_blocks(parts.student)]
     if parts.teacher is not None:
         with blame('--compile', f'with --teacher-model {args.teacher_model}'):
-            counts.append(models.compile_blocks(parts.teacher, args.teacher_input_size or args.input_size))
+            counts.append(models.compile_blocks(parts.teacher))
     say(f'compile     {" and ".join(map(str, counts))} blocks, in the first step; its time is in the first log line')
 
 

@@ -71,8 +71,8 @@ class Side:
                                                       for g in groups], **options)  # fmt: skip
             self.state.ema.foreach = False
         if args.compile:
-            models.compile_blocks(student, args.input_size)
-            models.compile_blocks(self.teacher, args.input_size)
+            models.compile_blocks(student)
+            models.compile_blocks(self.teacher)
         self.student, self.criterion = student, main.build_criterion(args)
         self.finish = Finish(*stats).to(device)
         self.watch = Watch(self.state.scaler, every_step=False)

@@ -21,7 +21,8 @@ class FrozenTalkingHeads(TalkingHeadAttn):
         B, N, C = x.shape
         H = self.num_heads
         q, k, v = self.qkv(x).view(B, N, 3, H, C // H).permute(2, 0, 3, 1, 4)
-        scores = (self.proj_l.weight * self.scale) @ (q @ k.mT).flatten(2)
+        # Scaled before the product, as timm does it, or float16 would overflow earlier.
+        scores = self.proj_l.weight @ (q * self.scale @ k.mT).flatten(2)
         # In bfloat16 too the kernel adds up in float32; autocast would write a map of twice the size, to no avail.
         with torch.autocast(x.device.type, enabled=False):
             attention = scores.view(B, H, N, N).softmax(dim=-1)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import Block, list_blocks
+from models.blocks import Block, find_modules, list_blocks
 from models.grids import Grid, resample
 from models.talking_heads import hasten
 
@@ -213,7 +213,7 @@ def checkpoint_activations(tapped: TappedModel, input_size: int) -> None:
         raise ValueError('this version of timm recomputes blocks in a way that cuts hooks off; a newer one is needed')
 
 
-def compile_blocks(tapped: TappedModel, input_size: int) -> int:
+def compile_blocks(tapped: TappedModel) -> int:
     """Compiles the blocks, each kind once; returns how many there are. Parameters keep their names, hooks stay outside.
 
     Do so after deep copies are made: a copy of a compiled block would run the original.
@@ -223,11 +223,10 @@ def compile_blocks(tapped: TappedModel, input_size: int) -> int:
     """
     # A graph for each shape and kind of block, in training; the default would give up after 8.
     torch._dynamo.config.cache_size_limit = 64
-    paths = dict.fromkeys(block.path for block in list_blocks(tapped.model, input_size))
-    for path in paths:
-        block = tapped.model.get_submodule(path)
+    blocks = find_modules(tapped.model)[1].values()
+    for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
-    return len(paths)
+    return len(blocks)
 
 
 def pair_ids(student_depth: int, teacher_depth: int) -> tuple[list[int], list[int]]:

@@ -266,7 +266,8 @@ WRONG = [
     ({'teacher_dtype': 'float16'},),
     ({'accum_steps': 0},),
     ({'device_augment': True, 'aa': 'none'}, '--aa'),
-    ({'device_augment': True, 'no_aug': True}, '--aa'),
+    ({'device_augment': True, 'no_aug': True}, '--no-aug'),
+    ({'device_augment': True, 'aa': '3a'}, '3a with --device-augment'),
     ({'device_augment': True, 'aa': 'augmix-m5-w4-d2'}, 'AugMix', '--device-augment'),
     ({'log_grad_share': True, 's_id': None, 't_id': None}, '--s-id'),
     ({'log_grad_share': True, **toys.ALONE}, 'teacher'),
@@ -1021,10 +1022,14 @@ def test_a_compiled_run_has_the_losses_and_the_keys_of_a_plain_one_and_resumes_t
     for one, other in zip(rows, plain, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1.0)
         assert one['train_loss'] == pytest.approx(other['train_loss'], rel=1e-3)
+    low = run(**{**flags, 'epochs': 1}, compile=True, teacher_dtype='bfloat16', output_dir=tmp_path / 'low')
+    assert low[0]['train_loss'] == pytest.approx(plain[0]['train_loss'], rel=0.05)
     states = [toys.load(tmp_path / name / 'checkpoint.pth') for name in ('plain', 'compiled')]
     for key in ('model', 'model_ema'):
         assert states[0][key].keys() == states[1][key].keys()
-    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2  # each kind of block once
+    assert (
+        torch._dynamo.utils.counters['stats']['unique_graphs'] == 3
+    )  # each kind of block once for each type of weights
     flags |= {'drop_path': 0.2, 'compile': True}
     whole = run(**flags, output_dir=tmp_path / 'whole')
     first = tmp_path / 'whole' / 'checkpoint-00000002.pth'

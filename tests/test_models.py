@@ -11,10 +11,12 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.cait import TalkingHeadAttn
 from timm.optim import create_optimizer_v2
 
 import models
 from checkpoints import read_checkpoint
+from models.talking_heads import hasten
 
 # What the blocks of each family put out before the patch tokens: class, distillation and register tokens. CaiT's
 # class token enters only after its patch blocks.
@@ -202,6 +204,23 @@ def test_a_teacher_of_bfloat16_weights_computes_in_bfloat16_under_any_autocast()
     assert 0 < (plain.logits.float() - exact).norm() <= 0.03 * exact.norm()
     with torch.autocast('cpu', torch.float16):
         assert torch.equal(teacher(images).logits, plain.logits)
+
+
+def test_in_float16_a_frozen_cait_overflows_no_earlier_than_timm_s():
+    torch.manual_seed(0)
+    x, saved = torch.randn(1, 9, 48).half(), 0
+    for size in (1, 10, 20, 40, 60, 80):
+        theirs = TalkingHeadAttn(48, 4).eval().requires_grad_(False)
+        torch.nn.init.normal_(theirs.qkv.weight, std=0.5 * size)
+        for mixing in (theirs.proj_l, theirs.proj_w):
+            torch.nn.init.eye_(mixing.weight)
+        ours = copy.deepcopy(theirs).half()
+        hasten(ours)
+        finite = theirs.half()(x).isfinite().all()
+        assert ours(x).isfinite().all() or not finite
+        q, k, _ = ours.qkv(x).view(1, 9, 3, 4, 12).permute(2, 0, 3, 1, 4)
+        saved += int(finite and not (q @ k.mT).isfinite().all())
+    assert saved  # products that are scaled too late would overflow
 
 
 def test_only_a_frozen_model_is_changed():
