@@ -107,7 +107,7 @@ def _map_distance(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.f
     """
     (G, M), sets = student.shape[:2], max(1, ENTRIES // student.shape[1] ** 2)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        exact = torch.promote_types(_full_precision(student).dtype, _full_precision(teacher).dtype)
+        exact = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
         unit, length = _unit(student.to(exact))
         S, T = (_factor(x, dtype) for x in (unit, _unit(teacher.to(exact))[0]))
         value, pulls = 0.0, []

@@ -27,7 +27,7 @@ import main
 import models
 import utils
 from augment import Finish
-from engine import Watch, train_one_epoch
+from engine import Watch, _autocast, train_one_epoch
 
 RECIPE = """--data-set FAKE --teacher-path none --distillation-type soft --distillation-alpha 1
     --w-sample 0.1 --w-patch 4 --w-rand 0.2 --s-id 0 1 2 3 8 9 10 11 --t-id 0 1 2 3 20 21 22 23
@@ -112,10 +112,6 @@ class Side:
         """The teacher's forward pass alone."""
         with torch.no_grad(), _autocast(self.device, self.dtype):
             self.teacher(images)
-
-
-def _autocast(device: torch.device, dtype: torch.dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def rate(dtype: torch.dtype, device: torch.device) -> float:
