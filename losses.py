@@ -28,8 +28,9 @@ RELATION_SCALES = ('mean', 'paper')
 
 # Tokens whose products the full term adds at once: enough for a fast product, 19 MB at the recipe's widths.
 CHUNK = 4096
-# Entries of maps that are there at once: all of 109 images of 196 patches, 17 MB.
-ENTRIES = 1 << 22
+# Numbers, of tokens or of their maps, that a relation term works on at once: on a CPU about what its caches hold, 18
+# images at the recipe's widths; elsewhere many, for each call of a kernel costs too.
+CPU_NUMBERS, NUMBERS = 1 << 21, 1 << 25
 RELATION_DTYPES = ('float32', 'bfloat16')
 
 
@@ -88,10 +89,10 @@ def _unit(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _through_unit(pull: Tensor, unit: Tensor, length: Tensor) -> Tensor:
-    """Gradient at the tokens of a loss whose gradient at the unit tokens is `pull`, (…, D)."""
+    """Gradient at the tokens of a loss whose gradient at the unit tokens is `pull`, (…, D), in its place."""
     # A length has no influence, so its direction is taken out.
     along = torch.linalg.vecdot(pull, unit).unsqueeze(-1)
-    return torch.addcmul(pull, along, unit, value=-1).div_(length)
+    return pull.addcmul_(along, unit, value=-1).div_(length)
 
 
 def _map_distance(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -105,19 +106,18 @@ def _map_distance(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.f
         teacher: tokens (G, M, D_t).
         dtype: of the products' factors and of the maps; tokens of float64 stay what they are.
     """
-    (G, M), sets = student.shape[:2], max(1, ENTRIES // student.shape[1] ** 2)
+    (G, M), width = student.shape[:2], student.shape[2] + teacher.shape[2]
+    sets = max(1, (CPU_NUMBERS if student.device.type == 'cpu' else NUMBERS) // (M * max(M, width)))
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         exact = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-        unit, length = _unit(student.to(exact))
-        S, T = (_factor(x, dtype) for x in (unit, _unit(teacher.to(exact))[0]))
-        value, pulls = 0.0, []
-        for s, t in zip(S.split(sets), T.split(sets), strict=True):
+        value, gradient = 0.0, torch.empty_like(student, dtype=exact)
+        for s, t, g in zip(student.split(sets), teacher.split(sets), gradient.split(sets), strict=True):
+            unit, length = _unit(s.to(exact))
+            S, T = (_factor(x, dtype) for x in (unit, _unit(t.to(exact))[0]))
             # The student's product is added up on top of the teacher's map: of bfloat16 only this one is rounded.
-            difference = torch.bmm(t, t.mT).baddbmm_(s, s.mT, beta=-1)
+            difference = torch.bmm(T, T.mT).baddbmm_(S, S.mT, beta=-1)
             value = value + _sum_of_squares(difference) / (G * M**2)
-            pulls.append(difference @ s)
-        pull = pulls[0] if len(pulls) == 1 else torch.cat(pulls)
-        gradient = _through_unit(pull.to(unit.dtype), unit, length * (G * M**2 / 4))
+            g.copy_(_through_unit((difference @ S).to(exact), unit, length * (G * M**2 / 4)))
     return _Known.apply(student, value, gradient)
 
 

@@ -1,16 +1,23 @@
 """Side-by-side measurements; each module is a command of its own, `python -m benchmarks.<name>`."""
 
 import ctypes
+import json
+import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from unittest.mock import patch
+
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # torch's profiler is talkative; read when torch is loaded
 
 import timm
 import torch
 import torchvision
+from torch.profiler import ProfilerActivity, profile
 
 import losses
 from losses import plain_map_distance
@@ -38,30 +45,25 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Of one call, above what was taken before it; on the CPU of the process (Linux with glibc only)."""
+    """Of the tensors of one call, above what was taken before it."""
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    with tempfile.NamedTemporaryFile(suffix='.json') as file:
+        profiler.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())['traceEvents']
+    return max(accumulate(event['args']['Bytes'] for event in events if event['name'] == '[memory]'))
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep what is freed: times then are not those of new pages."""
     libc = ctypes.CDLL('libc.so.6')
-    libc.malloc_trim(0)
-    Path('/proc/self/clear_refs').write_text('5')  # resets the high-water mark
-    before = _resident('VmRSS')
-    call()
-    return _resident('VmHWM') - before
-
-
-def keep_freed_memory(keep: bool) -> None:
-    """Whether glibc keeps what is freed: times then are not those of new pages; otherwise peaks are really peaks."""
-    libc = ctypes.CDLL('libc.so.6')
-    libc.mallopt(-3, 1 << 30 if keep else 1 << 16)  # M_MMAP_THRESHOLD
-    libc.mallopt(-1, (1 << 31) - 1 if keep else 1 << 17)  # M_TRIM_THRESHOLD
-
-
-def _resident(field: str) -> int:
-    lines = Path('/proc/self/status').read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+    libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+    libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def machine(device: torch.device) -> str:

@@ -5,8 +5,7 @@
     python -m torch.distributed.run --standalone --nproc_per_node=2 -m benchmarks.loss      the same over the ranks too
 
 All terms take turns, so that what disturbs one disturbs all; medians. `definition` is the same with autograd's gradient
-of the plain definition, and `ratio` how much longer that takes. Memory is the peak above what the tokens take, on the
-CPU of the process (Linux with glibc only).
+of the plain definition, and `ratio` how much longer that takes. Memory is the peak above what the tokens take.
 """
 
 import argparse
@@ -79,11 +78,10 @@ def run() -> None:
     if args.by_definition:
         calls['full', by_definition] = partial(run_once, [losses.plain_full_loss], student, teacher)
     times = {key: [] for key in calls}
-    benchmarks.keep_freed_memory(True)
+    benchmarks.keep_freed_memory()
     for _ in range(args.rounds + 1):
         for key, call in calls.items():
             times[key].append(benchmarks.seconds(call, device))
-    benchmarks.keep_freed_memory(False)
     medians = {key: statistics.median(found[1:]) for key, found in times.items()}
     utils.say(f'{"a layer pair":24}{"ms":>9}{"of the three":>14}{"MiB":>7}{"definition":>13}{"MiB":>7}{"ratio":>7}')
     for name in rows:

@@ -160,7 +160,7 @@ def run() -> None:
     parser.add_argument('--device', default='cpu', help='cpu or cuda')
     args = parser.parse_args()
     device = utils.init_distributed(args.device, 'env://')
-    benchmarks.keep_freed_memory(True)
+    benchmarks.keep_freed_memory()
     images = torch.randint(0, 256, (args.batch_size, 3, args.input_size, args.input_size), dtype=torch.uint8)
     batch = (images, torch.randint(0, CLASSES, (args.batch_size,)), torch.arange(args.batch_size), {})
     taking = sides(args, device)
@@ -195,9 +195,7 @@ def report(taking: dict[str, Side], batch: tuple, device: torch.device) -> None:
             waits = (waits_on_cuda(partial(side.train, [batch] * 3)) - waits_on_cuda(partial(side.train, [batch]))) / 2
         with FlopCounterMode(display=False) as flops, torch.compiler.set_stance('force_eager'):
             side.train([batch])
-        benchmarks.keep_freed_memory(False)
         peak = benchmarks.peak_bytes(partial(side.train, [batch]), device) >> 20
-        benchmarks.keep_freed_memory(True)
         limit = flops.get_total_flops() / time / rates[side.dtype]
         ratios = [statistics.median(other.times) / time for other in (base, same)]
         ratios.append(statistics.median(same.teacher_times) / teacher)

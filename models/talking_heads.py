@@ -4,7 +4,7 @@ Letters: B images, N tokens, C channels, H heads.
 """
 
 import torch
-from timm.models.cait import TalkingHeadAttn
+from timm.models.cait import Cait, TalkingHeadAttn
 from torch import Tensor, nn
 
 
@@ -20,9 +20,11 @@ class FrozenTalkingHeads(TalkingHeadAttn):
         """Tokens (B, N, C) → (B, N, C)."""
         B, N, C = x.shape
         H = self.num_heads
-        q, k, v = self.qkv(x).view(B, N, 3, H, C // H).permute(2, 0, 3, 1, 4)
-        # Scaled before the product, as timm does it, or float16 would overflow earlier.
-        scores = self.proj_l.weight @ (q * self.scale @ k.mT).flatten(2)
+        # All factors in one copy, or each product would make its own.
+        q, k, v = self.qkv(x).view(B, N, 3, H, C // H).permute(2, 0, 3, 1, 4).contiguous()
+        # Scaled inside the product: behind it float16 would overflow earlier.
+        scores = torch.baddbmm(q.new_empty(()), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=self.scale)
+        scores = self.proj_l.weight @ scores.view(B, H, N * N)
         # In bfloat16 too the kernel adds up in float32; autocast would write a map of twice the size, to no avail.
         with torch.autocast(x.device.type, enabled=False):
             attention = scores.view(B, H, N, N).softmax(dim=-1)
@@ -31,8 +33,16 @@ class FrozenTalkingHeads(TalkingHeadAttn):
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 
+def _rows(embedding: nn.Module, inputs: tuple, tokens: Tensor) -> Tensor:
+    """Forward hook: tokens (B, N, C) with their channels side by side."""
+    return tokens.contiguous()
+
+
 def hasten(model: nn.Module) -> None:
     """Lets timm's talking heads of a frozen model run as `FrozenTalkingHeads`; parameters and names stay."""
     for module in model.modules():
         if type(module) is TalkingHeadAttn:
             module.__class__ = FrozenTalkingHeads
+    # A convolution's tokens lie channel by channel, and CaiT adds to them, block after block, in the layout they have.
+    if isinstance(model, Cait):
+        model.patch_embed.register_forward_hook(_rows)
