@@ -341,7 +341,7 @@ def signals(bench: Bench) -> Row:
              for rank in (0, 1)]  # fmt: skip
     cases += [(name, *place, 1, 0, 0) for name in SIGNALS for place in places]
     if bench.short:
-        cases = [cases[i] for i in (1, 11, 21, 28, 50, 56)]
+        cases = [cases[i] for i in (1, 21, 28, 58)]  # each place once, each signal
     faults, slowest = [], 0.0
     for number, (name, where, at, ranks, workers, rank) in enumerate(cases):
         folder, rank = bench.fresh(), 0 if where in SAVING else rank
@@ -412,7 +412,8 @@ def _difference(left: dict, right: dict) -> float:
 
 def disks(bench: Bench) -> Row:
     """R5: a disk that is full or broken."""
-    places = [('write', part) for part in (0.0, 0.001, 0.5, 0.99, 1.0)] + [('fsync', 1.0), ('replace', 1.0)]
+    parts = (0.001, 0.99) if bench.short else (0.0, 0.001, 0.5, 0.99, 1.0)
+    places = [('write', part) for part in parts] + [('fsync', 1.0), ('replace', 1.0)]
     faults = []
     for number, (where, part) in enumerate(places):
         code = ('ENOSPC', 'EIO')[number % 2]
@@ -431,7 +432,8 @@ def disks(bench: Bench) -> Row:
         if f'done {3 * STEPS}' not in life.events or [path.name for path in folder.glob('.*')]:
             faults.append(f'{code} {where} {part} for good: training stopped, or a temporary file is left')
     failed = len({text.split(':')[0].removesuffix(' for good') for text in faults})
-    return Row('R5', 'full disk', '7 of 7', f'{7 - failed} of 7, for a moment and for good', not faults, faults=faults)
+    reached = f'{len(places) - failed} of {len(places)}, for a moment and for good'
+    return Row('R5', 'full disk', f'{len(places)} of {len(places)}', reached, not faults, faults=faults)
 
 
 def damage(bench: Bench) -> Row:

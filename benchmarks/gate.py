@@ -1,0 +1,106 @@
+"""Whether flags that change arithmetic change training: the loss terms with and without them, over several seeds.
+
+    python -m benchmarks.gate IMAGENET --flags=--device-augment --flags='--teacher-dtype bfloat16'
+    python -m benchmarks.gate IMAGENET --common='--device cuda' --size 224 --batch-size 64 --flags=--device-augment
+
+Trains DeiT-Tiny from a CaiT of random weights, whose layer scales are set so that its blocks differ, 200 steps and more
+at the recipe's weights, learning rate and augmentation. The same seed stands for the same weights, order and random
+numbers. `spread` is how far the plain runs lie apart, largest minus smallest, mean over the epochs; `distance` how far
+a run with the flags is from the plain one of its seed, at most, over seeds and epochs. Within: no further than spread.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import timm
+import torch
+
+import benchmarks
+
+STEPS = 200
+MAIN = Path(__file__).parent.parent / 'main.py'
+RECIPE = """--data-set IMNET --model deit_tiny_patch16_224 --distillation-type soft --distillation-alpha 0.5
+    --w-sample 0.1 --w-patch 4 --w-rand 0.2 --w-full 1 --s-id auto --t-id auto --drop-path 0 --warmup-epochs 0
+    --no-model-ema --no-repeated-aug""".split()
+Curves = dict[str, list[float]]
+
+
+def teacher_weights(name: str, size: int, file: Path) -> None:
+    """Random ones in which every block counts: timm begins with layer scales of 1e-5."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=size)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if 'gamma' in parameter_name:
+                parameter.fill_(0.3)
+    torch.save(model.state_dict(), file)
+
+
+def curves(argv: list[str], folder: Path) -> Curves:
+    """Trains; each term's mean over each epoch, by name."""
+    done = subprocess.run(
+        [sys.executable, MAIN, *argv, '--output_dir', folder], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    if done.returncode:
+        sys.exit(done.stderr.decode())
+    rows = [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]
+    return {key: [row[key] for row in rows] for key in rows[0] if key.startswith('train_loss_')}
+
+
+def report(flags: str, plain: list[Curves], changed: list[Curves]) -> bool:
+    """A row for each term; whether all of them are within."""
+    print(f'{flags}\n{"":12}{"first":>11}{"last":>11}{"spread":>11}{"distance":>11}')
+    within = []
+    for name in plain[0]:
+        epochs = list(zip(*(run[name] for run in plain), strict=True))
+        spread = statistics.mean(max(values) - min(values) for values in epochs)
+        pairs = zip(plain, changed, strict=True)
+        distance = max(abs(a - b) for p, c in pairs for a, b in zip(p[name], c[name], strict=True))
+        within.append(distance <= spread)
+        first, last = (statistics.mean(epochs[i]) for i in (0, -1))
+        print(f'{name.removeprefix("train_loss_"):12}{first:11.5f}{last:11.5f}{spread:11.6f}{distance:11.6f}', end='')
+        print('  within' if within[-1] else '  NOT within')
+    return all(within)
+
+
+def run() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data', help='folder that holds ImageNet-like train/ and val/')
+    parser.add_argument('--flags', type=str.split, action='append', required=True, help='those in question, in quotes')
+    parser.add_argument('--common', type=str.split, default='--device cpu --num_workers 0', help='flags of all runs')
+    parser.add_argument('--size', type=int, default=128, help='pixels')
+    parser.add_argument('--batch-size', type=int, default=8, help='images')
+    parser.add_argument('--teacher-model', default='cait_xxs24_224', help='a CaiT of timm')
+    parser.add_argument('--seeds', type=int, default=3, help='how many')
+    parser.add_argument('--jobs', type=int, default=1, help='runs side by side')
+    args = parser.parse_args()
+    images = sum(len(files) for _, _, files in os.walk(Path(args.data) / 'train', followlinks=True))
+    epochs = -(-STEPS // max(1, images // args.batch_size))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        weights = Path(folder) / 'teacher.pth'
+        teacher_weights(args.teacher_model, args.size, weights)
+        common = [*RECIPE, '--data-path', args.data, '--input-size', str(args.size), '--epochs', str(epochs),
+                  '--batch-size', str(args.batch_size), '--teacher-model', args.teacher_model, '--teacher-path',
+                  str(weights), '--lr', str(0.0005 * 512 / args.batch_size), *args.common]  # fmt: skip
+        places = (Path(folder) / f'run{i}' for i in itertools.count())
+        jobs = [
+            [pool.submit(curves, [*common, '--seed', str(seed), *flags], next(places)) for seed in range(args.seeds)]
+            for flags in ([], *args.flags)
+        ]
+        plain, *changed = [[job.result() for job in of_flags] for of_flags in jobs]
+    print(f'{epochs} epochs of {images // args.batch_size} steps, {args.seeds} seeds')
+    within = [report(' '.join(flags), plain, found) for flags, found in zip(args.flags, changed, strict=True)]
+    print(benchmarks.machine(torch.device('cuda' if '--device cuda' in ' '.join(args.common) else 'cpu')))
+    return 0 if all(within) else 1
+
+
+if __name__ == '__main__':
+    sys.exit(run())
