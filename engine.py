@@ -53,7 +53,7 @@ class Watch:
         self._scaler = scaler
         self._names: list[str] = []
         self._rows: list[tuple[str, Tensor, Tensor]] = []  # since the last look: step, image indices, what is finite
-        self._here: tuple = ()  # the same of this step, with a list by micro-batch
+        self._here: tuple = ()
         self._gradient: Tensor | None = None  # of this rank alone; None without DDP
 
     def attach(self, wrapped: nn.parallel.DistributedDataParallel) -> None:
@@ -68,15 +68,14 @@ class Watch:
         """1, by which a loss stays what it is; NaN if one of the values is not finite.
 
         Args:
-            step: its name; called again with the same name for each micro-batch, the images in as many equal parts.
+            step: its name; called again with the same name for each micro-batch.
             indices: of the step's images on this rank, on the CPU.
             values: terms and logits by name.
         """
         finite = torch.stack([torch.isfinite(value).all() for value in values.values()])
         self._names = list(values)
-        if not self._here or self._here[0] != step:
-            self._here = (step, indices, [])
-        self._here[2].append(finite)
+        whole = finite & self._here[2] if self._here and self._here[0] == step else finite
+        self._here = (step, indices, whole)
         self._gradient = torch.ones_like(finite[0])
         return torch.where(finite.all(), 1.0, torch.nan)
 
@@ -86,10 +85,10 @@ class Watch:
         Args:
             norm: of the gradient, averaged over the ranks.
         """
-        step, indices, parts = self._here
+        step, indices, finite = self._here
         good = torch.isfinite(norm)
         gradient = self._gradient if dist.is_initialized() else good
-        self._rows.append((step, indices, torch.cat([*parts, torch.stack([gradient, good])])))
+        self._rows.append((step, indices, torch.stack([*finite, gradient, good])))
         return good
 
     def look(self) -> int:
@@ -114,14 +113,10 @@ class Watch:
     def _blame(self, row: tuple, flags: list[bool]) -> tuple[str, bool]:
         """What was not finite in a step of this rank, in words, '' if nothing was; and whether a model put it out."""
         *forward, gradient, _ = flags
-        count = len(self._names)
-        parts = [forward[i : i + count] for i in range(0, len(forward), count)]  # one for each micro-batch
-        names = [name for name, *finite in zip(self._names, *parts, strict=True) if not all(finite)]
-        images = [part for part, finite in zip(row[1].chunk(len(parts)), parts, strict=True) if not all(finite)]
+        names = [name for name, finite in zip(self._names, forward, strict=True) if not finite]
         if not names and not gradient and not self._scaler.is_enabled():
-            names, images = ['gradients'], [row[1]]
-        images = ' '.join(str(index) for part in images for index in part.tolist())
-        words = f'{", ".join(names)}; images {images}' if names else ''
+            names = ['gradients']
+        words = f'{", ".join(names)}; images {" ".join(map(str, row[1].tolist()))}' if names else ''
         return words, any(name.endswith(('logits', 'tokens')) for name in names)
 
     def _count(self, step: str, ranks: list[tuple[str, bool]]) -> int:
