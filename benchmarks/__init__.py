@@ -45,7 +45,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Of the tensors of one call, above what was taken before it."""
+    """Of the tensors of one call, above what was taken before it; on the CPU what it frees of that does not count."""
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -56,11 +56,13 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     with tempfile.NamedTemporaryFile(suffix='.json') as file:
         profiler.export_chrome_trace(file.name)
         events = json.loads(Path(file.name).read_text())['traceEvents']
-    return max(accumulate(event['args']['Bytes'] for event in events if event['name'] == '[memory]'))
+    return max(accumulate(event['args']['Bytes'] for event in events if event['name'] == '[memory]'), default=0)
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep what is freed: times then are not those of new pages."""
+    """Makes glibc, where it is the allocator, keep what is freed: times then are not those of new pages."""
+    if platform.libc_ver()[0] != 'glibc':
+        return
     libc = ctypes.CDLL('libc.so.6')
     libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
     libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD

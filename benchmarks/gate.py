@@ -4,26 +4,28 @@
     python -m benchmarks.gate IMAGENET --common='--device cuda' --size 224 --batch-size 64 --flags=--device-augment
 
 Trains DeiT-Tiny from a CaiT of random weights, whose layer scales are set so that its blocks differ, 200 steps and more
-at the recipe's weights, learning rate and augmentation. The same seed stands for the same weights, order and random
-numbers. `spread` is how far the plain runs lie apart, largest minus smallest, mean over the epochs; `distance` how far
-a run with the flags is from the plain one of its seed, at most, over seeds and epochs. Within: no further than spread.
+with all terms, the recipe's learning rate and augmentation, no repeats and no warm-up. The same seed stands for the
+same weights, order and random numbers. `spread` is how far the plain runs lie apart, largest minus smallest, mean over
+the epochs; `distance` how far a run with the flags is from the plain one of its seed, at most, over seeds and epochs.
+Within: no further than spread, so no gross change; the exit code is 1 otherwise.
 """
 
 import argparse
-import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import timm
 import torch
+from torchvision.datasets import ImageFolder
 
 import benchmarks
+import main
+import utils
 
 STEPS = 200
 MAIN = Path(__file__).parent.parent / 'main.py'
@@ -55,6 +57,24 @@ def curves(argv: list[str], folder: Path) -> Curves:
     return {key: [row[key] for row in rows] for key in rows[0] if key.startswith('train_loss_')}
 
 
+def train_all(settings: list[list[str]], args: argparse.Namespace, folder: Path) -> list[list[Curves]]:
+    """A run for each setting and seed, some side by side; what fails or is interrupted ends the rest."""
+    seeds, pool = range(args.seeds), ThreadPoolExecutor(args.jobs)
+    try:
+        jobs = [
+            pool.submit(curves, [*argv, '--seed', str(seed)], folder / f'run{i}-{seed}')
+            for i, argv in enumerate(settings)
+            for seed in seeds
+        ]
+        for count, job in enumerate(as_completed(jobs), start=1):
+            job.result()
+            print(f'{count} of {len(jobs)} runs', flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    found = iter(jobs)
+    return [[next(found).result() for _ in seeds] for _ in settings]
+
+
 def report(flags: str, plain: list[Curves], changed: list[Curves]) -> bool:
     """A row for each term; whether all of them are within."""
     print(f'{flags}\n{"":12}{"first":>11}{"last":>11}{"spread":>11}{"distance":>11}')
@@ -82,23 +102,28 @@ def run() -> int:
     parser.add_argument('--seeds', type=int, default=3, help='how many')
     parser.add_argument('--jobs', type=int, default=1, help='runs side by side')
     args = parser.parse_args()
-    images = sum(len(files) for _, _, files in os.walk(Path(args.data) / 'train', followlinks=True))
+    if args.seeds < 2 or args.batch_size < 1:
+        parser.error(f'--seeds {args.seeds}, --batch-size {args.batch_size}: two seeds at least, and an image')
+    try:
+        images = len(ImageFolder(Path(args.data) / 'train'))
+    except FileNotFoundError as error:
+        parser.error(str(error))
     epochs = -(-STEPS // max(1, images // args.batch_size))
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+    with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / 'teacher.pth'
         teacher_weights(args.teacher_model, args.size, weights)
         common = [*RECIPE, '--data-path', args.data, '--input-size', str(args.size), '--epochs', str(epochs),
                   '--batch-size', str(args.batch_size), '--teacher-model', args.teacher_model, '--teacher-path',
                   str(weights), '--lr', str(0.0005 * 512 / args.batch_size), *args.common]  # fmt: skip
-        places = (Path(folder) / f'run{i}' for i in itertools.count())
-        jobs = [
-            [pool.submit(curves, [*common, '--seed', str(seed), *flags], next(places)) for seed in range(args.seeds)]
-            for flags in ([], *args.flags)
-        ]
-        plain, *changed = [[job.result() for job in of_flags] for of_flags in jobs]
+        try:
+            for flags in args.flags:  # before the plain runs are made in vain
+                device = main.parse_args([*common, *flags]).device
+        except utils.UsageError as error:
+            parser.error(str(error))
+        plain, *changed = train_all([common, *([*common, *flags] for flags in args.flags)], args, Path(folder))
     print(f'{epochs} epochs of {images // args.batch_size} steps, {args.seeds} seeds')
     within = [report(' '.join(flags), plain, found) for flags, found in zip(args.flags, changed, strict=True)]
-    print(benchmarks.machine(torch.device('cuda' if '--device cuda' in ' '.join(args.common) else 'cpu')))
+    print(benchmarks.machine(torch.device(device if torch.cuda.is_available() else 'cpu')))
     return 0 if all(within) else 1
 
 

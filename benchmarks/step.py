@@ -195,6 +195,7 @@ def report(taking: dict[str, Side], batch: tuple, device: torch.device) -> None:
             waits = (waits_on_cuda(partial(side.train, [batch] * 3)) - waits_on_cuda(partial(side.train, [batch]))) / 2
         with FlopCounterMode(display=False) as flops, torch.compiler.set_stance('force_eager'):
             side.train([batch])
+        side.state.optimizer.zero_grad()
         peak = benchmarks.peak_bytes(partial(side.train, [batch]), device) >> 20
         limit = flops.get_total_flops() / time / rates[side.dtype]
         ratios = [statistics.median(other.times) / time for other in (base, same)]

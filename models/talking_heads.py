@@ -23,7 +23,7 @@ class FrozenTalkingHeads(TalkingHeadAttn):
         # All factors in one copy, or each product would make its own.
         q, k, v = self.qkv(x).view(B, N, 3, H, C // H).permute(2, 0, 3, 1, 4).contiguous()
         # Scaled inside the product: behind it float16 would overflow earlier.
-        scores = torch.baddbmm(q.new_empty(()), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=self.scale)
+        scores = torch.baddbmm(q.new_zeros(()), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=self.scale)
         scores = self.proj_l.weight @ scores.view(B, H, N * N)
         # In bfloat16 too the kernel adds up in float32; autocast would write a map of twice the size, to no avail.
         with torch.autocast(x.device.type, enabled=False):
@@ -39,7 +39,10 @@ def _rows(embedding: nn.Module, inputs: tuple, tokens: Tensor) -> Tensor:
 
 
 def hasten(model: nn.Module) -> None:
-    """Lets timm's talking heads of a frozen model run as `FrozenTalkingHeads`; parameters and names stay."""
+    """Lets timm's talking heads of a frozen model run as `FrozenTalkingHeads`, CaiT's on tokens that lie row by row.
+
+    Parameters and names stay.
+    """
     for module in model.modules():
         if type(module) is TalkingHeadAttn:
             module.__class__ = FrozenTalkingHeads

@@ -180,6 +180,8 @@ def test_a_frozen_cait_has_timm_s_outputs_names_and_weights_with_its_heads_mixed
         torch.testing.assert_close(out.logits, theirs(images), rtol=tolerance, atol=tolerance)
         for tokens, block in zip(out.tokens, (expected[0], expected[2]), strict=True):
             assert (tokens - block).norm() <= tolerance * block.norm()
+            assert tokens.is_contiguous()
+            assert not block.is_contiguous()
         assert [type(block.attn).__name__ for block in tapped.model.blocks] == ['FrozenTalkingHeads'] * 3
 
 
