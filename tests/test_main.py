@@ -1016,6 +1016,7 @@ def test_activation_checkpointing_that_a_model_does_not_know_is_refused_in_words
 @pytest.mark.filterwarnings('default')
 def test_a_compiled_run_has_the_losses_and_the_keys_of_a_plain_one_and_resumes_to_the_bit(run, tmp_path):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # which a reset leaves alone
     flags = {'epochs': 2, 'lr': 0.3, 'warmup_epochs': 0, 'drop_path': 0, 'eval_ema': True}
     plain = run(**flags, output_dir=tmp_path / 'plain')
     rows = run(**flags, compile=True, output_dir=tmp_path / 'compiled')
