@@ -96,14 +96,14 @@ def run() -> int:
     parser.add_argument('data', help='folder that holds ImageNet-like train/ and val/')
     parser.add_argument('--flags', type=str.split, action='append', required=True, help='those in question, in quotes')
     parser.add_argument('--common', type=str.split, default='--device cpu --num_workers 0', help='flags of all runs')
-    parser.add_argument('--size', type=int, default=128, help='pixels')
-    parser.add_argument('--batch-size', type=int, default=8, help='images')
+    parser.add_argument('--size', type=main.COUNT, default=128, help='pixels')
+    parser.add_argument('--batch-size', type=main.COUNT, default=8, help='images')
     parser.add_argument('--teacher-model', default='cait_xxs24_224', help='a CaiT of timm')
-    parser.add_argument('--seeds', type=int, default=3, help='how many')
-    parser.add_argument('--jobs', type=int, default=1, help='runs side by side')
+    parser.add_argument('--seeds', type=main.COUNT, default=3, help='how many')
+    parser.add_argument('--jobs', type=main.COUNT, default=1, help='runs side by side')
     args = parser.parse_args()
-    if args.seeds < 2 or args.batch_size < 1:
-        parser.error(f'--seeds {args.seeds}, --batch-size {args.batch_size}: two seeds at least, and an image')
+    if args.seeds < 2:
+        parser.error(f'--seeds {args.seeds}: two at least')
     try:
         images = len(ImageFolder(Path(args.data) / 'train'))
     except FileNotFoundError as error:

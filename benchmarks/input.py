@@ -24,6 +24,7 @@ from torchvision.datasets.folder import default_loader
 
 import benchmarks
 import datasets
+import main
 import utils
 from augment import Finish
 
@@ -70,12 +71,15 @@ def decibels(folder: str, count: int) -> tuple[float, float]:
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', help='folders of images')
-    parser.add_argument('--rounds', type=int, default=7, help='batches of each way')
-    parser.add_argument('--device', default='cpu', help='cpu or cuda, of what is left to it')
+    parser.add_argument('--rounds', type=main.COUNT, default=7, help='batches of each way')
+    parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='of what is left to it')
     args = parser.parse_args()
     torch.set_num_threads(1)
-    device = torch.device(args.device)
-    taking = ways(args.folder)
+    device = utils.init_distributed(args.device, 'env://')
+    try:
+        taking = ways(args.folder)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     length = len(next(iter(taking.values())))
     finish = Finish(*STATS, 'pixel', [round(255 * value) for value in STATS[0]]).to(device)
     loads: dict[str, Callable] = {}

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import benchmarks
 import losses
+import main
 import utils
 
 
@@ -53,15 +54,15 @@ def by_definition(term: list[Callable], student: Tensor, teacher: Tensor) -> Non
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--batch-size', type=int, default=64, help='images per rank')
-    parser.add_argument('--tokens', type=int, default=196, help='per image')
-    parser.add_argument('--widths', type=int, nargs=2, default=[192, 384], help='of student and teacher')
-    parser.add_argument('--K', type=int, default=192, help='random tokens')
+    parser.add_argument('--batch-size', type=main.COUNT, default=64, help='images per rank')
+    parser.add_argument('--tokens', type=main.COUNT, default=196, help='per image')
+    parser.add_argument('--widths', type=main.COUNT, nargs=2, default=[192, 384], help='of student and teacher')
+    parser.add_argument('--K', type=main.COUNT, default=192, help='random tokens')
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='of the tokens')
-    parser.add_argument('--rounds', type=int, default=11, help='calls of each term')
+    parser.add_argument('--rounds', type=main.COUNT, default=11, help='calls of each term')
     parser.add_argument('--by-definition', action='store_true', help='the full term with its maps, too')
     parser.add_argument('--relation-dtype', default='float32', choices=losses.RELATION_DTYPES, help='of the products')
-    parser.add_argument('--device', default='cpu', help='cpu or cuda')
+    parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='without a GPU the CPU')
     args = parser.parse_args()
     device = utils.init_distributed(args.device, 'env://')
     torch.manual_seed(utils.get_rank())

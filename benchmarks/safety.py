@@ -80,10 +80,12 @@ def measure(steps: int, batch_size: int, amp_dtype: str, folder: Path) -> tuple[
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--steps', type=int, default=20, help='to measure')
-    parser.add_argument('--batch-size', type=int, default=16, help='images per rank and step')
+    parser.add_argument('--steps', type=main.COUNT, default=20, help='to measure, two at least')
+    parser.add_argument('--batch-size', type=main.COUNT, default=16, help='images per rank and step')
     parser.add_argument('--amp-dtype', default='float32', choices=('float32', 'bfloat16'), help='of the models')
     args = parser.parse_args()
+    if args.steps < 2:
+        parser.error(f'--steps {args.steps}: two at least')
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         teacher = timm.create_model('cait_s24_224', num_classes=datasets.FAKE_CLASSES)

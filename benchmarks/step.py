@@ -115,7 +115,7 @@ class Side:
 
 
 def rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of a large matrix product."""
+    """Operations a second of a large matrix product, the best of four."""
     n = 8192 if device.type == 'cuda' else 2048
     x = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n**3 / min(benchmarks.seconds(lambda: x @ x, device) for _ in range(4))
@@ -152,12 +152,12 @@ def sides(args: argparse.Namespace, device: torch.device) -> dict[str, Side]:
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--batch-size', type=int, default=16, help='images')
-    parser.add_argument('--input-size', type=int, default=224, help='pixels')
+    parser.add_argument('--batch-size', type=main.COUNT, default=16, help='images')
+    parser.add_argument('--input-size', type=main.COUNT, default=224, help='pixels')
     parser.add_argument('--dtypes', nargs='+', default=['float32'], choices=('float32', 'bfloat16'), help='of autocast')
     parser.add_argument('--compile', action='store_true', help='compiled blocks too; their first step is printed')
-    parser.add_argument('--rounds', type=int, default=7, help='steps of each side')
-    parser.add_argument('--device', default='cpu', help='cpu or cuda')
+    parser.add_argument('--rounds', type=main.COUNT, default=7, help='steps of each side')
+    parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='without a GPU the CPU')
     args = parser.parse_args()
     device = utils.init_distributed(args.device, 'env://')
     benchmarks.keep_freed_memory()
@@ -167,19 +167,21 @@ def run() -> None:
     for name, side in taking.items():
         first = benchmarks.seconds(partial(side.train, [batch]), device)
         print(f'{name}: first step {first:.1f} s', flush=True)
+    rates: dict[torch.dtype, list[float]] = {side.dtype: [] for side in taking.values()}
     for _ in range(args.rounds):
         for side in taking.values():
             side.times.append(benchmarks.seconds(partial(side.train, [batch]), device))
+        for dtype, found in rates.items():  # by turns too: a processor's clock wanders
+            found.append(rate(dtype, device))
         seen = side.finish(images.to(device))
         for side in taking.values():
             side.teacher_times.append(benchmarks.seconds(partial(side.teach, seen), device))
-    report(taking, batch, device)
+    report(taking, batch, device, {dtype: statistics.median(found) for dtype, found in rates.items()})
 
 
-def report(taking: dict[str, Side], batch: tuple, device: torch.device) -> None:
-    """A row for each side."""
+def report(taking: dict[str, Side], batch: tuple, device: torch.device, rates: dict[torch.dtype, float]) -> None:
+    """A row for each side; `rates` in operations a second."""
     base = taking[next(iter(taking))]
-    rates = {side.dtype: rate(side.dtype, device) for side in taking.values()}
     print(f'{"":24}{"ms":>9}{"±":>7}{"img/s":>8}{"ratio":>7}{"same":>7}{"teacher":>9}{"ratio":>7}{"launches":>10}{"waits":>7}'
           f'{"MiB":>8}{"limit":>7}')  # fmt: skip
     for name, side in taking.items():
