@@ -65,7 +65,8 @@ def decibels(folder: str, count: int) -> tuple[float, float]:
             datasets._seed_augmentation(index)
             crops.append(datasets._to_bytes(way(load(path))).float())
         errors.append((crops[0] - crops[1]).square().mean().item())
-    return tuple(10 * math.log10(255**2 / error) for error in (statistics.fmean(errors), max(errors)))
+    of_all = (statistics.fmean(errors), max(errors))
+    return tuple(10 * math.log10(255**2 / error) if error else math.inf for error in of_all)
 
 
 def run() -> None:
