@@ -1,0 +1,130 @@
+"""The step as a GPU would take it, without one: on stand-ins for CUDA tensors, that have shape, type and device only.
+
+An operator that is given tensors of two devices raises, and so does one that would read a value of a tensor, for there
+is none: what passes mixes no devices and never waits. What the numbers are only a GPU can say.
+"""
+
+import pytest
+import torch
+import toys
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+import augment
+import main
+import models
+import utils
+from engine import Watch, train_one_epoch
+
+CUDA, STEPS = torch.device('cuda', 0), 2
+pytestmark = pytest.mark.filterwarnings('ignore')  # of torch, about the stand-ins
+PLAN = torch.tensor([[number, 0.5, 2 if number > len(augment._COLOURS) else 0] for number in range(18)])
+
+
+class StandIns(FakeTensorMode):
+    """Makes what is put on the GPU a stand-in; what stays on the CPU is real."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = tree_leaves((args, kwargs or {}))
+        named = any(isinstance(leaf, torch.device) and leaf == CUDA for leaf in given)
+        if not named and not any(isinstance(leaf, FakeTensor) for leaf in given):
+            return func(*args, **kwargs or {})
+        tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
+        sides = {tensor.device for tensor in tensors if tensor.dim()}
+        assert len(sides) < 2 or func is torch.ops.aten.copy_.default, f'{func} is given tensors of two devices'
+        made = super().__torch_dispatch__(func, types, args, kwargs)
+        back = {leaf.device for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)}
+        assert back <= {CUDA} or all(tensor.device != CUDA for tensor in tensors), f'{func} waits for a value'
+        return made
+
+
+@pytest.fixture
+def step(monkeypatch):
+    """A function that trains a toy student, all on stand-ins, for two steps of the flags given."""
+    generator, autograd = torch.Generator, []
+
+    def backward(loss: torch.Tensor) -> None:
+        assert loss.device == CUDA
+        assert loss.requires_grad
+        for parameter in autograd[0].parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    # What needs a driver: pinned memory, the state of a generator, the threads of autograd.
+    monkeypatch.setattr(torch, 'Generator', lambda device='cpu': generator())
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor)
+    monkeypatch.setattr(torch.Tensor, 'backward', backward)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: True)
+    monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
+    monkeypatch.setattr(utils.Meters, 'line', lambda meters: '')
+    monkeypatch.setattr(utils.Meters, 'means', lambda meters: {})
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+
+    def run(look=lambda: 0, **changes) -> tuple:
+        args = main.parse_args(toys.flags(device='cuda', teacher_path='none', **changes))
+        student = main.tap_student(args, main.build_student(args, 10), taught=True)
+        autograd[:] = [student]
+        stats = models.normalisation(student.model)
+        teacher = main.tap_teacher(args, toys.teacher(), True, stats)
+        criterion, mixup = main.build_criterion(args), main.build_mixup(args, 10)
+        count = args.accum_steps * args.batch_size
+        batch = (
+            torch.zeros(count, 3, 32, 32, dtype=torch.uint8),
+            torch.arange(count) % 10,
+            torch.arange(count),
+            {
+                'plan': PLAN[(torch.arange(2 * count) % len(PLAN))].view(count, 2, 3),
+                'erase': torch.tensor([[[1, 2, 3, 4]]]).expand(count, 1, 4),
+                'key': torch.arange(count),
+            },
+        )
+        with StandIns(allow_non_fake_inputs=True):
+            student.to(CUDA), teacher.to(CUDA)
+            state = main.build_state(args, student.model)
+            watch = Watch(state.scaler, every_step=False)
+            monkeypatch.setattr(watch, 'look', look)
+            train_one_epoch(
+                *(student, teacher, criterion, [batch] * STEPS, state.optimizer, state.scaler, utils.Meters(), watch),
+                device=CUDA,
+                amp_dtype=main._amp_dtype(args, CUDA),
+                epoch=0,
+                seed=0,
+                finish=augment.Finish(*stats, args.remode).to(CUDA),
+                mixup=mixup,
+                average=lambda: state.ema.update(state.model),
+                clip_grad=args.clip_grad,
+                shared_draw=args.relations == 'global',
+                accum_steps=args.accum_steps,
+            )
+        return student, state, watch
+
+    yield run
+    torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {},
+        {'amp_dtype': 'float32', 'remode': 'const', 'relations': 'global'},
+        {'amp_dtype': 'float16', 'remode': 'rand', 'clip_grad': 1},
+        {'teacher_dtype': 'bfloat16', 'relation_dtype': 'bfloat16', 'accum_steps': 2},
+        {'distillation_type': 'hard', 'mixup': 0, 'cutmix': 0, 'clip_grad': 1},
+        {'distillation_alpha': 0, 'grad_checkpointing': True, 'cutmix_minmax': '0.2 0.8'},
+        {'model': 'deit_tiny_distilled_patch16_224', 'token_align': 'merge', 'max_patches': 9},
+    ],
+    ids=lambda changes: ' '.join(map(str, changes)) or 'defaults',
+)
+def test_a_step_on_a_gpu_mixes_no_devices_and_never_waits(step, changes):
+    student, state, watch = step(**changes)
+    assert {tensor.device for tensor in student.state_dict().values()} == {CUDA}
+    assert {tensor.device for tensor in state.ema.module.state_dict().values()} == {CUDA}
+    assert len(watch._rows) == STEPS
+
+
+def test_what_the_host_is_told_of_on_a_gpu_it_waits_for(step):
+    with pytest.raises(DataDependentOutputException, match='_local_scalar_dense'):
+        step(opt='sgd')  # cannot be told on the device to leave an update out
+    with pytest.raises(DataDependentOutputException, match='_local_scalar_dense'):
+        step(look=lambda: torch.zeros((), device=CUDA).item())
+    with pytest.raises(AssertionError, match='waits for a value'):
+        step(look=lambda: torch.zeros((), device=CUDA).cpu())
