@@ -258,7 +258,10 @@ class TrainingState:
                 # Some optimizers keep a number, a row or a column per matrix; a matrix must be one of the same size.
                 if getattr(value, 'ndim', 0) == parameters[index].ndim and value.shape != parameters[index].shape:
                     raise ValueError(f"its optimizer's {name} number {index} has another shape than its parameter")
-        self.optimizer.load_state_dict({'state': saved['state'], 'param_groups': own['param_groups']})
+        # Options are those of the flags; but LAMB, Adan and lookahead count their steps among them.
+        groups = [mine | {name: old[name] for name in ('step', 'lookahead_step') if name in old}
+                  for mine, old in zip(own['param_groups'], saved['param_groups'], strict=True)]  # fmt: skip
+        self.optimizer.load_state_dict({**saved, 'param_groups': groups})
 
     def start_after(self, epoch: int) -> None:
         """Goes on after an epoch, with the learning rate the schedule then has."""

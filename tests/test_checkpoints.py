@@ -197,12 +197,13 @@ def make_state(
     lr: float = 1e-3,
     weight_decay: float = 0.05,
     scaled: bool = False,
+    opt: str = 'adamw',
 ) -> TrainingState:
     """A state whose optimizer has made one step, and whose moving average differs from the weights."""
     if model is None:
         torch.manual_seed(0)
         model = toys.student()
-    optimizer = create_optimizer_v2(model, 'adamw', lr, weight_decay)
+    optimizer = create_optimizer_v2(model, opt, lr, weight_decay)
     schedule = CosineLRScheduler(optimizer, t_initial=10, lr_min=1e-5, warmup_t=2, warmup_lr_init=1e-6)
     scaler = torch.amp.GradScaler('cpu', enabled=scaled)
     state = TrainingState(model, optimizer, schedule, scaler, ModelEmaV3(model, decay=0.9))
@@ -260,6 +261,28 @@ def test_progress_comes_back_with_the_rate_of_the_schedule_and_the_options_of_th
     assert sorted(g['weight_decay'] for g in state.optimizer.param_groups) == [0, 0.2]
     assert state.scaler.state_dict() == saved.scaler.state_dict()
     assert state.scaler.get_scale() == 1024
+
+
+@pytest.mark.parametrize(
+    'opt', ['adamw', 'sgd', 'lamb', 'adan', 'lookahead_adamw', 'madgrad', 'muon', 'adafactor', 'lion']
+)
+def test_every_optimizer_goes_on_as_if_it_had_never_stopped(tmp_path, opt):
+    def step(state: TrainingState, number: int) -> None:
+        for parameter in state.model.parameters():
+            generator = torch.Generator().manual_seed(number)
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        state.optimizer.step()
+
+    saved = make_state(opt=opt)
+    for number in range(8):
+        step(saved, number)
+    contents = toys.load(toys.save(tmp_path / 'checkpoint.pth', saved.state_dict({}, {})))
+    state = make_state(opt=opt)
+    state.model.load_state_dict(contents['model'])
+    state.load_progress(contents, CPU)
+    for number in range(8, 16):  # at the twelfth lookahead looks back
+        step(saved, number), step(state, number)
+    toys.assert_same(state.model.state_dict(), saved.model.state_dict())
 
 
 @pytest.mark.parametrize('missing', ['optimizer', 'lr_scheduler', 'epoch'])
