@@ -18,7 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -1249,7 +1249,8 @@ def _stop(reason: object, code: int) -> NoReturn:
     if str(reason):
         # The last line is the reason; what a loader process raised has its traceback before it, and its class.
         line = re.sub(r'^[\w.]+Error: ', '', str(reason).strip().splitlines()[-1])
-        print(f'main.py: error: {line}', file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(f'main.py: error: {line}', file=sys.stderr, flush=True)
     raise SystemExit(code) from None
 
 
@@ -1259,3 +1260,5 @@ if __name__ == '__main__':
     except SystemExit:
         utils.ignore_signals()  # by which a launcher ends the other ranks once one has left; all are leaving
         raise
+    finally:
+        utils.give_up_output()

@@ -111,9 +111,19 @@ def get_world_size() -> int:
 
 
 def say(text: str) -> None:
-    """Prints a line, on the first rank only."""
+    """Prints a line, on the first rank only. A full disk below it, or a reader that has gone, loses the line alone."""
     if get_rank() == 0:
-        print(text, flush=True)
+        with suppress(OSError):
+            print(text, flush=True)
+
+
+def give_up_output() -> None:
+    """At the end of the process: what could not be printed is dropped, or Python would turn success into failure."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -42,15 +42,15 @@ for ranks, argv in json.load(open(sys.argv[1])):
 """
 
 
-def start(*words, **variables) -> subprocess.Popen:
+def start(*words, output=subprocess.PIPE, **variables) -> subprocess.Popen:
     told = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')  # by a launcher of the tests' own
     environment = {key: value for key, value in os.environ.items() if key not in told}
     return subprocess.Popen(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
         env={**environment, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
         text=True,
     )
 
@@ -106,6 +106,16 @@ def flags(folder: Path, **changes) -> list[str]:
 
 def losses(row: dict) -> dict[str, float]:
     return {key: row[key] for key in row if key.startswith(('train_loss', 'test_'))}
+
+
+def test_a_run_goes_on_when_the_disk_below_its_output_is_full_or_its_reader_has_gone(folder):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open('/dev/full', 'w') as full, open(writer, 'w') as broken:
+        runs = [start('main.py', *flags(folder, output_dir=folder / name, epochs=2), output=output)
+                for name, output in (('full', full), ('broken', broken))]  # fmt: skip
+        assert [run.wait(100) for run in runs] == [0, 0]
+    assert [len(toys.log_rows(folder / name)) for name in ('full', 'broken')] == [2, 2]
 
 
 def test_launch_torchrun_and_plain_python_start_the_same_run(folder):
