@@ -199,6 +199,7 @@ def train_one_epoch(
         FloatingPointError: a term, logits or gradients are not finite, see `Watch`.
     """
     student.train(train_mode)
+    statistics = _running_statistics(student) if watch.allowed else []
     generator = torch.Generator(device)
     lr = max(group['lr'] for group in optimizer.param_groups)
     shares: dict[str, float] = {}
@@ -219,6 +220,7 @@ def train_one_epoch(
 
         name = f'step {done + number} of epoch {epoch}'
         optimizer.zero_grad()
+        before = [tensor.clone() for tensor in statistics]
         parts = list(zip(images.chunk(accum_steps), targets.chunk(accum_steps), strict=True))
         for part, (images, targets) in enumerate(parts, start=1):
             with _undivided(student, last=part == accum_steps):
@@ -237,12 +239,21 @@ def train_one_epoch(
         good = watch.judge(_gradient_norm(student, optimizer, scaler, clip_grad))
         _update(optimizer, scaler, good)
         withheld = watch.look() if watch.every_step else 0
+        if withheld:
+            for now, was in zip(statistics, before, strict=True):
+                now.copy_(was)
         if average is not None and not withheld:
             average()
         if after_step is not None:
             after_step()
     watch.look()
     return {'lr': lr, **meters.means()}
+
+
+def _running_statistics(model: nn.Module) -> list[Tensor]:
+    """Means and variances that BatchNorm keeps: what a forward pass changes."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var) if tensor is not None]
 
 
 def gradient_shares(

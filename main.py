@@ -31,7 +31,7 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import ModelEmaV3, ParseKwargs
+from timm.utils import ModelEmaV3, ParseKwargs, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -1075,6 +1075,8 @@ def measure(
     expected = datasets.count_images(loader.dataset)
     if _streams(args) and stats['images'] < expected * (1 if args.dist_eval else utils.get_world_size()):
         say(f'warning: --data-path {args.data_path}: not all of the {expected} validation images can be read')
+    if not math.isfinite(stats['loss']):
+        say(f'warning: not finite: logits of the {what}; its accuracy means nothing')
     say(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
     images = stats['images'] // (1 if args.dist_eval else utils.get_world_size())
     say(f'Accuracy of the {what} on the {images} test images: {stats["acc1"]:.1f}%')
@@ -1168,6 +1170,8 @@ def finish_epoch(
     """Evaluates, logs and saves."""
 
     def measured(model: nn.Module, what: str) -> dict[str, float]:
+        if utils.get_world_size() > 1:  # BatchNorm's statistics of the first rank count, as in DDP's next forward pass
+            distribute_bn(model, utils.get_world_size(), reduce=False)
         return measure(args, nn.Sequential(parts.finish, model), parts.val_loader, parts.device, keeper.poll, what)
 
     rows = {'train': stats, 'test': measured(state.model, 'network')}

@@ -224,6 +224,16 @@ def test_evaluation_that_is_not_shared_counts_every_image_once(folder, ranks, ca
     assert results(ranks['eval on 2, unshared']) == results(capsys.readouterr().out)
 
 
+def test_the_log_of_two_ranks_of_a_batchnorm_student_is_that_of_its_checkpoint(folder, capsys):
+    student = {**toys.ALONE, 'model': 'resnet10t', 'model_kwargs': None, 'epochs': 4, 'lr': 0.05}
+    argv = flags(folder, output_dir=folder / 'norms', **student, **WORLD_OF_TWO)
+    finish_well(start(*TORCHRUN, 'main.py', *argv))
+    checkpoint = folder / 'norms' / 'checkpoint.pth'
+    main.main(flags(folder, **student, eval=True, resume=checkpoint))
+    loss = float(results(capsys.readouterr().out)[0].split()[-1])
+    assert toys.log_rows(folder / 'norms')[-1]['test_loss'] == pytest.approx(loss, abs=6e-4)  # printed to three places
+
+
 def test_wrong_use_under_a_launcher_is_said_once(folder):
     wrong = flags(folder, teacher_path=folder / 'no.pth')
     ((code, out, err),) = finish(start(*TORCHRUN, 'main.py', *wrong))

@@ -589,6 +589,19 @@ def test_as_many_updates_as_allowed_are_left_out_and_their_rows_too(epoch, capsy
         epoch(batches(5), watch={'allowed': 1, 'skipped': 1}, criterion=Poisoned('base', torch.nan, 1, 3))
 
 
+def test_a_withheld_update_leaves_the_statistics_of_batchnorm_alone_too(epoch):
+    def norm_after(steps: int, **options) -> torch.nn.Module:
+        norm, loader = torch.nn.BatchNorm1d(32), batches(steps)
+        if steps == 2:
+            loader[1][0][0] = torch.nan
+        epoch(loader, **options, prepare=lambda made: setattr(made.student.model, 'fc_norm', norm))
+        return norm
+
+    spoilt, clean = norm_after(2, watch={'allowed': 1}), norm_after(1)
+    assert clean.running_mean.abs().max() > 0
+    toys.assert_same((spoilt.running_mean, spoilt.running_var), (clean.running_mean, clean.running_var))
+
+
 def test_gradients_that_overflow_in_float16_are_the_business_of_the_scaler(epoch, capsys):
     def prepare(made) -> None:
         made.student.model.norm.weight.register_hook(at_call(1, torch.inf))
