@@ -13,7 +13,7 @@ import tarfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, ImageNetInfo, create_transform
 from timm.data.auto_augment import AugmentOp
 from timm.data.random_erasing import RandomErasing
 from timm.data.readers import create_reader
@@ -130,12 +130,14 @@ class INatDataset(Dataset):
         self.classes = _inat_classes(root, category, year=year)
         number = {name: i for i, name in enumerate(self.classes)}
         self.samples = []
-        for image in _read_json(root / f'{"train" if train else "val"}{year}.json')['images']:
-            name = image['file_name']
-            a, _, c, d = name.split('/')
-            if taxonomy[int(c)][category] not in number:
-                raise ValueError(f'{name} is of class {taxonomy[int(c)][category]}, which has no training image')
-            self.samples.append((str(root / a / c / d), number[taxonomy[int(c)][category]]))
+        place = root / f'{"train" if train else "val"}{year}.json'
+        with _making_sense_of(place):
+            for image in _read_json(place)['images']:
+                name = image['file_name']
+                a, _, c, d = name.split('/')
+                if taxonomy[int(c)][category] not in number:
+                    raise ValueError(f'{name} is of class {taxonomy[int(c)][category]}, which has no training image')
+                self.samples.append((str(root / a / c / d), number[taxonomy[int(c)][category]]))
         self.transform = transform
 
     def __len__(self) -> int:
@@ -148,16 +150,29 @@ class INatDataset(Dataset):
 
 
 def _read_json(path: Path):
-    with open(path, encoding='utf-8') as file:
+    with open(path, encoding='utf-8') as file, _making_sense_of(path):
         return json.load(file)
+
+
+@contextmanager
+def _making_sense_of(path: Path) -> Iterator[None]:
+    """Names the file that is not as it must be."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f'{path}: there is no {error}') from error
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f'{path}: {str(error).removeprefix(f"{path}: ")}') from error
 
 
 @lru_cache  # the annotations of 2018 are 250 MB of JSON, and both splits and the size of the head ask for them
 def _inat_classes(root: Path, category: str, *, year: int) -> list[str]:
     """Class names, numbered by first appearance among the training annotations, in both splits."""
     taxonomy = _read_json(root / 'categories.json')
-    annotations = _read_json(root / f'train{year}.json')['annotations']
-    return list(dict.fromkeys(taxonomy[int(a['category_id'])][category] for a in annotations))
+    place = root / f'train{year}.json'
+    with _making_sense_of(place):
+        annotations = _read_json(place)['annotations']
+        return list(dict.fromkeys(taxonomy[int(a['category_id'])][category] for a in annotations))
 
 
 @dataclass(frozen=True)
@@ -274,8 +289,22 @@ def _open_inat(year: int) -> Callable[[Request], Dataset]:
     return lambda ask: INatDataset(ask.root, ask.train, year, ask.inat_category, ask.transform)
 
 
-def _open_folder(ask: Request) -> Dataset:
-    return ImageFolder(str(ask.folder), transform=ask.transform, loader=load_image)
+class ImageNetFolder(ImageFolder):
+    """ImageNet or a part of it: folders named as ImageNet's have its numbers, for a head knows no others.
+
+    Attributes:
+        numbered: whether they are named so; otherwise they count as they are sorted.
+    """
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names, numbers = super().find_classes(directory)
+        known = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
+        self.numbered = known.keys() >= set(names)
+        return names, {name: known[name] for name in names} if self.numbered else numbers
+
+
+def _open_folder(ask: Request, kind: type[ImageFolder] = ImageFolder) -> Dataset:
+    return kind(str(ask.folder), transform=ask.transform, loader=load_image)
 
 
 def _open_fake(ask: Request) -> Dataset:
@@ -293,7 +322,7 @@ class Entry:
 
 
 DATA_SETS = {
-    'IMNET': Entry(_open_folder, _folder_classes, 1000),
+    'IMNET': Entry(partial(_open_folder, kind=ImageNetFolder), _folder_classes, 1000),
     'FOLDER': Entry(_open_folder, _folder_classes),
     'CIFAR': Entry(lambda ask: CIFAR100(str(ask.root), ask.train, ask.transform), num_classes=100),
     'CIFAR10': Entry(lambda ask: CIFAR10(str(ask.root), ask.train, ask.transform), num_classes=10),
@@ -521,7 +550,9 @@ class CheckedDataset(Dataset):
         raise BadImageError(f'{self.describe(0)} and those after it: none can be read')
 
     def _class_of(self, index: int) -> str:
-        return self.dataset.classes[self.dataset.samples[index][1]]
+        target = self.dataset.samples[index][1]
+        names = {number: name for name, number in getattr(self.dataset, 'class_to_idx', {}).items()}
+        return names[target] if names else self.dataset.classes[target]
 
     def list_bad(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], again: bool = False) -> list[str]:
         """File and class of the images left out on any rank, those since the last call or all.
@@ -608,11 +639,12 @@ def find_shards(root: Path, train: bool) -> Shards:
     """
     for path in (root / name for name in _INFO):
         if path.exists():
-            splits = _read_json(path).get('splits', {})
-            found = [splits[name] for name in (('train',) if train else ('validation', 'val')) if name in splits]
-            if not found:
-                raise ValueError(f'{path} has no split {"train" if train else "validation"}')
-            names, lengths = found[0]['filenames'], found[0]['shard_lengths']
+            with _making_sense_of(path):
+                splits = _read_json(path)['splits']
+                found = [splits[name] for name in (('train',) if train else ('validation', 'val')) if name in splits]
+                if not found:
+                    raise ValueError(f'has no split {"train" if train else "validation"}')
+                names, lengths = found[0]['filenames'], [int(length) for length in found[0]['shard_lengths']]
             missing = [name for name in names if not (root / name).exists()]  # the reader would pass over them
             if missing:
                 raise ValueError(f'{len(missing)} of {len(names)} shards in {path} are not there: {missing[0]} …')

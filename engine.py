@@ -180,14 +180,13 @@ def train_one_epoch(
         done: steps of this epoch so far.
         finish: images as they come, on the device → normalised ones, see `augment.Finish`; None: they are that already.
         mixup: images and classes → mixed images and soft labels (B, C).
-        average: called after each update, for the moving average.
+        average: called after each step whose update is not known to be withheld, for the moving average.
         after_step: called after each step, when all that belongs to it is done.
         clip_grad: largest norm of the gradient.
         train_mode: False keeps drop-path and the like off.
         shared_draw: terms relate the images of all ranks: these give the criterion a generator in the same state.
         grad_share: print with each line the terms' shares of the gradient, see `gradient_shares`.
-        print_freq: steps between log lines; between them the host never waits for the device, except for the
-            gradient scaler of float16, which reads at each step whether the gradients overflowed, and for an optimizer
+        print_freq: steps between log lines; between them the host never waits for the device, except for an optimizer
             that cannot be told on the device to leave an update out.
         accum_steps: micro-batches of B/accum_steps images whose gradients make an update. Mixing sees the whole batch,
             relations across images and random tokens those of a micro-batch.

@@ -718,8 +718,9 @@ def build_state(args: argparse.Namespace, model: nn.Module) -> TrainingState:
     with blame('--opt', args.opt + betas, AssertionError, IndexError, TypeError):
         options = {**optimizer_kwargs(args), 'lr': _scaled_lr(args)}
         optimizer = create_optimizer_v2(model, **options)
-        # One kernel, and it can leave an update out on the device; but SGD's takes up momentum nobody has written then.
-        if 'fused' in optimizer.defaults and not isinstance(optimizer, torch.optim.SGD):
+        # One kernel, and it can leave an update out on the device. Not for all that have one: SGD's takes up momentum
+        # nobody has written then, and Adagrad's is younger on GPUs.
+        if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
             optimizer = create_optimizer_v2(model, **options, fused=True)
     if getattr(optimizer, 'is_second_order', False):
         raise UsageError(f'--opt {args.opt}: needs second derivatives, which this training step does not make')
@@ -1027,9 +1028,11 @@ def run(args: argparse.Namespace, device: torch.device, signals: utils.Signals) 
     folder = prepare_output(args, checkpoint, own) if not args.eval else None
 
     val_loader = build_val_loader(args, device)
-    found = len(getattr(getattr(val_loader.dataset, 'dataset', None), 'classes', range(num_classes)))
-    if found != num_classes:
-        say(f'warning: --data-path {args.data_path} has {found} class folders; the head keeps {num_classes} classes')
+    folders = getattr(val_loader.dataset, 'dataset', None)
+    if isinstance(folders, datasets.ImageNetFolder) and len(folders.classes) != num_classes:
+        labels = 'labels are those of ImageNet' if folders.numbered else 'labels are their order, not those of ImageNet'
+        found = f'{len(folders.classes)} class folders of {num_classes}'
+        say(f'warning: --data-path {args.data_path} has {found}; {labels}')
     agreement = utils.Agreement(signals)
     uncovered = [min(255, round(255 * value)) for value in stats[0]]  # as timm has it
     finish = Finish(*stats, args.remode, uncovered).to(device)
@@ -1152,6 +1155,8 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
 
 def compile_models(args: argparse.Namespace, parts: Parts) -> None:
     """Compiles the blocks of both models."""
+    if args.log_grad_share:  # its backward passes come before the step's, which needs what they would give away
+        torch._functorch.config.donated_buffer = False
     with blame('--compile', f'with --model {args.model}'):
         counts = [models.compile_blocks(parts.student)]
     if parts.teacher is not None:

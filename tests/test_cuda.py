@@ -6,6 +6,7 @@ import toys
 
 import datasets
 import main
+import utils
 
 DEVICE = 'cuda'
 pytestmark = [
@@ -35,9 +36,11 @@ def rows(tmp_path, monkeypatch):
     return run
 
 
-def test_the_gpu_finds_the_losses_of_the_cpu(rows):
-    # Random tokens are drawn on the device, each kind with its own generator: without them both see the same.
-    options = {'amp_dtype': 'float32', 'w_rand': 0, 'epochs': 2, 'lr': 0.05}
+def test_the_gpu_finds_the_losses_of_the_cpu(rows, monkeypatch):
+    # Random tokens and the noise in what is erased are drawn on the device, each kind with its own generator: without
+    # them both see the same.
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    options = {'amp_dtype': 'float32', 'w_rand': 0, 'remode': 'const', 'epochs': 2, 'lr': 0.05}
     for here, there in zip(rows('gpu', **options), rows('cpu', device='cpu', **options), strict=True):
         assert here == pytest.approx(there, rel=1e-3, abs=1e-4)
 
@@ -50,6 +53,33 @@ def test_a_run_in_any_precision_goes_on_after_a_resume(rows, tmp_path, dtype):
     terms = [value for key, value in second.items() if key.startswith('train_loss_')]
     assert sum(terms) == pytest.approx(second['train_loss'], rel=1e-3)
     assert all(value > 0 for value in terms)
+
+
+def test_a_policy_applied_on_the_gpu_is_the_one_applied_on_the_cpu(rows):
+    options = {'amp_dtype': 'float32', 'w_rand': 0, 'remode': 'const', 'device_augment': True, 'lr': 0.05}
+    assert rows('gpu', **options)[0] == pytest.approx(rows('cpu', device='cpu', **options)[0], rel=1e-2, abs=1e-3)
+
+
+def test_weights_of_the_teacher_products_and_gradients_may_be_short_and_in_parts(rows):
+    plain = rows('plain')[0]
+    short = rows('short', teacher_dtype='bfloat16', relation_dtype='bfloat16', accum_steps=2, batch_size=4)[0]
+    assert short['train_loss'] == pytest.approx(plain['train_loss'], rel=0.1)
+
+
+def test_between_log_lines_the_gpu_is_never_waited_for(rows, monkeypatch):
+    over = utils.Progress.over
+
+    def strict(progress, loader, first=0):
+        for number, batch in enumerate(over(progress, loader, first)):
+            # The first step makes what the others find, and the last one prints.
+            torch.cuda.set_sync_debug_mode('error' if number in (1, 2) else 'default')
+            yield batch
+
+    monkeypatch.setattr(utils.Progress, 'over', strict)
+    try:
+        assert rows('out', print_freq=100, device_augment=True)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
 
 
 def test_one_rank_over_nccl_is_a_plain_run(rows, tmp_path, monkeypatch):

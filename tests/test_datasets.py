@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import re
 import struct
 import tarfile
 import warnings
@@ -84,6 +85,19 @@ def test_the_val_folder_alone_is_enough_to_evaluate(tmp_path, name, classes):
     assert (found, len(dataset)) == (classes, 6)
     with pytest.raises((OSError, ValueError), match='train'):
         build_dataset(name, root, True)
+
+
+def test_a_part_of_imagenet_has_the_numbers_of_imagenet(tmp_path):
+    # n02085620, the Chihuahua, is class 151; n01440764, the tench, is 0; n04254680, the soccer ball, is 805.
+    names = ['n01440764', 'n02085620', 'n04254680']
+    root = str(image_folder(tmp_path / 'part', {'train': names, 'val': names}))
+    dataset, found = build_dataset('IMNET', root, False)
+    assert (found, dataset.classes, dataset.numbered) == (1000, names, True)
+    assert sorted({target for _, target in dataset}) == [0, 151, 805]
+    assert sorted({target for _, target in build_dataset('FOLDER', root, False)[0]}) == [0, 1, 2]
+    (tmp_path / 'part/val/n02085620/photo.jpeg').write_bytes(b'no image')
+    with pytest.raises(BadImageError, match=r'\(class n02085620\)'):
+        [EvalDataset(dataset, False)[i] for i in range(9)]
 
 
 def test_imagenet_refuses_more_than_1000_folders_and_a_plain_folder_counts_them(tmp_path):
@@ -235,6 +249,23 @@ def test_a_missing_inaturalist_file_is_named(tmp_path, missing):
     root = inat_files(tmp_path, 2018, [0, 1], [0])
     (tmp_path / missing).unlink()
     with pytest.raises(OSError, match=missing):
+        build_dataset('INAT', root, False)
+
+
+@pytest.mark.parametrize(
+    ('name', 'text', 'words'),
+    [
+        ('train2018.json', '{}', "there is no 'annotations'"),
+        ('train2018.json', '{"annotations": [{"category_id": 9}]}', 'list index out of range'),
+        ('train2018.json', '[1', 'Expecting'),
+        ('val2018.json', '[]', 'list indices must be integers'),
+        ('val2018.json', '{"images": [{"file_name": "a.png"}]}', 'not enough values'),
+    ],
+)
+def test_an_inaturalist_file_that_makes_no_sense_is_named(tmp_path, name, text, words):
+    root = inat_files(tmp_path, 2018, [0, 1], [0])
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f'^{re.escape(str(tmp_path / name))}: {words}'):
         build_dataset('INAT', root, False)
 
 
@@ -902,7 +933,13 @@ def test_a_stream_without_images_or_with_unknown_classes_ends_in_words(tmp_path,
     [
         (lambda root: None, r'no _info\.json'),
         (lambda root: (root / 'a-train.tar').write_text('no tar'), 'is no shard'),
-        (lambda root: (root / '_info.json').write_text('{"splits": {"test": {}}}'), 'has no split train'),
+        (lambda root: (root / '_info.json').write_text('{"splits": {"test": {}}}'), r'_info\.json: has no split train'),
+        (
+            lambda root: (root / '_info.json').write_text('{"splits": {"train": {}}}'),
+            r"_info\.json: there is no 'filen",
+        ),
+        (lambda root: (root / '_info.json').write_text('{"splits": []}'), r'_info\.json: has no split train'),
+        (lambda root: (root / '_info.json').write_text('{"splits": '), r'_info\.json: Expecting value'),
     ],
 )
 def test_what_holds_no_shards_is_refused(tmp_path, make, words):
