@@ -2,10 +2,10 @@
 # Evaluates a checkpoint of this program, of the 2022 release or of DeiT.
 #   bash scripts/eval.sh IMAGENET_FOLDER CHECKPOINT [further flags, e.g. --eval-ema]
 set -euo pipefail
-cd "$(dirname "$0")/.."
-data=$1 checkpoint=$2
+main=$(dirname "$0")/../main.py usage='IMAGENET_FOLDER CHECKPOINT [further flags]'
+data=${1:?$usage} checkpoint=${2:?$usage}
 
-python main.py \
+python "$main" \
     --eval \
     --model deit_tiny_patch16_224 \
     --resume "$checkpoint" \

@@ -4,10 +4,10 @@
 #   bash scripts/finetune_cifar100.sh CIFAR_FOLDER CHECKPOINT OUTPUT_FOLDER [further flags]
 # CIFAR_FOLDER holds cifar-100-python/.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-data=$1 checkpoint=$2 output=$3
+main=$(dirname "$0")/../main.py usage='CIFAR_FOLDER CHECKPOINT OUTPUT_FOLDER [further flags]'
+data=${1:?$usage} checkpoint=${2:?$usage} output=${3:?$usage}
 
-torchrun --standalone --nproc_per_node="${GPUS:-8}" main.py \
+torchrun --standalone --nproc_per_node="${GPUS:-8}" "$main" \
     --output_dir "$output" \
     --data-set CIFAR \
     --data-path "$data" \

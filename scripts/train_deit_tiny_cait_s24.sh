@@ -2,10 +2,10 @@
 # The recipe of the 2022 release: CaiT-S24 teaches DeiT-Tiny on ImageNet-1k, 8 GPUs × 64 images, 300 epochs.
 #   bash scripts/train_deit_tiny_cait_s24.sh IMAGENET_FOLDER TEACHER_FILE OUTPUT_FOLDER [further flags]
 set -euo pipefail
-cd "$(dirname "$0")/.."
-data=$1 teacher=$2 output=$3
+main=$(dirname "$0")/../main.py usage='IMAGENET_FOLDER TEACHER_FILE OUTPUT_FOLDER [further flags]'
+data=${1:?$usage} teacher=${2:?$usage} output=${3:?$usage}
 
-python -m torch.distributed.launch --nproc_per_node="${GPUS:-8}" main.py \
+python -m torch.distributed.launch --nproc_per_node="${GPUS:-8}" "$main" \
     --distributed \
     --output_dir "$output" \
     --data-path "$data" \
