@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import random
+import re
 import tarfile
 import warnings
 import zlib
@@ -24,13 +25,14 @@ from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, ImageNetInfo, create_transform
 from timm.data.auto_augment import AugmentOp
 from timm.data.random_erasing import RandomErasing
-from timm.data.readers import create_reader
+from timm.data.readers import add_img_extensions, create_reader
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation, ToNumpy
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, FakeData, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -66,7 +68,8 @@ def load_image(name: str, path: Path | None = None, start: int = 0, size: int = 
     except MemoryError:
         raise
     except Exception as error:  # PIL raises a dozen kinds for damaged files
-        raise BadImageError(f'{name}: {getattr(error, "strerror", None) or error}') from error
+        why = getattr(error, 'strerror', None) or re.sub(' <.*object at .*>', '', str(error))
+        raise BadImageError(f'{name}: {why}') from error
 
 
 @lru_cache(maxsize=1)  # with repeated augmentation an image may come several times in a row
@@ -81,6 +84,10 @@ def _decode(path: str | Path, start: int, size: int, changed: int) -> torch.Tens
         if image.format == 'JPEG' and image.mode in ('L', 'RGB'):
             with suppress(RuntimeError):  # of damage; PIL knows how to say it
                 return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        if image.mode.startswith('I;16'):  # PIL would cut off above 255
+            return torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8)).expand(3, -1, -1).contiguous()
+        if image.mode in ('I', 'F'):
+            raise ValueError(f'has pixels of 32 bits (mode {image.mode}), whose white is unknown')
         return _to_bytes(image.convert('RGB'))
 
 
@@ -228,6 +235,7 @@ class TarDataset(Dataset):
 
 @lru_cache  # both splits and the size of the head ask for it, and a large tar is read from end to end
 def _tar_index(place: Path) -> ReaderImageInTar:
+    add_img_extensions(IMG_EXTENSIONS)  # a tar has the images that a tree of folders would have
     try:
         # Its cache of a large index is a pickle, and not told from that of other tars.
         return ReaderImageInTar(str(place), cache_tarinfo=False)

@@ -163,7 +163,10 @@ def run() -> None:
     benchmarks.keep_freed_memory()
     images = torch.randint(0, 256, (args.batch_size, 3, args.input_size, args.input_size), dtype=torch.uint8)
     batch = (images, torch.randint(0, CLASSES, (args.batch_size,)), torch.arange(args.batch_size), {})
-    taking = sides(args, device)
+    try:
+        taking = sides(args, device)
+    except utils.UsageError as error:
+        parser.error(str(error))
     for name, side in taking.items():
         first = benchmarks.seconds(partial(side.train, [batch]), device)
         print(f'{name}: first step {first:.1f} s', flush=True)

@@ -45,6 +45,7 @@ def test_the_input_benchmark_has_a_row_for_each_way(capsys, tmp_path):
     [
         ('step', '--rounds 0', '--rounds: 0'),
         ('step', '--device mps', '--device'),
+        ('step', '--input-size 7', '--input-size 7'),
         ('loss', '--K -1', '--K: -1'),
         ('input', 'nowhere', 'nowhere'),
         ('safety', '--steps 1', '--steps 1'),
