@@ -147,6 +147,7 @@ def test_launch_torchrun_and_plain_python_start_the_same_run(folder):
 EQUAL = {'epochs': 3, 'w_sample': 0, 'w_rand': 0, 'w_full': 0}
 GLOBAL = {'epochs': 2, 'relations': 'global', 'K': 40}  # of 16 images of 25 patches
 TWO_HEADED = {'model': 'deit_tiny_distilled_patch16_224', 'batch_size': 2, 'epochs': 1}
+NORMS = {**toys.ALONE, 'model': 'resnet10t', 'model_kwargs': None, 'epochs': 4, 'lr': 0.05}
 EVALUATION = {'eval': True, 'batch_size': 2, **toys.ALONE}
 
 
@@ -160,6 +161,7 @@ def ranks(folder):
         # 16 images on two ranks by two: four steps
         'alpha 0': (2, flags(folder, output_dir=folder / 'alpha0', distillation_alpha=0, **TWO_HEADED)),
         'alpha 1': (2, flags(folder, output_dir=folder / 'alpha1', distillation_alpha=1, **TWO_HEADED)),
+        'norms': (2, flags(folder, output_dir=folder / 'norms', **NORMS, **WORLD_OF_TWO)),
         'eval on 2': (2, flags(folder, resume=weights, **EVALUATION)),
         'eval on 2, unshared': (2, flags(folder, resume=weights, no_dist_eval=True, **EVALUATION)),
         'eval on 3': (3, flags(folder, resume=weights, **EVALUATION)),
@@ -224,12 +226,8 @@ def test_evaluation_that_is_not_shared_counts_every_image_once(folder, ranks, ca
     assert results(ranks['eval on 2, unshared']) == results(capsys.readouterr().out)
 
 
-def test_the_log_of_two_ranks_of_a_batchnorm_student_is_that_of_its_checkpoint(folder, capsys):
-    student = {**toys.ALONE, 'model': 'resnet10t', 'model_kwargs': None, 'epochs': 4, 'lr': 0.05}
-    argv = flags(folder, output_dir=folder / 'norms', **student, **WORLD_OF_TWO)
-    finish_well(start(*TORCHRUN, 'main.py', *argv))
-    checkpoint = folder / 'norms' / 'checkpoint.pth'
-    main.main(flags(folder, **student, eval=True, resume=checkpoint))
+def test_the_log_of_two_ranks_of_a_batchnorm_student_is_that_of_its_checkpoint(folder, ranks, capsys):
+    main.main(flags(folder, **NORMS, eval=True, resume=folder / 'norms' / 'checkpoint.pth'))
     loss = float(results(capsys.readouterr().out)[0].split()[-1])
     assert toys.log_rows(folder / 'norms')[-1]['test_loss'] == pytest.approx(loss, abs=6e-4)  # printed to three places
 
