@@ -84,10 +84,11 @@ def _decode(path: str | Path, start: int, size: int, changed: int) -> torch.Tens
         if image.format == 'JPEG' and image.mode in ('L', 'RGB'):
             with suppress(RuntimeError):  # of damage; PIL knows how to say it
                 return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-        if image.mode.startswith('I;16'):  # PIL would cut off above 255
+        # 16 bits, which PIL would cut off above 255; it has opened them as 32.
+        if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
             return torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8)).expand(3, -1, -1).contiguous()
         if image.mode in ('I', 'F'):
-            raise ValueError(f'has pixels of 32 bits (mode {image.mode}), whose white is unknown')
+            raise ValueError(f'has pixels of mode {image.mode}, whose white is unknown')
         return _to_bytes(image.convert('RGB'))
 
 
@@ -133,7 +134,7 @@ class INatDataset(Dataset):
     """
 
     def __init__(self, root: Path, train: bool, year: int, category: str, transform: Callable | None = None) -> None:
-        taxonomy = _read_json(root / 'categories.json')
+        levels = _inat_levels(root, category)
         self.classes = _inat_classes(root, category, year=year)
         number = {name: i for i, name in enumerate(self.classes)}
         self.samples = []
@@ -142,9 +143,9 @@ class INatDataset(Dataset):
             for image in _read_json(place)['images']:
                 name = image['file_name']
                 a, _, c, d = name.split('/')
-                if taxonomy[int(c)][category] not in number:
-                    raise ValueError(f'{name} is of class {taxonomy[int(c)][category]}, which has no training image')
-                self.samples.append((str(root / a / c / d), number[taxonomy[int(c)][category]]))
+                if levels[int(c)] not in number:
+                    raise ValueError(f'{name} is of class {levels[int(c)]}, which has no training image')
+                self.samples.append((str(root / a / c / d), number[levels[int(c)]]))
         self.transform = transform
 
     def __len__(self) -> int:
@@ -175,11 +176,17 @@ def _making_sense_of(path: Path) -> Iterator[None]:
 @lru_cache  # the annotations of 2018 are 250 MB of JSON, and both splits and the size of the head ask for them
 def _inat_classes(root: Path, category: str, *, year: int) -> list[str]:
     """Class names, numbered by first appearance among the training annotations, in both splits."""
-    taxonomy = _read_json(root / 'categories.json')
-    place = root / f'train{year}.json'
+    levels, place = _inat_levels(root, category), root / f'train{year}.json'
     with _making_sense_of(place):
         annotations = _read_json(place)['annotations']
-        return list(dict.fromkeys(taxonomy[int(a['category_id'])][category] for a in annotations))
+        return list(dict.fromkeys(levels[int(a['category_id'])] for a in annotations))
+
+
+def _inat_levels(root: Path, category: str) -> list[str]:
+    """The name each category has at a level of the taxonomy."""
+    place = root / 'categories.json'
+    with _making_sense_of(place):
+        return [entry[category] for entry in _read_json(place)]
 
 
 @dataclass(frozen=True)
@@ -653,6 +660,8 @@ def find_shards(root: Path, train: bool) -> Shards:
                 if not found:
                     raise ValueError(f'has no split {"train" if train else "validation"}')
                 names, lengths = found[0]['filenames'], [int(length) for length in found[0]['shard_lengths']]
+                if not names or not all(isinstance(name, str) for name in names) or len(names) != len(lengths):
+                    raise ValueError('filenames and shard_lengths must be as many, and one at least')
             missing = [name for name in names if not (root / name).exists()]  # the reader would pass over them
             if missing:
                 raise ValueError(f'{len(missing)} of {len(names)} shards in {path} are not there: {missing[0]} …')
@@ -803,6 +812,9 @@ def image_size(dataset: Dataset) -> tuple[int, int]:
 def fingerprint(dataset: Dataset, num_classes: int) -> dict:
     """What tells a training set from another, wherever it lies: number of images, of classes, and a sum of names."""
     names = '\n'.join(map(str, getattr(dataset, 'classes', ())))
+    numbers = [*getattr(dataset, 'class_to_idx', {}).values()]
+    if numbers != [*range(len(numbers))]:  # a part of ImageNet
+        names += f'\n{numbers}'
     return {'images': count_images(dataset), 'classes': num_classes, 'names': zlib.crc32(names.encode())}
 
 

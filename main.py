@@ -1029,7 +1029,7 @@ def run(args: argparse.Namespace, device: torch.device, signals: utils.Signals) 
 
     val_loader = build_val_loader(args, device)
     folders = getattr(val_loader.dataset, 'dataset', None)
-    if isinstance(folders, datasets.ImageNetFolder) and len(folders.classes) != num_classes:
+    if isinstance(folders, datasets.ImageNetFolder) and not (folders.numbered and len(folders.classes) == num_classes):
         labels = 'labels are those of ImageNet' if folders.numbered else 'labels are their order, not those of ImageNet'
         found = f'{len(folders.classes)} class folders of {num_classes}'
         say(f'warning: --data-path {args.data_path} has {found}; {labels}')
@@ -1264,10 +1264,9 @@ def _stop(reason: object, code: int) -> NoReturn:
 
 
 if __name__ == '__main__':
+    utils.keep_no_output()
     try:
         main()
     except SystemExit:
         utils.ignore_signals()  # by which a launcher ends the other ranks once one has left; all are leaving
         raise
-    finally:
-        utils.give_up_output()

@@ -1,5 +1,6 @@
 """What every part of a run needs: process groups, stopping together, meters, counters for random numbers."""
 
+import io
 import multiprocessing
 import os
 import random
@@ -117,13 +118,13 @@ def say(text: str) -> None:
             print(text, flush=True)
 
 
-def give_up_output() -> None:
-    """At the end of the process: what could not be printed is dropped, or Python would turn success into failure."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def keep_no_output() -> None:
+    """Prints go through no buffer: what cannot be written is lost, instead of failing anew wherever one is flushed."""
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if stream is not None:
+            raw = io.FileIO(stream.fileno(), 'wb', closefd=False)
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, write_through=True))
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

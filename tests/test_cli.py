@@ -43,7 +43,8 @@ for ranks, argv in json.load(open(sys.argv[1])):
 
 
 def start(*words, output=subprocess.PIPE, **variables) -> subprocess.Popen:
-    told = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')  # by a launcher of the tests' own
+    # By a launcher of the tests' own; and what hides that output has buffers.
+    told = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT', 'PYTHONUNBUFFERED')
     environment = {key: value for key, value in os.environ.items() if key not in told}
     return subprocess.Popen(
         [sys.executable, *map(str, words)],
@@ -112,7 +113,8 @@ def test_a_run_goes_on_when_the_disk_below_its_output_is_full_or_its_reader_has_
     reader, writer = os.pipe()
     os.close(reader)
     with open('/dev/full', 'w') as full, open(writer, 'w') as broken:
-        runs = [start('main.py', *flags(folder, output_dir=folder / name, epochs=2), output=output)
+        argv = {'epochs': 2, 'num_workers': 1}  # a process is made only after all buffers are flushed
+        runs = [start('main.py', *flags(folder, output_dir=folder / name, **argv), output=output)
                 for name, output in (('full', full), ('broken', broken))]  # fmt: skip
         assert [run.wait(100) for run in runs] == [0, 0]
     assert [len(toys.log_rows(folder / name)) for name in ('full', 'broken')] == [2, 2]
