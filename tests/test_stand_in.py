@@ -108,10 +108,21 @@ def step(monkeypatch):
     [
         {},
         {'amp_dtype': 'float32', 'remode': 'const', 'relations': 'global'},
-        {'amp_dtype': 'float16', 'remode': 'rand', 'clip_grad': 1},
-        {'teacher_dtype': 'bfloat16', 'relation_dtype': 'bfloat16', 'accum_steps': 2},
-        {'distillation_type': 'hard', 'mixup': 0, 'cutmix': 0, 'model': 'deit_tiny_distilled_patch16_224'},
-        {'distillation_alpha': 0, 'grad_checkpointing': True, 'token_align': 'merge', 'max_patches': 9},
+        {
+            'amp_dtype': 'float16',
+            'remode': 'rand',
+            'clip_grad': 1,
+            'distillation_type': 'hard',
+            'mixup': 0,
+            'cutmix': 0,
+        },
+        {'teacher_dtype': 'bfloat16', 'relation_dtype': 'bfloat16', 'accum_steps': 2, 'distillation_alpha': 0},
+        {
+            'model': 'deit_tiny_distilled_patch16_224',
+            'grad_checkpointing': True,
+            'token_align': 'merge',
+            'max_patches': 9,
+        },
     ],
     ids=lambda changes: ' '.join(map(str, changes)) or 'defaults',
 )
