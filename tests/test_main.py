@@ -787,6 +787,17 @@ def test_models_come_from_a_folder_saved_for_the_hub_with_their_weights(run, fil
     assert run(teacher_path=f'local-dir:{folder}', output_dir=tmp_path / 'weights') == [plain]
 
 
+def test_an_evaluation_that_is_not_finite_is_told_beside_its_accuracy(tmp_path, capsys):
+    student = toys.student()
+    for name, bias in (('sound', 0.0), ('spoilt', torch.nan)):
+        with torch.no_grad():
+            student.head.bias[0] += bias
+        weights = toys.save(tmp_path / f'{name}.pth', student.state_dict())
+        main.main(toys.flags(**toys.ALONE, eval=True, resume=weights))
+        warned = 'warning: not finite: logits of the network; its accuracy means nothing' in capsys.readouterr().out
+        assert warned == (name == 'spoilt')
+
+
 def test_imagenet_with_two_class_folders_keeps_its_1000_classes_and_warns(run, files, tmp_path, capsys):
     (row,) = run(data_set='IMNET', data_path=files / 'tree', **toys.ALONE)
     assert_sound(row)
