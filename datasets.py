@@ -84,7 +84,7 @@ def _decode(path: str | Path, start: int, size: int, changed: int) -> torch.Tens
         if image.format == 'JPEG' and image.mode in ('L', 'RGB'):
             with suppress(RuntimeError):  # of damage; PIL knows how to say it
                 return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-        # 16 bits, which PIL would cut off above 255; it has opened them as 32.
+        # Of 16 bits PIL would cut off what is above 255. Those of some formats it opens as 32.
         if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
             return torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8)).expand(3, -1, -1).contiguous()
         if image.mode in ('I', 'F'):
