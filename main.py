@@ -355,7 +355,7 @@ def _check_method(args: argparse.Namespace) -> None:
             f'--s-id {_words(s_id)} and --t-id {_words(t_id)}: blocks are paired one for one, '
             f'but there are {len(s_id)} and {len(t_id)}'
         )
-    training = not args.eval and args.distillation_type != 'none'
+    training = _taught(args) and not args.eval
     if training and not _has_weights(args):
         raise UsageError(
             f"--distillation-type {args.distillation_type}: needs the teacher's weights, "
@@ -371,6 +371,10 @@ def _check_method(args: argparse.Namespace) -> None:
         raise UsageError('--resume auto: needs the folder to look in, --output_dir')
     if args.eval and args.eval_ema and not args.resume:
         raise UsageError('--eval-ema: needs the checkpoint that holds them, --resume FILE')
+
+
+def _taught(args: argparse.Namespace) -> bool:
+    return args.distillation_type != 'none'
 
 
 def _has_weights(args: argparse.Namespace) -> bool:
@@ -919,7 +923,7 @@ def describe_training(
     """What is trained on and what on, and what may surprise."""
     world, images = utils.get_world_size(), datasets.count_images(train.dataset)
     validation = datasets.count_images(val.dataset)
-    say(f'images      {images:,} for training, {validation:,} for validation, {len(train):,} steps an epoch')
+    say(f'images      {images:,} for training, {validation:,} for validation, {_count(len(train), "step")} an epoch')
     if _streams(args):
         say('sampler     a stream: shards in an order of (seed, epoch), shuffled within a window')
     elif repeated_aug:
@@ -941,21 +945,53 @@ def describe_training(
         )
 
 
+def _relates(args: argparse.Namespace) -> bool:
+    """Whether any relation term has a weight."""
+    weights = args.w_sample, args.w_patch, args.w_rand, args.w_full
+    return bool(args.s_id and args.distillation_beta and any(weights))
+
+
+# Flags that act under a condition: which they are, its words, whether it is met. The first that is not is told.
+_RELATIONS = ('w_sample', 'w_patch', 'w_rand', 'K', 'w_full', 'relations', 'relation_scale', 'distillation_beta',
+              'relation_dtype', 'token_align', 'max_patches')  # fmt: skip
+_CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[argparse.Namespace], object]], ...] = (
+    (('s_id', *_RELATIONS, 'distillation_alpha', 'distillation_tau'), 'a teacher', _taught),
+    (('teacher_path', 'teacher_input_size', 'teacher_dtype'), 'a teacher', lambda a: _taught(a) or a.eval_teacher),
+    (_RELATIONS, '--s-id and --t-id', lambda a: a.s_id),
+    (('s_id', *_RELATIONS), 'a relation whose weight is not 0', _relates),
+    (('distillation_type',), 'a weight of KD or of a relation', lambda a: a.distillation_alpha or _relates(a)),
+    (('distillation_tau',), '--distillation-type soft', lambda a: a.distillation_type == 'soft'),
+    (('distillation_tau',), '--distillation-alpha above 0', lambda a: a.distillation_alpha),
+    (('smoothing',), '--distillation-alpha below 1', lambda a: not _taught(a) or a.distillation_alpha < 1),
+    (('K',), '--w-rand above 0', lambda a: a.w_rand),
+    # Relations of patches do not cross images.
+    (('relations',), '--w-sample, --w-rand or --w-full above 0', lambda a: a.w_sample or a.w_rand or a.w_full),
+    (('relation_dtype',), '--w-sample, --w-patch or --w-rand above 0', lambda a: a.w_sample or a.w_patch or a.w_rand),
+    (('max_patches',), '--token-align merge', lambda a: a.token_align == 'merge'),
+    (('model_ema_decay', 'model_ema_force_cpu', 'eval_ema'), '--model-ema', lambda a: a.model_ema),
+    (('decay_epochs',), '--sched step', lambda a: a.sched == 'step'),
+    (('decay_rate',), '--sched step or poly', lambda a: a.sched in ('step', 'poly')),
+    (('min_lr',), '--sched cosine, tanh or poly', lambda a: a.sched != 'step'),
+    (('warmup_lr',), '--warmup-epochs above 0', lambda a: a.warmup_epochs),
+    (('lr_noise_pct', 'lr_noise_std'), '--lr-noise', lambda a: a.lr_noise),
+    (('aa', 'color_jitter', 'train_interpolation', 'reprob', 'remode', 'recount'), 'augmentation, for --no-aug is set',
+     lambda a: not a.no_aug),
+    (('color_jitter',), '--aa none', lambda a: a.aa in ('', 'none')),
+    (('remode', 'recount'), '--reprob above 0', lambda a: a.reprob),
+    (('mixup_prob', 'mixup_mode'), '--mixup or --cutmix', _mixes),
+    (('mixup_switch_prob',), 'both --mixup and --cutmix', lambda a: a.mixup and (a.cutmix or a.cutmix_minmax)),
+    (('keep', 'save_interval_minutes', 'save_interval_steps'), '--output-dir', lambda a: a.output_dir),
+)  # fmt: skip
+
+
 def warn_of_idle_flags(args: argparse.Namespace) -> None:
-    """Says which flags of the method were typed in vain."""
-    relations = ('w_sample', 'w_patch', 'w_rand', 'K', 'w_full', 'relations', 'relation_scale', 'distillation_beta')
-    taught = args.distillation_type != 'none'
-    relations += ('relation_dtype', 'token_align', 'max_patches')
-    others = ('distillation_alpha', 'distillation_tau', 'teacher_path', 'teacher_input_size', 'teacher_dtype')
-    names = relations if taught else ('s_id', *relations, *(others if not args.eval_teacher else others[:2]))
-    defaults = get_args_parser()
-    typed = [_flag(name) for name in names if getattr(args, name) != defaults.get_default(name)]
-    if typed and not (taught and args.s_id):
-        say(f'warning: {", ".join(typed)}: no effect without {"--s-id and --t-id" if taught else "a teacher"}')
-    elif '--max-patches' in typed and args.token_align != 'merge':
-        say(f'warning: --max-patches {args.max_patches}: no effect without --token-align merge')
-    elif args.relations == 'global' and not (args.w_sample or args.w_rand or args.w_full):
-        say('warning: --relations global: no effect, for patch relations do not cross images')
+    """Says which flags were typed in vain."""
+    default, told = get_args_parser().get_default, set()
+    for names, needed, met in _CONDITIONS:
+        typed = [name for name in names if name not in told and getattr(args, name) != default(name)]
+        if typed and not met(args):
+            say(f'warning: {", ".join(map(_flag, typed))}: no effect without {needed}')
+            told.update(typed)
 
 
 def describe_loss(args: argparse.Namespace, criterion: ManifoldDistillationLoss) -> str:
@@ -974,7 +1010,7 @@ def describe_loss(args: argparse.Namespace, criterion: ManifoldDistillationLoss)
 
 
 def _count(number: int, noun: str) -> str:
-    return f'{number} {noun}{"s"[: number != 1]}'
+    return f'{number:,} {noun}{"s"[: number != 1]}'
 
 
 # The run --------------------------------------------------------------------------------------------------------------
@@ -1004,7 +1040,7 @@ def run(args: argparse.Namespace, device: torch.device, signals: utils.Signals) 
     if _streams(args):
         check_shards(args)
     describe_run(args, device, num_classes)
-    taught = args.distillation_type != 'none' and not args.eval
+    taught = _taught(args) and not args.eval
     torch.manual_seed(args.seed)
     student_model, teacher = build_student(args, num_classes), None
     stats = models.normalisation(student_model)

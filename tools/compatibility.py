@@ -196,6 +196,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', default='', help='models whose names contain this; the page is not written')
     only = parser.parse_args().only
+    if not any(only in name for name in STUDENTS + TEACHERS):
+        parser.error(f'--only {only}: no model has this in its name')
     start, failed = time.monotonic(), {}
     teachers = run_all([name for name in TEACHERS if only in name], False, [], failed)
     students = run_all([name for name in STUDENTS if only in name], True, teachers, failed)
