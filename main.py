@@ -976,7 +976,7 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[argparse.Namespace], ob
     (('lr_noise_pct', 'lr_noise_std'), '--lr-noise', lambda a: a.lr_noise),
     (('aa', 'color_jitter', 'train_interpolation', 'reprob', 'remode', 'recount'), 'augmentation, for --no-aug is set',
      lambda a: not a.no_aug),
-    (('color_jitter',), '--aa none', lambda a: a.aa in ('', 'none')),
+    (('color_jitter',), '--aa none or 3a', lambda a: a.aa in ('', 'none') or '3a' in a.aa),  # as timm looks for it
     (('remode', 'recount'), '--reprob above 0', lambda a: a.reprob),
     (('mixup_prob', 'mixup_mode'), '--mixup or --cutmix', _mixes),
     (('mixup_switch_prob',), 'both --mixup and --cutmix', lambda a: a.mixup and (a.cutmix or a.cutmix_minmax)),

@@ -492,6 +492,7 @@ def test_dropout_reaches_positions_projections_and_mlp_but_neither_head_nor_atte
         ),
         ({'distillation_alpha': 1, 'smoothing': 0.2}, ['--smoothing: no effect without --distillation-alpha below 1']),
         ({'relations': 'global'}, []),
+        ({'aa': '3a', 'color_jitter': 0.1}, []),
         ({**toys.ALONE, 'w_full': 0, 'smoothing': 0.2, 'sched': 'poly', 'decay_rate': 0.5, 'min_lr': 0, 'keep': 3}, []),
     ],
 )
