@@ -29,7 +29,7 @@ FILTERS = {0: 'nearest', 2: 'bilinear', 3: 'bicubic'}  # PIL's numbers
 # Drawing, in the loader processes -------------------------------------------------------------------------------------
 
 
-class Recorder:
+class PolicySampler:
     """Draws what a policy of timm would do to the next image.
 
     timm's own code does the drawing, on a copy of the policy whose operations take notes instead of changing an image.
@@ -284,7 +284,7 @@ def erase(images: Tensor, rectangles: Tensor, keys: Tensor, mode: str) -> None:
                     area.copy_(torch.randn(size, generator=generator, device=images.device))
 
 
-class Finish(nn.Module):
+class DevicePreprocess(nn.Module):
     """Makes of uint8 images what a model takes: applies the plan, normalises, erases. Does not wait for the device.
 
     Args:
@@ -304,7 +304,7 @@ class Finish(nn.Module):
         self.register_buffer('mean', torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.register_buffer('std', torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor, todo: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
+    def forward(self, images: Tensor, aug_params: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
         """(B, 3, H, W) float32.
 
         Args:
@@ -316,10 +316,10 @@ class Finish(nn.Module):
         """
         if images.dtype != torch.uint8:
             raise TypeError(f'images are {images.dtype}, not uint8; normalised already?')
-        if 'plan' in todo:
-            images = apply_policy(images, todo['plan'], self.fill)
+        if 'plan' in aug_params:
+            images = apply_policy(images, aug_params['plan'], self.fill)
         # The steps of ToTensor and Normalize, and so their bits.
         images = images.to(torch.float32).div_(self.white).sub_(self.mean).div_(self.std)
-        if 'erase' in todo:
-            erase(images, todo['erase'], todo['key'], self.mode)
+        if 'erase' in aug_params:
+            erase(images, aug_params['erase'], aug_params['key'], self.mode)
         return images

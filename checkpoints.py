@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
 import utils
-from utils import say
+from utils import log_rank0
 
 FORMAT = 1
 LOG, BEST, LAST = 'log.txt', 'best_checkpoint.pth', 'checkpoint.pth'
@@ -423,8 +423,8 @@ class RunFolder:
         self.interval = interval
         self.saves, self.seconds = 0, 0.0  # how many, and what they cost
         self._last_step = last_step
-        self._owed: dict[str, bytes | memoryview] = {}
-        self._owed_step = 0
+        self._pending: dict[str, bytes | memoryview] = {}
+        self._pending_step = 0
         self._saved = self._tried = time.monotonic()
         if self.path:
             self._rows = read_log(self.path / LOG)
@@ -444,7 +444,7 @@ class RunFolder:
     def due(self) -> bool:
         """Whether it is time to save, by the clock of the rank that writes."""
         now = time.monotonic()
-        waits_again = bool(self._owed) and now - self._tried >= RETRY
+        waits_again = bool(self._pending) and now - self._tried >= RETRY
         return self.path is not None and (waits_again or now - self._saved >= self.interval)
 
     def save(self, state: TrainingState, args: dict, row: dict | None = None, best: bool = False) -> None:
@@ -462,14 +462,14 @@ class RunFolder:
         start = time.monotonic()
         if row is not None:
             self._rows = [old for old in self._rows if old['epoch'] < row['epoch']] + [row]
-            self._owed[LOG] = ''.join(json.dumps(each) + '\n' for each in self._rows).encode()
+            self._pending[LOG] = ''.join(json.dumps(each) + '\n' for each in self._rows).encode()
         data = serialize(state.state_dict(args, meters))
-        self._owed |= {LAST: data, BEST: data} if best else {LAST: data}
-        self._owed_step = state.step
+        self._pending |= {LAST: data, BEST: data} if best else {LAST: data}
+        self._pending_step = state.step
         self._saved = start
-        fault = self._write_owed()
+        fault = self._write_pending()
         if fault:
-            say(
+            log_rank0(
                 f'warning: not saved: {fault}; training goes on, the next try is in {RETRY:.0f} s or with the next save'
             )
         self.saves += 1
@@ -482,32 +482,32 @@ class RunFolder:
             NotSavedError: in vain.
         """
         for pause in LAST_TRIES:
-            if not self._owed:
+            if not self._pending:
                 return
             time.sleep(pause)
-            fault = self._write_owed()
-        if self._owed:
+            fault = self._write_pending()
+        if self._pending:
             raise NotSavedError(f'not saved: {fault}')
 
-    def _write_owed(self) -> str:
+    def _write_pending(self) -> str:
         """Writes what is owed, in order, each file if it can be; says what went wrong first, '' if nothing did."""
         self._tried = time.monotonic()
-        faults = [self._write(name) for name in KEPT if name in self._owed]
+        faults = [self._write(name) for name in KEPT if name in self._pending]
         return next(filter(None, faults), '')
 
     def _write(self, name: str) -> str:
         path = self.path / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
-            write_durably(path, self._owed[name], self._step_back if name == LAST else None)
+            write_durably(path, self._pending[name], self._rotate if name == LAST else None)
         except OSError as error:
             return f'{path}: {error.strerror or error}'
-        del self._owed[name]
+        del self._pending[name]
         if name == LAST:
-            self._last_step = self._owed_step
+            self._last_step = self._pending_step
         return ''
 
-    def _step_back(self) -> None:
+    def _rotate(self) -> None:
         """Gives the checkpoint that was the last until now a second name, and drops the oldest ones."""
         if self._last_step is None:
             return  # a damaged one must not drive out a good one
@@ -545,7 +545,7 @@ class Keeper:
         self,
         state: TrainingState,
         folder: RunFolder,
-        agreement: utils.Agreement,
+        consensus: utils.RankConsensus,
         watch,
         args: dict,
         global_batch: int,
@@ -553,7 +553,7 @@ class Keeper:
     ) -> None:
         self.state = state
         self.folder = folder
-        self.agreement = agreement
+        self.consensus = consensus
         self.watch = watch
         self.args = args
         self.global_batch = global_batch
@@ -575,19 +575,19 @@ class Keeper:
         Raises:
             StoppedError: a rank was told to stop, and the state is saved.
         """
-        signum, agreed = self.agreement.poll(self.folder.due())
+        signum, agreed = self.consensus.poll(self.folder.due())
         if signum:
             self._stop(signum)
         if due or agreed:
             self.save()
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         """Waits for all ranks.
 
         Raises:
             StoppedError: as for `poll`.
         """
-        signum = self.agreement.settle()
+        signum = self.consensus.drain()
         if signum:
             self._stop(signum)
 
@@ -605,11 +605,11 @@ class Keeper:
             StoppedError: as for `poll`.
         """
         self.folder.finish()
-        self.settle()
+        self.drain()
 
     def _stop(self, signum: int) -> None:
         self.save()
         self.folder.finish()
         # A launcher kills all ranks once one has left: the one that writes must be done.
-        self.agreement.wait_for_all()
+        self.consensus.wait_for_all()
         raise utils.StoppedError(signum, f'{self.state.describe()}, {self.folder.describe()}')

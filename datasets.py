@@ -36,7 +36,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
 
-from augment import Recorder, draw_erasures
+from augment import PolicySampler, draw_erasures
 from utils import counter_seed
 
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
@@ -139,7 +139,7 @@ class INatDataset(Dataset):
         number = {name: i for i, name in enumerate(self.classes)}
         self.samples = []
         place = root / f'{"train" if train else "val"}{year}.json'
-        with _making_sense_of(place):
+        with parse_errors_name_file(place):
             for image in _read_json(place)['images']:
                 name = image['file_name']
                 a, _, c, d = name.split('/')
@@ -158,12 +158,12 @@ class INatDataset(Dataset):
 
 
 def _read_json(path: Path):
-    with open(path, encoding='utf-8') as file, _making_sense_of(path):
+    with open(path, encoding='utf-8') as file, parse_errors_name_file(path):
         return json.load(file)
 
 
 @contextmanager
-def _making_sense_of(path: Path) -> Iterator[None]:
+def parse_errors_name_file(path: Path) -> Iterator[None]:
     """Names the file that is not as it must be."""
     try:
         yield
@@ -177,7 +177,7 @@ def _making_sense_of(path: Path) -> Iterator[None]:
 def _inat_classes(root: Path, category: str, *, year: int) -> list[str]:
     """Class names, numbered by first appearance among the training annotations, in both splits."""
     levels, place = _inat_levels(root, category), root / f'train{year}.json'
-    with _making_sense_of(place):
+    with parse_errors_name_file(place):
         annotations = _read_json(place)['annotations']
         return list(dict.fromkeys(levels[int(a['category_id'])] for a in annotations))
 
@@ -185,12 +185,12 @@ def _inat_classes(root: Path, category: str, *, year: int) -> list[str]:
 def _inat_levels(root: Path, category: str) -> list[str]:
     """The name each category has at a level of the taxonomy."""
     place = root / 'categories.json'
-    with _making_sense_of(place):
+    with parse_errors_name_file(place):
         return [entry[category] for entry in _read_json(place)]
 
 
 @dataclass(frozen=True)
-class Request:
+class DatasetRequest:
     """What a data set is asked for: its place, the split, the transform, image size and iNaturalist level."""
 
     root: Path
@@ -300,8 +300,8 @@ def _check_same_classes(train: list[str], val: list[str]) -> None:
         )
 
 
-def _open_inat(year: int) -> Callable[[Request], Dataset]:
-    return lambda ask: INatDataset(ask.root, ask.train, year, ask.inat_category, ask.transform)
+def _open_inat(year: int) -> Callable[[DatasetRequest], Dataset]:
+    return lambda request: INatDataset(request.root, request.train, year, request.inat_category, request.transform)
 
 
 class ImageNetFolder(ImageFolder):
@@ -318,33 +318,41 @@ class ImageNetFolder(ImageFolder):
         return names, {name: known[name] for name in names} if self.numbered else numbers
 
 
-def _open_folder(ask: Request, kind: type[ImageFolder] = ImageFolder) -> Dataset:
-    return kind(str(ask.folder), transform=ask.transform, loader=load_image)
+def _open_folder(request: DatasetRequest, kind: type[ImageFolder] = ImageFolder) -> Dataset:
+    return kind(str(request.folder), transform=request.transform, loader=load_image)
 
 
-def _open_fake(ask: Request) -> Dataset:
-    size, offset = (FAKE_TRAIN, 0) if ask.train else (FAKE_VAL, FAKE_TRAIN)
-    return FakeData(size, (3, ask.input_size, ask.input_size), FAKE_CLASSES, ask.transform, random_offset=offset)
+def _open_fake(request: DatasetRequest) -> Dataset:
+    size, offset = (FAKE_TRAIN, 0) if request.train else (FAKE_VAL, FAKE_TRAIN)
+    return FakeData(
+        size, (3, request.input_size, request.input_size), FAKE_CLASSES, request.transform, random_offset=offset
+    )
 
 
 @dataclass(frozen=True)
-class Entry:
+class DatasetSpec:
     """One data set: how it is opened, and its class names or their fixed number."""
 
-    open: Callable[[Request], Dataset]
+    open: Callable[[DatasetRequest], Dataset]
     classes: Callable[[Path, str], Iterable] | None = None
     num_classes: int | None = None
 
 
 DATA_SETS = {
-    'IMNET': Entry(partial(_open_folder, kind=ImageNetFolder), _folder_classes, 1000),
-    'FOLDER': Entry(_open_folder, _folder_classes),
-    'CIFAR': Entry(lambda ask: CIFAR100(str(ask.root), ask.train, ask.transform), num_classes=100),
-    'CIFAR10': Entry(lambda ask: CIFAR10(str(ask.root), ask.train, ask.transform), num_classes=10),
-    'INAT': Entry(_open_inat(2018), partial(_inat_classes, year=2018)),
-    'INAT19': Entry(_open_inat(2019), partial(_inat_classes, year=2019)),
-    'TAR': Entry(lambda ask: TarDataset(_tar_split(ask.root, ask.train), ask.transform), _tar_classes),
-    'FAKE': Entry(_open_fake, num_classes=FAKE_CLASSES),
+    'IMNET': DatasetSpec(partial(_open_folder, kind=ImageNetFolder), _folder_classes, 1000),
+    'FOLDER': DatasetSpec(_open_folder, _folder_classes),
+    'CIFAR': DatasetSpec(
+        lambda request: CIFAR100(str(request.root), request.train, request.transform), num_classes=100
+    ),
+    'CIFAR10': DatasetSpec(
+        lambda request: CIFAR10(str(request.root), request.train, request.transform), num_classes=10
+    ),
+    'INAT': DatasetSpec(_open_inat(2018), partial(_inat_classes, year=2018)),
+    'INAT19': DatasetSpec(_open_inat(2019), partial(_inat_classes, year=2019)),
+    'TAR': DatasetSpec(
+        lambda request: TarDataset(_tar_split(request.root, request.train), request.transform), _tar_classes
+    ),
+    'FAKE': DatasetSpec(_open_fake, num_classes=FAKE_CLASSES),
 }
 
 
@@ -393,9 +401,9 @@ def build_dataset(
         OSError: its files cannot be read.
     """
     num_classes = count_classes(name, root, inat_category)
-    ask = Request(Path(root), train, transform, input_size, inat_category)
+    request = DatasetRequest(Path(root), train, transform, input_size, inat_category)
     try:
-        return DATA_SETS[name].open(ask), num_classes
+        return DATA_SETS[name].open(request), num_classes
     except RuntimeError as error:  # torchvision's word for "not found or corrupted"
         raise ValueError(f'{name}: {str(error).split(".")[0]}') from error
 
@@ -409,16 +417,18 @@ class TrainTransform:
         erasing: timm's, from which `erase` is drawn; None for none.
     """
 
-    def __init__(self, steps: Callable, policy: Recorder | None = None, erasing: RandomErasing | None = None) -> None:
+    def __init__(
+        self, steps: Callable, policy: PolicySampler | None = None, erasing: RandomErasing | None = None
+    ) -> None:
         self.steps, self.policy, self.erasing = steps, policy, erasing
 
     def __call__(self, image: Image.Image | torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        image, todo = self.steps(image), {}
+        image, aug_params = self.steps(image), {}
         if self.policy is not None:
-            todo['plan'] = self.policy()
+            aug_params['plan'] = self.policy()
         if self.erasing is not None:
-            todo['erase'] = draw_erasures(self.erasing, *image.shape[1:])
-        return image, todo
+            aug_params['erase'] = draw_erasures(self.erasing, *image.shape[1:])
+        return image, aug_params
 
 
 class RandomResizedCrop:
@@ -485,7 +495,7 @@ def build_train_transform(
     if on_device:
         if len(colours) != 1:
             raise ValueError('it is more than a policy, and cannot be applied to a batch')
-        policy, colours = Recorder(*colours), []
+        policy, colours = PolicySampler(*colours), []
     if colours:
         colours = [_to_pil, *colours, _to_bytes]
     erasing = steps[-1] if isinstance(steps[-1], RandomErasing) else None
@@ -611,8 +621,8 @@ class TrainDataset(CheckedDataset):
             _seed_augmentation(number)
             item = self.read(instead % len(self))
             if item is not None:
-                (image, todo), target = item
-                return image, target, instead % len(self), {'key': number, **todo}
+                (image, aug_params), target = item
+                return image, target, instead % len(self), {'key': number, **aug_params}
         raise BadImageError(f'{self.describe(index)} and the {self.TRIES - 1} after it: none can be read')
 
 
@@ -654,7 +664,7 @@ def find_shards(root: Path, train: bool) -> Shards:
     """
     for path in (root / name for name in _INFO):
         if path.exists():
-            with _making_sense_of(path):
+            with parse_errors_name_file(path):
                 splits = _read_json(path)['splits']
                 found = [splits[name] for name in (('train',) if train else ('validation', 'val')) if name in splits]
                 if not found:
@@ -760,8 +770,8 @@ class StreamDataset(IterableDataset):
             if self.train:
                 number = counter_seed(self.seed, 'augment', *counter, i)
                 _seed_augmentation(number)
-                image, todo = self.transform(image)
-                yield image, target, worker + workers * i, {'key': number, **todo}
+                image, aug_params = self.transform(image)
+                yield image, target, worker + workers * i, {'key': number, **aug_params}
             else:
                 yield self.transform(image), target
         if self.train and i + 1 < self._of_a_worker():

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import utils
-from utils import say
+from utils import log_rank0
 
 
 def _autocast(device: torch.device, dtype: torch.dtype):
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def _undivided(student: nn.Module, last: bool):
+def ddp_no_sync(student: nn.Module, last: bool):
     """Keeps DDP, where there is one, from averaging gradients before the last micro-batch has added its own."""
     return nullcontext() if last or not hasattr(student, 'no_sync') else student.no_sync()
 
 
-class Watch:
+class NonFiniteGuard:
     """Withholds the update of every step in which something was not finite, on all ranks, and says what and where.
 
     A rank whose terms or logits are not finite multiplies its loss by NaN. So its gradients are NaN and, averaged over
@@ -58,7 +58,7 @@ class Watch:
 
     def attach(self, wrapped: nn.parallel.DistributedDataParallel) -> None:
         """Sees this rank's gradients before they are averaged."""
-        wrapped.register_comm_hook(self, Watch._average)
+        wrapped.register_comm_hook(self, NonFiniteGuard._average)
 
     def _average(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         self._gradient = self._gradient & torch.isfinite(bucket.buffer()).all()
@@ -130,7 +130,7 @@ class Watch:
         self.skipped += 1
         if self.skipped > self.allowed:
             raise FloatingPointError(f'not finite at {step} {what}')
-        say(f'warning: not finite at {step} {what}; update withheld, {self.skipped} of {self.allowed} allowed')
+        log_rank0(f'warning: not finite at {step} {what}; update withheld, {self.skipped} of {self.allowed} allowed')
         return 1
 
 
@@ -142,7 +142,7 @@ def train_one_epoch(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     meters: utils.Meters,
-    watch: Watch,
+    watch: NonFiniteGuard,
     *,
     device: torch.device,
     amp_dtype: torch.dtype,
@@ -209,11 +209,11 @@ def train_one_epoch(
         return f'lr: {lr:.6g}  {meters.line()}{percent}'
 
     progress = utils.Progress(f'Epoch: [{epoch}]', print_freq, line, device=device)
-    for number, (images, targets, indices, *todo) in enumerate(progress.over(loader, done)):
+    for number, (images, targets, indices, *aug_params) in enumerate(progress.over(loader, done)):
         utils.seed_step(generator, seed, step + number, utils.get_rank(), shared_draw)
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         if finish is not None:
-            images = finish(images, *todo)
+            images = finish(images, *aug_params)
         if mixup is not None:
             images, targets = mixup(images, targets)
 
@@ -222,7 +222,7 @@ def train_one_epoch(
         before = [tensor.clone() for tensor in statistics]
         parts = list(zip(images.chunk(accum_steps), targets.chunk(accum_steps), strict=True))
         for part, (images, targets) in enumerate(parts, start=1):
-            with _undivided(student, last=part == accum_steps):
+            with ddp_no_sync(student, last=part == accum_steps):
                 with _autocast(device, amp_dtype):
                     with torch.no_grad():  # not inference_mode: the student's backward saves the teacher's tensors
                         teacher_out = teacher(images) if teacher is not None else None
@@ -347,7 +347,7 @@ def evaluate(
     rounds = max(
         int(length) for (length,) in utils.gather_over_ranks(torch.tensor([float(len(loader))], device=device))
     )
-    for _, batch in zip_longest(range(rounds), utils.undisturbed(loader)):
+    for _, batch in zip_longest(range(rounds), utils.iter_with_signals_blocked(loader)):
         if batch is not None:
             sums += _count_correct(model, *batch, device, amp_dtype)
         poll()

@@ -30,7 +30,7 @@ RELATION_SCALES = ('mean', 'paper')
 CHUNK = 4096
 # Numbers, of tokens or of their maps, that a relation term works on at once: on a CPU about what its caches hold, 18
 # images at the recipe's widths; elsewhere many, for each call of a kernel costs too.
-CPU_NUMBERS, NUMBERS = 1 << 21, 1 << 25
+CPU_CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 1 << 21, 1 << 25
 RELATION_DTYPES = ('float32', 'bfloat16')
 
 
@@ -66,7 +66,7 @@ def plain_map_distance(student: Tensor, teacher: Tensor) -> Tensor:
         return (relation_map(student) - relation_map(teacher)).square().mean()
 
 
-class _Known(torch.autograd.Function):
+class PrecomputedGrad(torch.autograd.Function):
     """A value and its gradient, both computed already: nothing else has to be kept for the backward pass."""
 
     @staticmethod
@@ -82,17 +82,17 @@ class _Known(torch.autograd.Function):
         return (factor * ctx.saved_tensors[0]).to(ctx.dtype), None, None
 
 
-def _unit(tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _normalize(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (…, D) of length 1 and the lengths (…, 1) they had, as `F.normalize` has them."""
     length = tokens.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     return tokens / length, length
 
 
-def _through_unit(pull: Tensor, unit: Tensor, length: Tensor) -> Tensor:
+def _normalize_backward(grad_unit: Tensor, unit: Tensor, length: Tensor) -> Tensor:
     """Gradient at the tokens of a loss whose gradient at the unit tokens is `pull`, (…, D), in its place."""
     # A length has no influence, so its direction is taken out.
-    along = torch.linalg.vecdot(pull, unit).unsqueeze(-1)
-    return pull.addcmul_(along, unit, value=-1).div_(length)
+    along = torch.linalg.vecdot(grad_unit, unit).unsqueeze(-1)
+    return grad_unit.addcmul_(along, unit, value=-1).div_(length)
 
 
 def _map_distance(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -107,18 +107,18 @@ def _map_distance(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.f
         dtype: of the products' factors and of the maps; tokens of float64 stay what they are.
     """
     (G, M), width = student.shape[:2], student.shape[2] + teacher.shape[2]
-    sets = max(1, (CPU_NUMBERS if student.device.type == 'cpu' else NUMBERS) // (M * max(M, width)))
+    sets = max(1, (CPU_CHUNK_ELEMENTS if student.device.type == 'cpu' else GPU_CHUNK_ELEMENTS) // (M * max(M, width)))
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         exact = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
         value, gradient = 0.0, torch.empty_like(student, dtype=exact)
         for s, t, g in zip(student.split(sets), teacher.split(sets), gradient.split(sets), strict=True):
-            unit, length = _unit(s.to(exact))
-            S, T = (_factor(x, dtype) for x in (unit, _unit(t.to(exact))[0]))
+            unit, length = _normalize(s.to(exact))
+            S, T = (_factor(x, dtype) for x in (unit, _normalize(t.to(exact))[0]))
             # The student's product is added up on top of the teacher's map: of bfloat16 only this one is rounded.
             difference = torch.bmm(T, T.mT).baddbmm_(S, S.mT, beta=-1)
             value = value + _sum_of_squares(difference) / (G * M**2)
-            g.copy_(_through_unit((difference @ S).to(exact), unit, length * (G * M**2 / 4)))
-    return _Known.apply(student, value, gradient)
+            g.copy_(_normalize_backward((difference @ S).to(exact), unit, length * (G * M**2 / 4)))
+    return PrecomputedGrad.apply(student, value, gradient)
 
 
 def _sum_of_squares(maps: Tensor) -> Tensor:
@@ -161,26 +161,26 @@ def sample_loss(
     if not over_ranks:
         return _map_distance(student.transpose(0, 1), teacher.transpose(0, 1), dtype)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        maps = _rows_over_ranks(_factor(_unit(_full_precision(teacher))[0], dtype))[0]
-        unit, length = _unit(_full_precision(student))
-        rows, everyone = _rows_over_ranks(_factor(unit, dtype))
+        maps = _rows_over_ranks(_factor(_normalize(_full_precision(teacher))[0], dtype))[0]
+        unit, length = _normalize(_full_precision(student))
+        rows, gathered = _rows_over_ranks(_factor(unit, dtype))
         difference = rows - maps  # (N, B, W·B)
-        entries = len(difference) * everyone.shape[1] ** 2
+        entries = len(difference) * gathered.shape[1] ** 2
         value = _sum_over_ranks(_sum_of_squares(difference)) / entries
         # Each token stands in a row and in a column of its map.
-        pull = 4 / entries * (difference.to(everyone.dtype) @ everyone).to(unit.dtype).transpose(0, 1)
-        gradient = dist.get_world_size() * _through_unit(pull, unit, length)
-    return _Known.apply(student, value, gradient)
+        grad_unit = 4 / entries * (difference.to(gathered.dtype) @ gathered).to(unit.dtype).transpose(0, 1)
+        gradient = dist.get_world_size() * _normalize_backward(grad_unit, unit, length)
+    return PrecomputedGrad.apply(student, value, gradient)
 
 
 def _rows_over_ranks(unit: Tensor) -> tuple[Tensor, Tensor]:
     """This rank's rows of the maps across images, and the tokens of all: (B, N, D) → (N, B, W·B), (N, W·B, D)."""
     B, N, D = unit.shape
-    everyone = unit.new_empty(dist.get_world_size() * B, N, D)  # gathered in place, or it would be there twice
-    dist.all_gather(list(everyone.split(B)), unit.contiguous())
+    gathered = unit.new_empty(dist.get_world_size() * B, N, D)  # gathered in place, or it would be there twice
+    dist.all_gather(list(gathered.split(B)), unit.contiguous())
     # The order of the images has no influence on rows of all of them.
-    everyone = everyone.transpose(0, 1)
-    return unit.transpose(0, 1) @ everyone.mT, everyone
+    gathered = gathered.transpose(0, 1)
+    return unit.transpose(0, 1) @ gathered.mT, gathered
 
 
 def patch_loss(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -212,7 +212,7 @@ def patch_loss(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.floa
             _by_channels(s, t, B * N**2) for s, t in zip(student.split(images), teacher.split(images), strict=True)
         ]
         value, gradient = sum(value for value, _ in parts), torch.cat([gradient for _, gradient in parts])
-    return _Known.apply(student, value.to(gradient.dtype), gradient)
+    return PrecomputedGrad.apply(student, value.to(gradient.dtype), gradient)
 
 
 def random_loss(
@@ -254,9 +254,9 @@ def random_loss(
     mine = (image % W == rank)[:, None]
     # As many tokens on each rank, and zeros for those of others: how many are its own the host need not know.
     own = [torch.where(mine, _full_precision(tokens[image // W, place]), 0.0) for tokens in (student, teacher)]
-    everyone = _sum_over_ranks(torch.cat([tokens.detach() for tokens in own], dim=1))
-    everyone = everyone.split([tokens.shape[1] for tokens in own], dim=1)
-    value = _map_distance(*(torch.where(mine, *pair)[None] for pair in zip(own, everyone, strict=True)), dtype)
+    gathered = _sum_over_ranks(torch.cat([tokens.detach() for tokens in own], dim=1))
+    gathered = gathered.split([tokens.shape[1] for tokens in own], dim=1)
+    value = _map_distance(*(torch.where(mine, *pair)[None] for pair in zip(own, gathered, strict=True)), dtype)
     return value.detach() + W * (value - value.detach())
 
 
@@ -293,14 +293,14 @@ def full_loss(student: Tensor, teacher: Tensor, over_ranks: bool = False) -> Ten
     S, T = student.flatten(0, 1)[None], teacher.flatten(0, 1)[None]
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         value, gradient = _by_channels(S, T, (W * S.shape[1]) ** 2, over_ranks)
-    return _Known.apply(student, value.to(gradient.dtype), W * gradient.view_as(student))
+    return PrecomputedGrad.apply(student, value.to(gradient.dtype), W * gradient.view_as(student))
 
 
 def _by_channels(student: Tensor, teacher: Tensor, entries: int, over_ranks: bool = False) -> tuple[Tensor, Tensor]:
     """‖SSᵀ − TTᵀ‖²/entries, added up over sets of tokens (G, M, D_s), (G, M, D_t), and its gradient (G, M, D_s)."""
     chunks = list(zip(student.split(CHUNK, dim=1), teacher.split(CHUNK, dim=1), strict=True))
-    of_student, TT = _channel_products(chunks, over_ranks)
-    SS, ST = of_student.split([student.shape[-1], teacher.shape[-1]], dim=2)
+    gram_s, TT = _channel_products(chunks, over_ranks)
+    SS, ST = gram_s.split([student.shape[-1], teacher.shape[-1]], dim=2)
     norms = [products.square().sum(dim=(1, 2)) for products in (SS, ST, TT)]
     value = (norms[0] - 2 * norms[1] + norms[2]).clamp(min=0).sum() / entries
     return value, torch.cat([_channel_gradient(s, t, SS, ST, 4 / entries) for s, t in chunks], dim=1)
@@ -310,22 +310,22 @@ def _channel_products(chunks: Sequence[tuple[Tensor, Tensor]], over_ranks: bool)
     """[SᵀS SᵀT], (G, D_s, D_s + D_t), and TᵀT, (G, D_t, D_t), of tokens in pairs of chunks (G, M, D_s), (G, M, D_t)."""
     G, D_s, D_t = len(chunks[0][0]), *(tokens.shape[2] for tokens in chunks[0])
     sums = torch.zeros(G, D_s * (D_s + D_t) + D_t**2, dtype=torch.float64, device=chunks[0][0].device)
-    of_student, of_teacher = sums.split([D_s * (D_s + D_t), D_t**2], dim=1)
-    of_student, of_teacher = of_student.unflatten(1, (D_s, D_s + D_t)), of_teacher.unflatten(1, (D_t, D_t))
+    gram_s, of_teacher = sums.split([D_s * (D_s + D_t), D_t**2], dim=1)
+    gram_s, of_teacher = gram_s.unflatten(1, (D_s, D_s + D_t)), of_teacher.unflatten(1, (D_t, D_t))
     for student, teacher in chunks:
-        s, t = _unit(student.double())[0], _unit(teacher.double())[0]
-        of_student.baddbmm_(s.mT, torch.cat([s, t], dim=2))
+        s, t = _normalize(student.double())[0], _normalize(teacher.double())[0]
+        gram_s.baddbmm_(s.mT, torch.cat([s, t], dim=2))
         of_teacher.baddbmm_(t.mT, t)
     if over_ranks:
         _sum_over_ranks(sums)
-    return of_student, of_teacher
+    return gram_s, of_teacher
 
 
 def _channel_gradient(student: Tensor, teacher: Tensor, SS: Tensor, ST: Tensor, factor: float) -> Tensor:
     """factor·(S·SᵀS − T·TᵀS), led back from unit tokens to a chunk of the student's, (G, M, D_s), float32 or better."""
-    unit, length = _unit(student.double())
-    pull = unit @ SS - _unit(teacher.double())[0] @ ST.mT
-    return _through_unit(factor * pull, unit, length).to(torch.promote_types(student.dtype, torch.float32))
+    unit, length = _normalize(student.double())
+    grad_unit = unit @ SS - _normalize(teacher.double())[0] @ ST.mT
+    return _normalize_backward(factor * grad_unit, unit, length).to(torch.promote_types(student.dtype, torch.float32))
 
 
 def soft_distillation_loss(student: Tensor, teacher: Tensor, tau: float) -> Tensor:

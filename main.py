@@ -40,17 +40,17 @@ import checkpoints
 import datasets
 import models
 import utils
-from augment import Finish
+from augment import DevicePreprocess
 from checkpoints import Keeper, RunFolder, TrainingState
 from datasets import EvalDataset, TrainDataset
-from engine import Watch, evaluate, train_one_epoch
+from engine import NonFiniteGuard, evaluate, train_one_epoch
 from losses import DISTILLATION_TYPES, RELATION_DTYPES, RELATION_SCALES, RELATIONS, ManifoldDistillationLoss
 from samplers import build_train_sampler, distinct_images
-from utils import UsageError, blame, say
+from utils import UsageError, log_rank0, usage_error_context
 
 # Flags whose change would make a resumed run another run, and those whose change is nobody's business.
-FIXED = ('model', 'model_kwargs', 'seed', 'opt')
-FREE = (
+RESUME_MUST_MATCH = ('model', 'model_kwargs', 'seed', 'opt')
+RESUME_MAY_DIFFER = (
     'output_dir', 'resume', 'eval', 'eval_ema', 'eval_teacher', 'start_epoch', 'data_path', 'num_workers',
     'pin_mem', 'device', 'dist_url', 'dist_eval', 'print_freq', 'keep', 'save_interval_steps', 'save_interval_minutes',
     'distributed', 'local_rank', 'world_size', 'cooldown_epochs', 'patience_epochs', 'resplit', 'log_grad_share',
@@ -348,11 +348,12 @@ def _check_method(args: argparse.Namespace) -> None:
     s_id, t_id = args.s_id or [], args.t_id or []
     if 'auto' in s_id + t_id and not s_id == t_id == ['auto']:
         raise UsageError(
-            f'--s-id {_words(s_id)} and --t-id {_words(t_id)}: auto is for both sides, and nothing beside it'
+            f'--s-id {format_values(s_id)} and --t-id {format_values(t_id)}: '
+            'auto is for both sides, and nothing beside it'
         )
     if len(s_id) != len(t_id):
         raise UsageError(
-            f'--s-id {_words(s_id)} and --t-id {_words(t_id)}: blocks are paired one for one, '
+            f'--s-id {format_values(s_id)} and --t-id {format_values(t_id)}: blocks are paired one for one, '
             f'but there are {len(s_id)} and {len(t_id)}'
         )
     training = _taught(args) and not args.eval
@@ -396,15 +397,16 @@ def _check_recipe(args: argparse.Namespace) -> None:
         raise UsageError(f'--device {args.device}: must be cpu, cuda or cuda:N')
     sides = [int(args.input_size * side) for side in args.cutmix_minmax or (0, 1)]
     if len(sides) != 2 or sides[0] >= sides[1]:  # timm draws the side in pixels, below the larger one
-        raise UsageError(f'--cutmix-minmax {_words(args.cutmix_minmax)}: two numbers are needed, the smaller first')
+        values = format_values(args.cutmix_minmax)
+        raise UsageError(f'--cutmix-minmax {values}: two numbers are needed, the smaller first')
     if _mixes(args) and _images_of_a_step(args) % 2 and not args.eval:
         raise UsageError(f'--batch-size {args.batch_size}: mixup and cutmix pair the images and need an even batch')
     if args.opt_betas and (len(args.opt_betas) not in (2, 3) or max(args.opt_betas) == 1):
         raise UsageError(
-            f'--opt-betas {_words(args.opt_betas)}: two numbers below 1 are needed, three by some optimizers'
+            f'--opt-betas {format_values(args.opt_betas)}: two numbers below 1 are needed, three by some optimizers'
         )
     if args.lr_noise is not None and len(args.lr_noise) > 2:
-        raise UsageError(f'--lr-noise {_words(args.lr_noise)}: one or two numbers are needed')
+        raise UsageError(f'--lr-noise {format_values(args.lr_noise)}: one or two numbers are needed')
 
 
 def _check_stream(args: argparse.Namespace) -> None:
@@ -432,7 +434,7 @@ def _images_of_a_step(args: argparse.Namespace) -> int:
     return args.batch_size * args.accum_steps
 
 
-def _words(values: list) -> str:
+def format_values(values: list) -> str:
     return ' '.join(map(str, values)) or '(none)'
 
 
@@ -444,18 +446,20 @@ def build_student(args: argparse.Namespace, num_classes: int) -> nn.Module:
     dropout = {'pos_drop_rate': args.drop, 'proj_drop_rate': args.drop} if args.drop else {}
     kwargs = {'drop_path_rate': args.drop_path, **dropout, **args.model_kwargs}
     options = f'--input-size {args.input_size}' + (f' and --drop {args.drop}' if args.drop else '')
-    with blame('--model', f'{args.model} with {options}'):
+    with usage_error_context('--model', f'{args.model} with {options}'):
         student = models.build(args.model, num_classes, args.input_size, kwargs=kwargs)
     if args.finetune:
-        with blame('--finetune', args.finetune):
+        with usage_error_context('--finetune', args.finetune):
             weights = models.named_weights(checkpoints.read_checkpoint(args.finetune))
             # A fresh head is something to train, not to evaluate.
             state, changes = models.adapt(student, weights, replace_heads=not args.eval)
             models.load_weights(student, state)
             stats, theirs = models.normalisation(student), models.normalisation(student, args.finetune)
-        say(f'finetune    {args.finetune}' + ''.join(f'; {change}' for change in changes))
+        log_rank0(f'finetune    {args.finetune}' + ''.join(f'; {change}' for change in changes))
         if stats != theirs:
-            say(f"warning: --finetune {args.finetune}: its images had another mean and deviation than --model's have")
+            log_rank0(
+                f"warning: --finetune {args.finetune}: its images had another mean and deviation than --model's have"
+            )
     return student
 
 
@@ -464,16 +468,16 @@ def build_teacher(args: argparse.Namespace) -> nn.Module:
     pretrained = not args.teacher_path
     size = args.teacher_input_size or args.input_size
     flag = '--teacher-input-size' if args.teacher_input_size else '--input-size'
-    with blame('--teacher-model', f'{args.teacher_model} with {flag} {size}'):
+    with usage_error_context('--teacher-model', f'{args.teacher_model} with {flag} {size}'):
         teacher = models.build(args.teacher_model, None, size, pretrained, args.teacher_kwargs)
     if args.teacher_path:
-        with blame('--teacher-path', args.teacher_path):
+        with usage_error_context('--teacher-path', args.teacher_path):
             weights = models.named_weights(checkpoints.read_checkpoint(args.teacher_path))
             state, changes = models.adapt(teacher, weights, replace_heads=False)
             models.match_head(teacher, state)
             models.load_weights(teacher, state)
         if changes:
-            say(f'teacher     {args.teacher_path}' + ''.join(f'; {change}' for change in changes))
+            log_rank0(f'teacher     {args.teacher_path}' + ''.join(f'; {change}' for change in changes))
     return teacher
 
 
@@ -481,9 +485,9 @@ def choose_blocks(args: argparse.Namespace, student: nn.Module, teacher: nn.Modu
     """The flags with numbers in the place of --s-id auto --t-id auto."""
     if args.s_id != ['auto']:
         return args
-    with blame('--s-id', f'auto with --model {args.model}'):
+    with usage_error_context('--s-id', f'auto with --model {args.model}'):
         depth = len(models.list_blocks(student, args.input_size))
-    with blame('--t-id', f'auto with --teacher-model {args.teacher_model}'):
+    with usage_error_context('--t-id', f'auto with --teacher-model {args.teacher_model}'):
         teacher_depth = len(models.list_blocks(teacher, args.teacher_input_size or args.input_size))
     s_id, t_id = models.pair_ids(depth, teacher_depth)
     return argparse.Namespace(**{**vars(args), 's_id': s_id, 't_id': t_id})
@@ -492,10 +496,10 @@ def choose_blocks(args: argparse.Namespace, student: nn.Module, teacher: nn.Modu
 def tap_student(args: argparse.Namespace, student: nn.Module, taught: bool) -> models.TappedModel:
     """Hooks on --s-id, if there is a teacher."""
     block_ids = (args.s_id or []) if taught else []
-    with blame('--s-id', f'{_words(block_ids)} with --model {args.model}'):
+    with usage_error_context('--s-id', f'{format_values(block_ids)} with --model {args.model}'):
         tapped = models.tap(student, block_ids, args.input_size, two_heads=taught)
     if args.grad_checkpointing and not args.eval:
-        with blame('--grad-checkpointing', f'with --model {args.model}'):
+        with usage_error_context('--grad-checkpointing', f'with --model {args.model}'):
             models.checkpoint_activations(tapped, args.input_size)
     return tapped
 
@@ -505,12 +509,12 @@ def tap_teacher(
 ) -> models.TappedModel:
     """Hooks on --t-id; frozen. `ours`: mean and deviation the student's images are normalised by."""
     block_ids, size = (args.t_id or []) if taught else [], args.teacher_input_size
-    with blame('--t-id', f'{_words(block_ids)} with --teacher-model {args.teacher_model}'):
+    with usage_error_context('--t-id', f'{format_values(block_ids)} with --teacher-model {args.teacher_model}'):
         tapped = models.tap(teacher, block_ids, size or args.input_size)
-    with blame('--teacher-path', args.teacher_path):
+    with usage_error_context('--teacher-path', args.teacher_path):
         theirs = models.normalisation(teacher, args.teacher_path)
     dtype = getattr(torch, args.teacher_dtype) if args.teacher_dtype else None
-    prepare = models.Prepare(ours, theirs, size, dtype)
+    prepare = models.TeacherPreprocess(ours, theirs, size, dtype)
     return models.freeze(tapped, prepare, with_logits=args.distillation_alpha > 0, dtype=dtype)
 
 
@@ -531,7 +535,7 @@ def align(args: argparse.Namespace, student: models.TappedModel, teacher: models
     met = []
     for i, pair in enumerate(pairs):
         try:
-            met.append(models.meet(*pair, args.token_align, args.max_patches))
+            met.append(models.common_grid(*pair, args.token_align, args.max_patches))
         except ValueError as error:
             raise UsageError(
                 f'--token-align {args.token_align}: {error}, in block {student.block_ids[i]} of --model {args.model} '
@@ -541,8 +545,9 @@ def align(args: argparse.Namespace, student: models.TappedModel, teacher: models
             ) from error
     if met != pairs:
         ways = dict.fromkeys(zip(pairs, met, strict=True))
-        steps = [f'{models.words(s)} and {models.words(t)} on {models.words(on)}' for (s, t), (on, _) in ways]
-        say(f'align       {args.token_align}, of student and teacher: {", ".join(steps)}')
+        show = models.format_grid
+        steps = [f'{show(s)} and {show(t)} on {show(on)}' for (s, t), (on, _) in ways]
+        log_rank0(f'align       {args.token_align}, of student and teacher: {", ".join(steps)}')
     for tapped, targets in zip((student, teacher), zip(*met, strict=True), strict=False):
         tapped.align(targets, args.token_align)
 
@@ -587,7 +592,7 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
 def _open_split(args: argparse.Namespace, train: bool, transform: Callable) -> Dataset:
     """Training or validation images; of a stream this rank's share of the latter."""
     skip_bad = args.bad_images == 'skip'
-    with blame('--data-path', args.data_path):
+    with usage_error_context('--data-path', args.data_path):
         if _streams(args):
             dataset = _open_stream(args, train, transform)
         else:
@@ -605,7 +610,7 @@ def _open_split(args: argparse.Namespace, train: bool, transform: Callable) -> D
     shape = datasets.image_size(dataset)
     if shape != (args.input_size, args.input_size):
         raise UsageError(
-            f'--input-size {args.input_size}: the images are {models.words(shape)} pixels, '
+            f'--input-size {args.input_size}: the images are {models.format_grid(shape)} pixels, '
             f'and up to {datasets.SMALL} they are not resized'
         )
     return dataset
@@ -618,7 +623,7 @@ def _accumulated(args: argparse.Namespace) -> str:
 def check_shards(args: argparse.Namespace) -> None:
     """Refuses, before any work, a stream of fewer training shards or images than there is use for."""
     world, readers = utils.get_world_size(), max(1, args.num_workers)
-    with blame('--data-path', args.data_path):
+    with usage_error_context('--data-path', args.data_path):
         shards = datasets.find_shards(_stream_root(args), train=not args.eval)
     if not args.eval and len(shards.names) < world * readers:
         raise UsageError(
@@ -658,7 +663,9 @@ def build_train_transform(args: argparse.Namespace, mean: tuple) -> datasets.Tra
     """The augmentation the flags ask for; `mean`: of the images' channels."""
     if args.no_aug:
         return datasets.TrainTransform(datasets.build_eval_transform(args.input_size))
-    with blame('--aa', f'{args.aa}{" with --device-augment" * args.device_augment}', AssertionError, KeyError):
+    with usage_error_context(
+        '--aa', f'{args.aa}{" with --device-augment" * args.device_augment}', AssertionError, KeyError
+    ):
         return datasets.build_train_transform(
             args.input_size,
             args.color_jitter,
@@ -718,8 +725,8 @@ def choose_order(args: argparse.Namespace, checkpoint: dict) -> bool:
 def build_state(args: argparse.Namespace, model: nn.Module) -> TrainingState:
     """Optimizer, schedule, scaler and moving average of a timm model whose weights are loaded already."""
     device = next(model.parameters()).device
-    betas = f' with --opt-betas {_words(args.opt_betas)}' if args.opt_betas else ''
-    with blame('--opt', args.opt + betas, AssertionError, IndexError, TypeError):
+    betas = f' with --opt-betas {format_values(args.opt_betas)}' if args.opt_betas else ''
+    with usage_error_context('--opt', args.opt + betas, AssertionError, IndexError, TypeError):
         options = {**optimizer_kwargs(args), 'lr': _scaled_lr(args)}
         optimizer = create_optimizer_v2(model, **options)
         # One kernel, and it can leave an update out on the device. Not for all that have one: SGD's takes up momentum
@@ -764,9 +771,9 @@ def read_resume(args: argparse.Namespace) -> tuple[dict, Path | None]:
     if args.resume == 'auto' and not utils.gather_objects(bool(checkpoints.find_checkpoints(folder)))[0]:
         if args.eval:
             raise UsageError(f'--resume auto: there is no checkpoint in --output_dir {folder} to evaluate')
-        say(f'resume      auto: no checkpoint in {folder}, the run begins')
+        log_rank0(f'resume      auto: no checkpoint in {folder}, the run begins')
         return {}, None
-    with blame('--resume', args.resume):
+    with usage_error_context('--resume', args.resume):
         if args.resume != 'auto' and not own:
             return checkpoints.read_checkpoint(args.resume), None
         path, checkpoint, faults = checkpoints.read_newest(folder)
@@ -774,7 +781,7 @@ def read_resume(args: argparse.Namespace) -> tuple[dict, Path | None]:
         if first != path:
             path, checkpoint = first, checkpoints.read_checkpoint(first)
     for fault in faults:
-        say(f'warning: --resume {args.resume}: {fault}; going back to {path.name}')
+        log_rank0(f'warning: --resume {args.resume}: {fault}; going back to {path.name}')
     return checkpoint, path if checkpoints.has_progress(checkpoint) else None
 
 
@@ -784,20 +791,24 @@ def check_same_run(args: argparse.Namespace, checkpoint: dict) -> None:
         return
     flags = checkpoints.flags_of(checkpoint)
     ours = 'format' in checkpoint  # of the release's files only the optimizer must fit
-    for name in FIXED if ours else ('opt',):
+    for name in RESUME_MUST_MATCH if ours else ('opt',):
         if name in flags and flags[name] != getattr(args, name):
             was, now = (_shown(value) for value in (flags[name], getattr(args, name)))
             raise UsageError(f'--resume {args.resume}: was trained with {_flag(name)} {was}, now it is {now}')
     if not ours:
         return
-    rows = [(_flag(name), _shown(was), _shown(getattr(args, name))) for name, was in flags.items()
-            if name not in FIXED + FREE and hasattr(args, name) and was != getattr(args, name)]  # fmt: skip
+    listed = [name for name in flags if name not in RESUME_MUST_MATCH + RESUME_MAY_DIFFER and hasattr(args, name)]
+    rows = [
+        (_flag(name), _shown(flags[name]), _shown(getattr(args, name)))
+        for name in listed
+        if flags[name] != getattr(args, name)
+    ]
     if checkpoint.get('ranks', utils.get_world_size()) != utils.get_world_size():
         rows.append(('(ranks)', str(checkpoint['ranks']), str(utils.get_world_size())))
     if rows:
-        say(f'resume      {args.resume}: flags that differ; those of now count')
+        log_rank0(f'resume      {args.resume}: flags that differ; those of now count')
         for row in [('', 'was', 'now'), *rows]:
-            say('            {:<24} {:<24} {}'.format(*row))
+            log_rank0('            {:<24} {:<24} {}'.format(*row))
 
 
 def check_same_data(args: argparse.Namespace, state: TrainingState, checkpoint: dict) -> None:
@@ -816,7 +827,7 @@ def _flag(name: str) -> str:
 
 
 def _shown(value: object) -> str:
-    return _words(value) if isinstance(value, list) else str(value) if value not in ('', {}) else '(none)'
+    return format_values(value) if isinstance(value, list) else str(value) if value not in ('', {}) else '(none)'
 
 
 def resume(args: argparse.Namespace, state: TrainingState, checkpoint: dict, steps: int) -> None:
@@ -831,30 +842,30 @@ def resume(args: argparse.Namespace, state: TrainingState, checkpoint: dict, ste
     if not checkpoints.has_progress(checkpoint):
         if checkpoint:
             average = ', moving average from these weights' if state.ema else ''
-            say(f'resume      {args.resume}: weights only; epoch {args.start_epoch}, fresh optimizer{average}')
+            log_rank0(f'resume      {args.resume}: weights only; epoch {args.start_epoch}, fresh optimizer{average}')
         state.start_after(args.start_epoch - 1)
         state.step = args.start_epoch * steps
         return
     averaged = state.ema is not None and bool(checkpoint.get('model_ema'))
-    with blame('--resume', args.resume, AttributeError, IndexError, KeyError, RuntimeError, TypeError):
+    with usage_error_context('--resume', args.resume, AttributeError, IndexError, KeyError, RuntimeError, TypeError):
         state.load_progress(checkpoint, next(state.model.parameters()).device)
         if averaged:
             models.load_weights(state.ema.module, models.named_weights(checkpoint, ema=True))
     if 'step' not in checkpoint:
         state.step = (state.epoch + 1) * steps
     average = 'its moving average' if averaged else 'moving average from its weights' if state.ema else 'no average'
-    say(f'resume      {args.resume}: {state.describe()}, {average}, best Acc@1 {state.best_acc1:.3f}')
+    log_rank0(f'resume      {args.resume}: {state.describe()}, {average}, best Acc@1 {state.best_acc1:.3f}')
 
 
 def prepare_output(args: argparse.Namespace, checkpoint: dict, own: Path | None) -> RunFolder:
     """Makes --output_dir; a folder that holds a run is written to only by the run that goes on from its last state."""
     interval = 60 * args.save_interval_minutes or math.inf
     if not args.output_dir:
-        say('warning: no --output_dir: neither checkpoints nor log.txt are kept')
+        log_rank0('warning: no --output_dir: neither checkpoints nor log.txt are kept')
         return RunFolder(None)
     folder = Path(args.output_dir)
     last = folder / checkpoints.LAST
-    with blame('--output_dir', args.output_dir):
+    with usage_error_context('--output_dir', args.output_dir):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise ValueError('is not writable')
@@ -868,7 +879,7 @@ def prepare_output(args: argparse.Namespace, checkpoint: dict, own: Path | None)
                 f'move {"it" if len(found) == 1 else "them"} away or choose')  # fmt: skip
             raise ValueError(f'holds {" and ".join(found)} already; {advice} another folder')
         if checkpoints.has_progress(checkpoint) and not own:
-            say(f'note        {folder} begins anew: earlier epochs are not in its log.txt or best_checkpoint.pth')
+            log_rank0(f'note        {folder} begins anew: earlier epochs are not in its log.txt or best_checkpoint.pth')
         whole = own is not None and own.name == checkpoints.LAST
         return RunFolder(folder, args.keep, interval, checkpoint.get('step', 0) if whole else None)
 
@@ -880,41 +891,43 @@ def describe_run(args: argparse.Namespace, device: torch.device, num_classes: in
     """What will run where, before any model is built."""
     world = utils.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
-    say(
+    log_rank0(
         f'versions    torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, '
         f'Python {platform.python_version()}'
     )
     dtype = str(_amp_dtype(args, device)).removeprefix('torch.')
-    say(f'device      {device} ({name}), {dtype}')
+    log_rank0(f'device      {device} ({name}), {dtype}')
     if args.device != 'cpu' and device.type == 'cpu':
-        say(f'warning: --device {args.device}: there is no CUDA device, running on the CPU')
-    say(f'data        {args.data_set} {args.data_path or "(generated)"}, {num_classes} classes')
+        log_rank0(f'warning: --device {args.device}: there is no CUDA device, running on the CPU')
+    log_rank0(f'data        {args.data_set} {args.data_path or "(generated)"}, {num_classes} classes')
     if args.eval:
         return
     total = _images_of_a_step(args) * world
     passes = f' × {args.accum_steps} passes' if args.accum_steps > 1 else ''
-    say(f'batch       {_count(world, "rank")} × {args.batch_size} images{passes} = {total} a step')
-    say(f'lr          {args.lr:g} × {total}/512 = {_scaled_lr(args):g}, {args.opt}, {args.sched}, seed {args.seed}')
+    log_rank0(f'batch       {_count(world, "rank")} × {args.batch_size} images{passes} = {total} a step')
+    log_rank0(
+        f'lr          {args.lr:g} × {total}/512 = {_scaled_lr(args):g}, {args.opt}, {args.sched}, seed {args.seed}'
+    )
 
 
 def describe_model(role: str, name: str, tapped: models.TappedModel) -> None:
     parameters = sum(p.numel() for p in tapped.model.parameters())
     taps = 'no blocks tapped'
     if tapped.block_ids:
-        kinds = dict.fromkeys(f'{models.words(block.grid)} of width {block.width}' for block in tapped.blocks)
-        taps = f'blocks {_words(tapped.block_ids)} of {tapped.depth} tapped, patch tokens {", ".join(kinds)}'
-    say(f'{role:<12}{name}, {parameters:,} parameters, {taps}')
+        kinds = dict.fromkeys(f'{models.format_grid(block.grid)} of width {block.width}' for block in tapped.blocks)
+        taps = f'blocks {format_values(tapped.block_ids)} of {tapped.depth} tapped, patch tokens {", ".join(kinds)}'
+    log_rank0(f'{role:<12}{name}, {parameters:,} parameters, {taps}')
 
 
 def list_blocks(args: argparse.Namespace) -> None:
     """Prints what --s-id and --t-id may name."""
-    with blame('--model', f'{args.model} with --input-size {args.input_size}'):
+    with usage_error_context('--model', f'{args.model} with --input-size {args.input_size}'):
         model = models.build(args.model, None, args.input_size, kwargs=args.model_kwargs)
         blocks = models.list_blocks(model, args.input_size)
-    say(f'{args.model}, {args.input_size} pixels: {_count(len(blocks), "block")} over patch tokens')
-    say(f'{"index":>5}  {"grid":>9}  {"width":>5}  path')
+    log_rank0(f'{args.model}, {args.input_size} pixels: {_count(len(blocks), "block")} over patch tokens')
+    log_rank0(f'{"index":>5}  {"grid":>9}  {"width":>5}  path')
     for i, block in enumerate(blocks):
-        say(f'{i:>5}  {models.words(block.grid):>9}  {block.width:>5}  {block.path}')
+        log_rank0(f'{i:>5}  {models.format_grid(block.grid):>9}  {block.width:>5}  {block.path}')
 
 
 def describe_training(
@@ -923,23 +936,25 @@ def describe_training(
     """What is trained on and what on, and what may surprise."""
     world, images = utils.get_world_size(), datasets.count_images(train.dataset)
     validation = datasets.count_images(val.dataset)
-    say(f'images      {images:,} for training, {validation:,} for validation, {_count(len(train), "step")} an epoch')
+    log_rank0(
+        f'images      {images:,} for training, {validation:,} for validation, {_count(len(train), "step")} an epoch'
+    )
     if _streams(args):
-        say('sampler     a stream: shards in an order of (seed, epoch), shuffled within a window')
+        log_rank0('sampler     a stream: shards in an order of (seed, epoch), shuffled within a window')
     elif repeated_aug:
         batch = _images_of_a_step(args)
         distinct = distinct_images(batch, world)
-        say(f"sampler     repeated augmentation: {distinct} distinct images in a rank's batch of {batch}")
+        log_rank0(f"sampler     repeated augmentation: {distinct} distinct images in a rank's batch of {batch}")
     else:
         why = ' (repeated augmentation starts at two ranks)' if args.repeated_aug else ''
-        say(f'sampler     shuffled without repeats{why}')
-    say(f'loss        {describe_loss(args, criterion)}')
+        log_rank0(f'sampler     shuffled without repeats{why}')
+    log_rank0(f'loss        {describe_loss(args, criterion)}')
     warn_of_idle_flags(args)
     if args.epochs <= args.warmup_epochs:
-        say(f'warning: --warmup-epochs {args.warmup_epochs}: the run ends before the learning rate is up')
+        log_rank0(f'warning: --warmup-epochs {args.warmup_epochs}: the run ends before the learning rate is up')
     steps = args.epochs * len(train)
     if args.model_ema and steps * (1 - args.model_ema_decay) < 3:
-        say(
+        log_rank0(
             f'warning: --model-ema-decay {args.model_ema_decay:g}: {steps:,} steps are too few for it; '
             'the moving average will be close to the first weights'
         )
@@ -990,7 +1005,7 @@ def warn_of_idle_flags(args: argparse.Namespace) -> None:
     for names, needed, met in _CONDITIONS:
         typed = [name for name in names if name not in told and getattr(args, name) != default(name)]
         if typed and not met(args):
-            say(f'warning: {", ".join(map(_flag, typed))}: no effect without {needed}')
+            log_rank0(f'warning: {", ".join(map(_flag, typed))}: no effect without {needed}')
             told.update(typed)
 
 
@@ -1023,18 +1038,18 @@ class Parts:
     device: torch.device
     num_classes: int
     stats: tuple[tuple, tuple]  # mean and deviation the images are normalised by
-    finish: Finish
+    finish: DevicePreprocess
     student: models.TappedModel
     teacher: models.TappedModel | None
     val_loader: DataLoader
     folder: RunFolder
-    agreement: utils.Agreement
+    consensus: utils.RankConsensus
 
 
 def run(args: argparse.Namespace, device: torch.device, signals: utils.Signals) -> None:
     """Builds the parts, in the order that finds faults before work is done, and evaluates or trains."""
-    with blame('--data-path', args.data_path):
-        num_classes = args.num_classes or utils.first_rank_first(
+    with usage_error_context('--data-path', args.data_path):
+        num_classes = args.num_classes or utils.main_process_first(
             lambda: datasets.count_classes(args.data_set, args.data_path, args.inat_category)
         )
     if _streams(args):
@@ -1068,36 +1083,36 @@ def run(args: argparse.Namespace, device: torch.device, signals: utils.Signals) 
     if isinstance(folders, datasets.ImageNetFolder) and not (folders.numbered and len(folders.classes) == num_classes):
         labels = 'labels are those of ImageNet' if folders.numbered else 'labels are their order, not those of ImageNet'
         found = f'{len(folders.classes)} class folders of {num_classes}'
-        say(f'warning: --data-path {args.data_path} has {found}; {labels}')
-    agreement = utils.Agreement(signals)
+        log_rank0(f'warning: --data-path {args.data_path} has {found}; {labels}')
+    consensus = utils.RankConsensus(signals)
     uncovered = [min(255, round(255 * value)) for value in stats[0]]  # as timm has it
-    finish = Finish(*stats, args.remode, uncovered).to(device)
+    finish = DevicePreprocess(*stats, args.remode, uncovered).to(device)
     if args.eval_teacher:
         # As it teaches: weights of a type of their own know no autocast.
         how = argparse.Namespace(**{**vars(args), 'amp_dtype': 'float32'}) if args.teacher_dtype else args
         network = nn.Sequential(finish, teacher.prepare, teacher.model)
-        measure(how, network, val_loader, device, lambda: stop_if_told(agreement), 'teacher')
+        measure(how, network, val_loader, device, lambda: stop_if_told(consensus), 'teacher')
     if args.eval:
         network = nn.Sequential(finish, student.model)
-        measure(args, network, val_loader, device, lambda: stop_if_told(agreement), 'network')
+        measure(args, network, val_loader, device, lambda: stop_if_told(consensus), 'network')
         report_bad_images(device, val_loader)
         return
     signals.defer()
     parts = Parts(
-        device, num_classes, stats, finish, student, teacher if taught else None, val_loader, folder, agreement
+        device, num_classes, stats, finish, student, teacher if taught else None, val_loader, folder, consensus
     )
     train(args, parts, checkpoint)
 
 
 def load_student(args: argparse.Namespace, model: nn.Module, checkpoint: dict) -> None:
     """Loads the weights of --resume, the moving average with --eval --eval-ema."""
-    with blame('--resume', args.resume):
+    with usage_error_context('--resume', args.resume):
         models.load_weights(model, models.named_weights(checkpoint, ema=args.eval and args.eval_ema))
 
 
-def stop_if_told(agreement: utils.Agreement) -> None:
+def stop_if_told(consensus: utils.RankConsensus) -> None:
     """Stops all ranks where one has received a signal and there is nothing to save."""
-    signum, _ = agreement.poll()
+    signum, _ = consensus.poll()
     if signum:
         raise utils.StoppedError(signum)
 
@@ -1113,12 +1128,12 @@ def measure(
         raise datasets.BadImageError(f'{args.data_path}: no validation image can be read')
     expected = datasets.count_images(loader.dataset)
     if _streams(args) and stats['images'] < expected * (1 if args.dist_eval else utils.get_world_size()):
-        say(f'warning: --data-path {args.data_path}: not all of the {expected} validation images can be read')
+        log_rank0(f'warning: --data-path {args.data_path}: not all of the {expected} validation images can be read')
     if not math.isfinite(stats['loss']):
-        say(f'warning: not finite: logits of the {what}; its accuracy means nothing')
-    say(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
+        log_rank0(f'warning: not finite: logits of the {what}; its accuracy means nothing')
+    log_rank0(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
     images = stats['images'] // (1 if args.dist_eval else utils.get_world_size())
-    say(f'Accuracy of the {what} on the {images} test images: {stats["acc1"]:.1f}%')
+    log_rank0(f'Accuracy of the {what} on the {images} test images: {stats["acc1"]:.1f}%')
     return stats
 
 
@@ -1137,7 +1152,7 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
     resume(args, state, checkpoint, len(train_loader))
     allowed = _allowed_skips(args)
     # A run that goes on after a withheld update must keep it from the moving average too.
-    watch = Watch(state.scaler, allowed, state.skipped, every_step=device.type == 'cpu' or allowed > 0)
+    watch = NonFiniteGuard(state.scaler, allowed, state.skipped, every_step=device.type == 'cpu' or allowed > 0)
     if args.compile:  # after the moving average was copied
         compile_models(args, parts)
     wrapped = parts.student
@@ -1145,7 +1160,7 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
         wrapped = DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == 'cuda' else None)
         watch.attach(wrapped)
     global_batch = _images_of_a_step(args) * utils.get_world_size()
-    keeper = Keeper(state, parts.folder, parts.agreement, watch, vars(args), global_batch, args.save_interval_steps)
+    keeper = Keeper(state, parts.folder, parts.consensus, watch, vars(args), global_batch, args.save_interval_steps)
     options = {
         'device': device,
         'amp_dtype': _amp_dtype(args, device),
@@ -1164,14 +1179,14 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
         'accum_steps': args.accum_steps,
     }
     if state.epoch + 1 >= args.epochs:
-        say(f'--epochs {args.epochs}: all done already, nothing to train')
+        log_rank0(f'--epochs {args.epochs}: all done already, nothing to train')
     start = time.monotonic()
-    keeper.settle()
+    keeper.drain()
     for epoch in range(state.epoch + 1, args.epochs):
         order = train_loader.dataset if _streams(args) else train_loader.sampler
         order.set_epoch(epoch, state.position)
         if _streams(args) and state.position:
-            say(
+            log_rank0(
                 'note        a stream cannot be entered in its midst: the epoch goes on with shards in another order, '
                 'and images may come twice or not at all'
             )
@@ -1185,7 +1200,7 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
     keeper.finish()
     took = time.monotonic() - start
     share = 100 * parts.folder.seconds / max(took, 1e-9)
-    say(f'Training time {timedelta(seconds=int(took))}, {share:.2f} % of it for {parts.folder.saves} saves')
+    log_rank0(f'Training time {timedelta(seconds=int(took))}, {share:.2f} % of it for {parts.folder.saves} saves')
     report_bad_images(device, train_loader, parts.val_loader, again=True)
 
 
@@ -1193,12 +1208,14 @@ def compile_models(args: argparse.Namespace, parts: Parts) -> None:
     """Compiles the blocks of both models."""
     if args.log_grad_share:  # its backward passes come before the step's, which needs what they would give away
         torch._functorch.config.donated_buffer = False
-    with blame('--compile', f'with --model {args.model}'):
+    with usage_error_context('--compile', f'with --model {args.model}'):
         counts = [models.compile_blocks(parts.student)]
     if parts.teacher is not None:
-        with blame('--compile', f'with --teacher-model {args.teacher_model}'):
+        with usage_error_context('--compile', f'with --teacher-model {args.teacher_model}'):
             counts.append(models.compile_blocks(parts.teacher))
-    say(f'compile     {" and ".join(map(str, counts))} blocks, in the first step; its time is in the first log line')
+    log_rank0(
+        f'compile     {" and ".join(map(str, counts))} blocks, in the first step; its time is in the first log line'
+    )
 
 
 def _allowed_skips(args: argparse.Namespace) -> int:
@@ -1221,7 +1238,7 @@ def finish_epoch(
         rows['test_ema'] = measured(average, 'moving average')
     best = rows['test']['acc1'] >= state.best_acc1  # of equals the last one
     state.best_acc1 = max(state.best_acc1, rows['test']['acc1'])
-    say(f'Max accuracy: {state.best_acc1:.2f}%')
+    log_rank0(f'Max accuracy: {state.best_acc1:.2f}%')
     state.finish_epoch()
     kept = {'train': stats.keys(), 'test': ('loss', 'acc1', 'acc5'), 'test_ema': ('loss', 'acc1', 'acc5')}
     row = {f'{split}_{key}': values[key] for split, values in rows.items() for key in kept[split]}
@@ -1234,7 +1251,7 @@ def report_bad_images(device: torch.device, *loaders: DataLoader, again: bool = 
     for loader in loaders:
         instead = 'left out of evaluation' if isinstance(loader.dataset, EvalDataset) else 'replaced by the next one'
         for image in loader.dataset.list_bad(lambda bad: utils.sum_over_ranks(bad.to(device)), again):
-            say(f'warning: cannot be read, {instead}: {image}')
+            log_rank0(f'warning: cannot be read, {instead}: {image}')
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1264,7 +1281,7 @@ def main(argv: list[str] | None = None) -> None:
         except utils.StoppedError as error:
             _stop(error if utils.get_rank() == 0 else '', 128 + error.signum)
         except RuntimeError as error:
-            if utils.lost_peer(error):  # which has said why
+            if utils.is_peer_failure(error):  # which has said why
                 _stop(f'rank {utils.get_rank()} stops, for another rank has gone', 1)
             if not str(error).startswith('DataLoader worker'):
                 raise
@@ -1272,14 +1289,14 @@ def main(argv: list[str] | None = None) -> None:
         except (ConnectionError, EOFError) as error:  # in the midst of a batch that it was handing over
             _stop(f'a DataLoader worker has gone ({error}); was there memory enough for --num_workers?', 1)
     # Only after success: with nccl it waits for the other ranks.
-    utils.leave_distributed()
+    utils.destroy_distributed()
 
 
 def _start(argv: list[str] | None, signals: utils.Signals) -> None:
     args = parse_args(argv)
     if args.list_blocks:
         return list_blocks(args)
-    with blame('--dist_url', args.dist_url, RuntimeError):
+    with usage_error_context('--dist_url', args.dist_url, RuntimeError):
         device = utils.init_distributed(args.device, args.dist_url)
     if utils.get_world_size() > 1:
         signals.defer()  # until all ranks can stop together
@@ -1300,7 +1317,7 @@ def _stop(reason: object, code: int) -> NoReturn:
 
 
 if __name__ == '__main__':
-    utils.keep_no_output()
+    utils.unbuffer_stdio()
     try:
         main()
     except SystemExit:

@@ -34,7 +34,7 @@ class UsageError(Exception):
 
 
 @contextmanager
-def blame(flag: str, value: object, *kinds: type[Exception]) -> Iterator[None]:
+def usage_error_context(flag: str, value: object, *kinds: type[Exception]) -> Iterator[None]:
     """Turns an error about bad input into a UsageError that names the flag it came in by.
 
     Args:
@@ -88,7 +88,7 @@ def init_distributed(device: str, dist_url: str) -> torch.device:
     return chosen
 
 
-def leave_distributed() -> None:
+def destroy_distributed() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -111,14 +111,14 @@ def get_world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def say(text: str) -> None:
+def log_rank0(text: str) -> None:
     """Prints a line, on the first rank only. A full disk below it, or a reader that has gone, loses the line alone."""
     if get_rank() == 0:
         with suppress(OSError):
             print(text, flush=True)
 
 
-def keep_no_output() -> None:
+def unbuffer_stdio() -> None:
     """Prints go through no buffer: what cannot be written is lost, instead of failing anew wherever one is flushed."""
     for name in ('stdout', 'stderr'):
         stream = getattr(sys, name)
@@ -154,7 +154,7 @@ def gather_objects(value: object) -> list:
     return gathered
 
 
-def first_rank_first(call: Callable[[], object]) -> object:
+def main_process_first(call: Callable[[], object]) -> object:
     """What `call` returns, on the first rank before the others: it may leave an index on the disk for these."""
     if get_rank() > 0:
         gather_objects(None)
@@ -254,7 +254,7 @@ class Signals:
         if self._before:
             signal.setitimer(signal.ITIMER_REAL, seconds)
 
-    def seen_alive(self) -> None:
+    def heartbeat(self) -> None:
         """The run is at a point where it could stop."""
         if self._launcher and os.getppid() != self._launcher:
             self.received = self.received or signal.SIGTERM
@@ -281,7 +281,7 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class Agreement:
+class RankConsensus:
     """Lets all ranks stop, and save, at the same step, at the cost of one tiny collective between hosts.
 
     Beside a GPU it is read one poll later, so that nobody waits for it: the host waits neither for its device nor, as a
@@ -300,7 +300,7 @@ class Agreement:
 
         Beside a GPU among several ranks that is what was told at the poll before.
         """
-        self._signals.seen_alive()
+        self._signals.heartbeat()
         signum = self._signals.received
         if get_world_size() > 1:
             signum, agreed = self._read() if self._lags else (0, False)
@@ -320,7 +320,7 @@ class Agreement:
         signum, due = self._told.tolist()
         return signum, bool(due)
 
-    def settle(self) -> int:
+    def drain(self) -> int:
         """Waits until all ranks are here; returns the signal any of them has received, or 0."""
         return self.poll()[0] or self.poll()[0]
 
@@ -331,7 +331,7 @@ class Agreement:
                 dist.all_reduce(torch.zeros(1), group=self._group)
 
 
-def lost_peer(error: RuntimeError) -> bool:
+def is_peer_failure(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank has gone."""
     text = str(error)
     return dist.is_initialized() and (
@@ -339,7 +339,7 @@ def lost_peer(error: RuntimeError) -> bool:
     )
 
 
-def undisturbed(loader: Iterable) -> Iterator:
+def iter_with_signals_blocked(loader: Iterable) -> Iterator:
     """An iterator whose loader processes never see the signals the run is to be stopped by."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, Signals.NUMBERS)
     try:
@@ -450,7 +450,7 @@ class Progress:
         """The batches of the rest of an epoch, of which `first` steps are done already."""
         steps, start = first + len(loader), time.monotonic()
         last, printed, waited = start, first, 0.0
-        batches = undisturbed(loader)
+        batches = iter_with_signals_blocked(loader)
         for step in range(first, steps):
             asked = time.monotonic()
             batch = next(batches)
@@ -463,12 +463,12 @@ class Progress:
                 now = time.monotonic()
                 since = done - printed
                 eta = timedelta(seconds=int((now - start) / (done - first) * (steps - done)))
-                say(
+                log_rank0(
                     f'{self.header} [{done:{len(str(steps))}}/{steps}]  eta: {eta}  {text}  '
                     f'time: {(now - last) / since:.4f}  data: {waited / since:.4f}  mem: {peak_memory(self.device)} MiB'
                 )
                 last, printed, waited = now, done, 0.0
-        say(f'{self.header} took {timedelta(seconds=int(time.monotonic() - start))}')
+        log_rank0(f'{self.header} took {timedelta(seconds=int(time.monotonic() - start))}')
 
 
 def peak_memory(device: torch.device) -> int:

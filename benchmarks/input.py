@@ -26,7 +26,7 @@ import benchmarks
 import datasets
 import main
 import utils
-from augment import Finish
+from augment import DevicePreprocess
 
 AA, SIZE, BATCH = 'rand-m9-mstd0.5-inc1', 224, 64
 STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -82,7 +82,7 @@ def run() -> None:
     except FileNotFoundError as error:
         parser.error(str(error))
     length = len(next(iter(taking.values())))
-    finish = Finish(*STATS, 'pixel', [round(255 * value) for value in STATS[0]]).to(device)
+    finish = DevicePreprocess(*STATS, 'pixel', [round(255 * value) for value in STATS[0]]).to(device)
     loads: dict[str, Callable] = {}
     for name, dataset in taking.items():
         loads[name] = lambda keys, dataset=dataset: default_collate([dataset[key] for key in keys])
@@ -93,10 +93,10 @@ def run() -> None:
             repeats = 3 if name.endswith('repeats') else 1
             keys = [((BATCH * round_number + i) // repeats % length, round_number, i) for i in range(BATCH)]
             start = time.perf_counter()
-            images, *_, todo = load(keys)
+            images, *_, aug_params = load(keys)
             times[name].append(time.perf_counter() - start)
-            if isinstance(todo, dict):
-                costs[name].append(benchmarks.seconds(partial(finish, images.to(device), todo), device))
+            if isinstance(aug_params, dict):
+                costs[name].append(benchmarks.seconds(partial(finish, images.to(device), aug_params), device))
     base = statistics.median(times['PIL and timm'][1:])
     print(f'{"":32}{"ms":>7}{"img/s":>8}{"ratio":>7}{"device ms":>11}{"ratio with it":>15}')
     for name, found in times.items():

@@ -59,9 +59,9 @@ class Clock:
 def measure(steps: int, batch_size: int, amp_dtype: str, folder: Path) -> tuple[Clock, list[float]]:
     """Trains so many steps; returns the time inside safety and that of each step."""
     clock, marks = Clock(), []
-    clock.watch('flags', utils.Agreement, 'poll')
+    clock.watch('flags', utils.RankConsensus, 'poll')
     for name in ('factor', 'judge', 'look'):
-        clock.watch('flags', engine.Watch, name)
+        clock.watch('flags', engine.NonFiniteGuard, name)
     clock.watch('flags', engine, '_gradient_norm')
     clock.watch('saves', checkpoints.RunFolder, 'save')
     seed_step = utils.seed_step

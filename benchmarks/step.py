@@ -26,8 +26,8 @@ import benchmarks
 import main
 import models
 import utils
-from augment import Finish
-from engine import Watch, _autocast, train_one_epoch
+from augment import DevicePreprocess
+from engine import NonFiniteGuard, _autocast, train_one_epoch
 
 RECIPE = """--data-set FAKE --teacher-path none --distillation-type soft --distillation-alpha 1
     --w-sample 0.1 --w-patch 4 --w-rand 0.2 --s-id 0 1 2 3 8 9 10 11 --t-id 0 1 2 3 20 21 22 23
@@ -61,7 +61,7 @@ class Side:
         stats = models.normalisation(student.model)
         with ExitStack() as stack:
             if stock:
-                stack.enter_context(patch('models.tap.hasten', lambda model: None))
+                stack.enter_context(patch('models.tap.use_fast_talking_heads', lambda model: None))
             self.teacher = main.tap_teacher(args, teacher, True, stats).to(device)
         self.state = main.build_state(args, student.model)
         if stock:
@@ -74,8 +74,8 @@ class Side:
             models.compile_blocks(student)
             models.compile_blocks(self.teacher)
         self.student, self.criterion = student, main.build_criterion(args)
-        self.finish = Finish(*stats).to(device)
-        self.watch = Watch(self.state.scaler, every_step=False)
+        self.finish = DevicePreprocess(*stats).to(device)
+        self.watch = NonFiniteGuard(self.state.scaler, every_step=False)
         self.mixup = main.build_mixup(args, CLASSES)
         self.times: list[float] = []
         self.teacher_times: list[float] = []

@@ -4,11 +4,11 @@ Letters: B images, N patch tokens, D channels, C classes.
 """
 
 from models.blocks import Block, list_blocks
-from models.grids import ALIGNMENTS, meet, resample, words
+from models.grids import ALIGNMENTS, common_grid, format_grid, resample
 from models.tap import (
     Output,
-    Prepare,
     TappedModel,
+    TeacherPreprocess,
     checkpoint_activations,
     compile_blocks,
     freeze,
@@ -21,22 +21,22 @@ __all__ = [
     'ALIGNMENTS',
     'Block',
     'Output',
-    'Prepare',
     'TappedModel',
+    'TeacherPreprocess',
     'adapt',
     'build',
     'checkpoint_activations',
+    'common_grid',
     'compile_blocks',
+    'format_grid',
     'freeze',
     'has_source',
     'list_blocks',
     'load_weights',
     'match_head',
-    'meet',
     'named_weights',
     'normalisation',
     'pair_ids',
     'resample',
     'tap',
-    'words',
 ]

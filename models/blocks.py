@@ -25,8 +25,8 @@ class Family:
     """
 
     paths: str
-    arrange: Callable[[nn.Module, int, Tensor], Tensor] | None = None
-    marks: tuple[str, ...] = ()
+    to_plain_layout: Callable[[nn.Module, int, Tensor], Tensor] | None = None
+    required_attrs: tuple[str, ...] = ()
 
 
 def _unrolled(model: nn.Module, i: int, x: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def _unblocked(model: nn.Module, i: int, x: Tensor) -> Tensor:
 
 # The first row that fits a model counts.
 FAMILIES = (
-    Family('blocks.*', _unrolled, marks=('reroll', 'unroll')),
+    Family('blocks.*', _unrolled, required_attrs=('reroll', 'unroll')),
     Family('levels.*.transformer_encoder.*', _unblocked),
     # ViT, DeiT, CaiT, BEiT, EVA, XCiT, TNT, Mixer. CaiT's class-attention blocks are not counted; of CrossViT's two
     # branches the first is.
@@ -81,16 +81,16 @@ class Block:
     width: int
     layout: str
     prefix: int = 0
-    which: int | None = None
-    arrange: Callable[[Tensor], Tensor] | None = None
+    output_index: int | None = None
+    to_plain_layout: Callable[[Tensor], Tensor] | None = None
 
     def feature(self, output: Tensor | tuple) -> Tensor:
         """Of all that the block puts out, what its tokens are read from."""
-        return output if self.which is None else output[self.which]
+        return output if self.output_index is None else output[self.output_index]
 
     def tokens(self, feature: Tensor) -> Tensor:
         """Patch tokens (B, N, D), row by row."""
-        x = feature if self.arrange is None else self.arrange(feature)
+        x = feature if self.to_plain_layout is None else self.to_plain_layout(feature)
         if self.layout == 'NLD':
             return x[:, self.prefix :]
         return x.flatten(1, 2) if self.layout == 'NHWD' else x.flatten(2).mT
@@ -108,7 +108,7 @@ def find_modules(model: nn.Module) -> tuple[Family, dict[str, nn.Module]]:
         found = {name: module for name, module in modules.items() if pattern.fullmatch(name)}
         # A list of lists of blocks, or stages where blocks are expected: another row has what is in them.
         lists = [nn.ModuleList] + [nn.Sequential] * (family.paths == 'blocks.*')
-        fits = found and all(hasattr(model, mark) for mark in family.marks)
+        fits = found and all(hasattr(model, mark) for mark in family.required_attrs)
         if fits and not any(type(module) in lists for module in found.values()):
             return family, found
     raise ValueError('it has no blocks at a place that is known, such as blocks.* or stages.*.blocks.*')
@@ -148,9 +148,9 @@ def _describe(
 ) -> list[Block]:
     found = []
     for i, (name, output) in enumerate(outputs.items()):
-        which, x = _pick(name, output)
-        arrange = None if family.arrange is None else partial(family.arrange, model, i)
-        found.append((name, which, arrange, x if arrange is None else arrange(x)))
+        output_index, x = _pick(name, output)
+        to_plain_layout = None if family.to_plain_layout is None else partial(family.to_plain_layout, model, i)
+        found.append((name, output_index, to_plain_layout, x if to_plain_layout is None else to_plain_layout(x)))
     # Where height, width and channels are equal the layout shows on other blocks of the class, or is that of
     # convolutions; timm's blocks that put channels last do so in every stage.
     known = Counter()
@@ -158,14 +158,14 @@ def _describe(
         layouts = _layouts(x, size)
         known.update({(type(modules[name]), layouts[0]): 1} if len(layouts) == 1 else {})
     blocks = []
-    for name, which, arrange, x in found:
+    for name, output_index, to_plain_layout, x in found:
         layouts = _layouts(x, size)
         if not layouts:
             raise ValueError(f'its {name} puts out {_shape(x)}: no tokens (B, N, D) and no map of the image')
         layout = max(layouts, key=lambda layout, name=name: known[type(modules[name]), layout])
         grid, prefix = _grid(model, layout, x, size)
         width = x.shape[1] if layout == 'NDHW' else x.shape[-1]
-        blocks.append(Block(name, grid, width, layout, prefix, which, arrange))
+        blocks.append(Block(name, grid, width, layout, prefix, output_index, to_plain_layout))
     return blocks
 
 

@@ -52,7 +52,7 @@ def resample(tokens: Tensor, grid: Grid, target: Grid, how: str) -> Tensor:
     return tokens if target == grid else RESAMPLE[how](tokens, grid, target)
 
 
-def meet(student: Grid, teacher: Grid, how: str, max_patches: int) -> tuple[Grid, Grid]:
+def common_grid(student: Grid, teacher: Grid, how: str, max_patches: int) -> tuple[Grid, Grid]:
     """The grids on which the tokens of a layer pair are compared, of either side.
 
     Args:
@@ -72,7 +72,7 @@ def meet(student: Grid, teacher: Grid, how: str, max_patches: int) -> tuple[Grid
     elif how == 'merge':
         student, teacher = _merged(student, max_patches), _merged(teacher, max_patches)
     if student != teacher:
-        raise ValueError(f'{words(student)} patch tokens of the student, {words(teacher)} of the teacher')
+        raise ValueError(f'{format_grid(student)} patch tokens of the student, {format_grid(teacher)} of the teacher')
     return student, teacher
 
 
@@ -81,9 +81,9 @@ def _merged(grid: Grid, max_patches: int) -> Grid:
     for k in range(1, min(h, w) + 1):
         if h % k == 0 and w % k == 0 and h * w <= max_patches * k * k:
             return h // k, w // k
-    raise ValueError(f'{words(grid)} patch tokens do not merge into at most {max_patches}')
+    raise ValueError(f'{format_grid(grid)} patch tokens do not merge into at most {max_patches}')
 
 
-def words(grid: Grid) -> str:
+def format_grid(grid: Grid) -> str:
     """A grid as it is printed, 14×14."""
     return f'{grid[0]}×{grid[1]}'

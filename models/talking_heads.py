@@ -38,7 +38,7 @@ def _rows(embedding: nn.Module, inputs: tuple, tokens: Tensor) -> Tensor:
     return tokens.contiguous()
 
 
-def hasten(model: nn.Module) -> None:
+def use_fast_talking_heads(model: nn.Module) -> None:
     """Lets timm's talking heads of a frozen model run as `FrozenTalkingHeads`, CaiT's on tokens that lie row by row.
 
     Parameters and names stay.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.blocks import Block, find_modules, list_blocks
 from models.grids import Grid, resample
-from models.talking_heads import hasten
+from models.talking_heads import use_fast_talking_heads
 
 
 class Output(NamedTuple):
@@ -34,7 +34,7 @@ class Output(NamedTuple):
     features: tuple[Tensor, ...] = ()
 
 
-class _Enough(Exception):  # noqa: N818 – no error
+class StopForward(Exception):  # noqa: N818 – no error
     """All that was asked for is there."""
 
 
@@ -71,7 +71,7 @@ class TappedModel(nn.Module):
         self._listening = False
         for i, block in sorted(dict(zip(self.block_ids, self.blocks, strict=True)).items()):
             # A bound method: a deep copy of this wrapper then captures into the copy, not into the original.
-            model.get_submodule(block.path).register_forward_hook(partial(self._capture, i, block.which))
+            model.get_submodule(block.path).register_forward_hook(partial(self._capture, i, block.output_index))
 
     def align(self, targets: Sequence[Grid], how: str) -> None:
         """From now on the tokens of each tapped block leave on these grids, see `grids.resample`."""
@@ -81,7 +81,7 @@ class TappedModel(nn.Module):
         """Logits and tokens of images (B, 3, H, W)."""
         self._listening = True
         try:
-            with suppress(_Enough):
+            with suppress(StopForward):
                 logits = None
                 logits = self._run(images)
             features = tuple(self._captured[i] for i in self.block_ids)
@@ -106,14 +106,16 @@ class TappedModel(nn.Module):
         """Switches the mode; a frozen model stays in eval mode, or its drop-path would be switched on."""
         return super().train(mode and not self.frozen)
 
-    def _capture(self, i: int, which: int | None, block: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+    def _capture(
+        self, i: int, output_index: int | None, block: nn.Module, inputs: tuple, output: Tensor | tuple
+    ) -> None:
         if self._listening:  # not when the timm model is called by itself, in evaluation
-            self._captured[i] = output if which is None else output[which]
+            self._captured[i] = output if output_index is None else output[output_index]
             if not self.with_logits and i == max(self.block_ids):
-                raise _Enough  # what lies behind leads to logits nobody asks for
+                raise StopForward  # what lies behind leads to logits nobody asks for
 
 
-class Prepare(nn.Module):
+class TeacherPreprocess(nn.Module):
     """Images made for one model, (B, 3, H, W), as another one knows them: its mean, deviation and size.
 
     Args:
@@ -187,7 +189,7 @@ def freeze(
     """
     tapped.frozen, tapped.with_logits = True, with_logits
     tapped.prepare = prepare or nn.Identity()
-    hasten(tapped.model)
+    use_fast_talking_heads(tapped.model)
     if dtype is not None:
         tapped.dtype = dtype
         tapped.model.to(dtype)

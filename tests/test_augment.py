@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision import transforms
 
-from augment import OPERATIONS, Finish, Recorder, apply_policy, draw_erasures, erase
+from augment import OPERATIONS, DevicePreprocess, PolicySampler, apply_policy, draw_erasures, erase
 
 H, W = 24, 20
 FILL = (10, 200, 99)
@@ -105,7 +105,7 @@ def both_ways(policies, images):
         seed(i)
         expected.append(as_tensor(policy(as_pil(image))))
         seed(i)
-        plans.append(Recorder(policy)())
+        plans.append(PolicySampler(policy)())
     return torch.stack(expected).int(), apply_policy(images, torch.stack(plans), FILL).int()
 
 
@@ -195,7 +195,7 @@ def test_the_bits_that_are_kept_may_be_none_or_all():
 
 def test_an_image_is_the_same_in_a_mixed_batch_as_alone():
     policy = timm_policy('rand-m9-n3-p0.9-mstd1-inc1')
-    recorder, images = Recorder(policy), pictures('all', 40)
+    recorder, images = PolicySampler(policy), pictures('all', 40)
     seed(0)
     plan = torch.stack([recorder() for _ in images])
     assert set(plan[..., 0].flatten().tolist()) >= {0, *map(OPERATIONS.index, ('Equalize', 'Sharpness', 'Rotate'))}
@@ -248,7 +248,7 @@ def spied(policy):
 @pytest.mark.parametrize('words', POLICIES)
 def test_the_recorder_draws_what_timm_draws_and_leaves_the_generators_as_timm_does(words, resample):
     policy = timm_policy(words, **({'interpolation': resample} if resample is not None else {}))
-    recorder, (spy, done), image = Recorder(policy), spied(policy), as_pil(pictures()[0])
+    recorder, (spy, done), image = PolicySampler(policy), spied(policy), as_pil(pictures()[0])
     seen = set()
     assert recorder.rows == {'-n3': 3, '-n4': 4}.get(re.sub('.*(-n.).*', r'\1', words), 2)
     for number in range(60):
@@ -274,7 +274,7 @@ def test_the_recorder_works_on_timms_own_transform_and_leaves_it_as_it_is():
     policy = create_transform(32, is_training=True, auto_augment='rand-m9-mstd0.5-inc1', mean=MEAN).transforms[2]
     seed(3)
     before = policy(as_pil(pictures('both')[0]))
-    recorder = Recorder(policy)
+    recorder = PolicySampler(policy)
     assert recorder.fill == (124, 116, 104)  # ImageNet's mean, of 255
     seed(3)
     recorder()
@@ -283,7 +283,7 @@ def test_the_recorder_works_on_timms_own_transform_and_leaves_it_as_it_is():
 
 
 def test_a_copy_of_the_recorder_in_another_process_draws_the_same():
-    recorder = Recorder(timm_policy('rand-m9-n4-p1-mstd0.5'))
+    recorder = PolicySampler(timm_policy('rand-m9-n4-p1-mstd0.5'))
     twin = pickle.loads(pickle.dumps(recorder))
     seed(5)
     plan = recorder()
@@ -305,7 +305,7 @@ def test_a_copy_of_the_recorder_in_another_process_draws_the_same():
 )
 def test_what_cannot_be_done_to_a_batch_is_refused_by_its_name(policy, named):
     with pytest.raises(ValueError, match=named):
-        Recorder(policy)
+        PolicySampler(policy)
 
 
 # Erasing --------------------------------------------------------------------------------------------------------------
@@ -381,23 +381,23 @@ def test_without_a_plan_the_bits_are_those_of_totensor_and_normalize():
     images[1] = images[1].flip(2)
     normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     expected = torch.stack([normalise(as_pil(image)) for image in images])
-    found = Finish(MEAN, STD)(images)
+    found = DevicePreprocess(MEAN, STD)(images)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
 
 
 def test_finish_applies_the_plan_then_normalises_then_erases():
     images, plan = pictures(), every_operation()[[4, 11, 12]]
-    todo = {'plan': plan, 'erase': RECTANGLES, 'key': torch.tensor([1, 2, 3])}
-    expected = Finish(MEAN, STD)(apply_policy(images, plan, FILL), {})
-    erase(expected, RECTANGLES, todo['key'], 'rand')
-    assert torch.equal(Finish(MEAN, STD, 'rand', FILL)(images, todo), expected)
+    aug_params = {'plan': plan, 'erase': RECTANGLES, 'key': torch.tensor([1, 2, 3])}
+    expected = DevicePreprocess(MEAN, STD)(apply_policy(images, plan, FILL), {})
+    erase(expected, RECTANGLES, aug_params['key'], 'rand')
+    assert torch.equal(DevicePreprocess(MEAN, STD, 'rand', FILL)(images, aug_params), expected)
     assert torch.equal(images, pictures())
 
 
 def test_images_that_are_floating_point_already_are_refused():
     with pytest.raises(TypeError, match=r'float32.*uint8'):
-        Finish(MEAN, STD)(torch.rand(2, 3, H, W), {})
+        DevicePreprocess(MEAN, STD)(torch.rand(2, 3, H, W), {})
 
 
 # The device -----------------------------------------------------------------------------------------------------------
@@ -405,12 +405,12 @@ def test_images_that_are_floating_point_already_are_refused():
 
 def calls(copies, erasing):
     """What `Finish` asks of torch, by name, for every operation at once on so many images each."""
-    plan, finish = every_operation(copies), Finish(MEAN, STD)
-    images, todo = pictures('all', len(plan)), {'plan': plan}
+    plan, finish = every_operation(copies), DevicePreprocess(MEAN, STD)
+    images, aug_params = pictures('all', len(plan)), {'plan': plan}
     if erasing:
-        todo |= {'erase': RECTANGLES[:1].repeat(len(plan), 1, 1), 'key': torch.arange(len(plan))}
+        aug_params |= {'erase': RECTANGLES[:1].repeat(len(plan), 1, 1), 'key': torch.arange(len(plan))}
     with Watched() as watched:
-        finish(images, todo)
+        finish(images, aug_params)
     return watched.calls
 
 
@@ -429,6 +429,6 @@ def test_calls_do_not_grow_with_the_batch():
 def test_a_plan_can_be_applied_where_there_are_no_values_to_wait_for():
     plan = torch.cat([every_operation(2), every_operation(2).flip(0)], 1)
     images = torch.empty(len(plan), 3, H, W, dtype=torch.uint8, device='meta')
-    found = Finish(MEAN, STD).to('meta')(images, {'plan': plan})
+    found = DevicePreprocess(MEAN, STD).to('meta')(images, {'plan': plan})
     assert found.shape == images.shape
     assert found.dtype == torch.float32

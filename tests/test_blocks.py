@@ -135,8 +135,8 @@ def test_a_change_in_one_place_of_the_image_shows_at_that_place_of_the_grid(fami
 @pytest.fixture(scope='module')
 def one_rank(tmp_path_factory):
     """A process group of this process alone, enough for DistributedDataParallel to find parameters left out."""
-    meet = tmp_path_factory.mktemp('group') / 'meet'
-    dist.init_process_group('gloo', init_method=f'file://{meet}', rank=0, world_size=1)
+    rendezvous = tmp_path_factory.mktemp('group') / 'rendezvous'
+    dist.init_process_group('gloo', init_method=f'file://{rendezvous}', rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -146,7 +146,7 @@ def one_rank(tmp_path_factory):
 def test_a_student_of_any_family_learns_from_a_deit_under_ddp_and_gradients_reach_its_first_block(family, one_rank):
     student = models.tap(make(family), [0, -1], SIZE, two_heads=True)
     teacher = models.freeze(models.tap(make('DeiT', seed=3), [0, -1], SIZE))
-    met = [models.meet(block.grid, (4, 4), 'pool', 196) for block in student.blocks]
+    met = [models.common_grid(block.grid, (4, 4), 'pool', 196) for block in student.blocks]
     for tapped, targets in zip((student, teacher), zip(*met, strict=True), strict=True):
         tapped.align(targets, 'pool')
     criterion = ManifoldDistillationLoss(nn.CrossEntropyLoss(), 'soft', w_full=1.0)
@@ -230,7 +230,7 @@ def test_tokens_on_another_grid_are_those_of_plain_loops(how):
     ],
 )
 def test_grids_meet(student, teacher, how, met):
-    assert models.meet(student, teacher, how, 196) == met
+    assert models.common_grid(student, teacher, how, 196) == met
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_grids_meet(student, teacher, how, met):
 )
 def test_grids_that_do_not_meet_are_both_named(how, teacher, words):
     with pytest.raises(ValueError, match=words):
-        models.meet((14, 14), teacher, how, 196)
+        models.common_grid((14, 14), teacher, how, 196)
 
 
 def test_half_precision_tokens_are_averaged_in_float32():

@@ -753,7 +753,7 @@ def test_a_damaged_last_state_never_drives_out_a_good_one_before_it(tmp_path, sa
     (tmp_path / 'checkpoint.pth').write_bytes(HTML)
     found = []
     again = RunFolder(tmp_path, last_step=None)
-    write, again._step_back = again._step_back, lambda: (write(), found.extend(read_newest(tmp_path)[:1]))
+    write, again._rotate = again._rotate, lambda: (write(), found.extend(read_newest(tmp_path)[:1]))
     save(again, 3)
     assert [path.name for path in found] == ['checkpoint-00000001.pth']
     assert {name: step_of(tmp_path / name) for name in listing(tmp_path)} == {
@@ -818,7 +818,7 @@ class Calls:
 def test_steps_and_images_are_counted_and_saved_every_so_many(tmp_path, every):
     state, watch = small_state(), Calls()
     folder = RunFolder(tmp_path, keep=10)
-    keeper = checkpoints.Keeper(state, folder, utils.Agreement(utils.Signals()), watch, {}, 8, every)
+    keeper = checkpoints.Keeper(state, folder, utils.RankConsensus(utils.Signals()), watch, {}, 8, every)
     for _ in range(5):
         keeper.after_step()
     assert (state.step, state.position) == (5, 40)
@@ -827,10 +827,10 @@ def test_steps_and_images_are_counted_and_saved_every_so_many(tmp_path, every):
     assert (watch.looks, state.skipped) == ((2, 3) if every else (0, 0))  # nothing unsound is kept
 
 
-@pytest.mark.parametrize('when', ['after_step', 'poll', 'settle', 'finish'])
+@pytest.mark.parametrize('when', ['after_step', 'poll', 'drain', 'finish'])
 def test_a_run_that_is_told_to_stop_is_saved_and_says_where(tmp_path, when):
     signals = utils.Signals()
-    keeper = checkpoints.Keeper(small_state(), RunFolder(tmp_path), utils.Agreement(signals), Calls(), {}, 8)
+    keeper = checkpoints.Keeper(small_state(), RunFolder(tmp_path), utils.RankConsensus(signals), Calls(), {}, 8)
     signals.received = signal.SIGTERM
     with pytest.raises(utils.StoppedError, match=r'^stopped by SIGTERM: no epoch done.*, saved in .*checkpoint\.pth'):
         getattr(keeper, when)()
@@ -840,7 +840,7 @@ def test_a_run_that_is_told_to_stop_is_saved_and_says_where(tmp_path, when):
 
 def test_a_run_that_is_told_to_stop_and_cannot_be_saved_says_that(tmp_path, disk, clock):
     signals = utils.Signals()
-    keeper = checkpoints.Keeper(small_state(), RunFolder(tmp_path), utils.Agreement(signals), Calls(), {}, 8)
+    keeper = checkpoints.Keeper(small_state(), RunFolder(tmp_path), utils.RankConsensus(signals), Calls(), {}, 8)
     signals.received, disk.fault = signal.SIGTERM, 0.5
     with pytest.raises(checkpoints.NotSavedError, match='No space'):
         keeper.after_step()

@@ -402,7 +402,7 @@ def keyed(seed=3):
 
 def test_augmentation_is_the_same_whatever_was_drawn_before():
     dataset, key = keyed(), (11, 2, 40)
-    expected, *_, todo = dataset[key]
+    expected, *_, aug_params = dataset[key]
     for draws in range(5):
         torch.rand(draws)
         np.random.rand(draws)
@@ -411,9 +411,9 @@ def test_augmentation_is_the_same_whatever_was_drawn_before():
         assert torch.equal(dataset[key][0], expected)
     again, *_, todo_again = keyed()[key]
     assert torch.equal(again, expected)
-    assert todo_again['key'] == todo['key']
-    assert torch.equal(todo_again['erase'], todo['erase'])
-    assert todo.keys() == {'key', 'erase'}
+    assert todo_again['key'] == aug_params['key']
+    assert torch.equal(todo_again['erase'], aug_params['erase'])
+    assert aug_params.keys() == {'key', 'erase'}
     assert len(dataset) == 1024
 
 
@@ -688,11 +688,11 @@ def test_the_device_gets_the_crop_and_the_decisions_that_loader_processes_would_
         for on_device, transform in both.items():
             datasets._seed_augmentation(seed)
             found[on_device] = (*transform(image), random.random(), np.random.rand(), torch.rand(1).item())
-        (ours, todo, *drawn), (theirs, plain, *others) = found[True], found[False]
-        assert torch.equal(todo['erase'], plain['erase'])
+        (ours, aug_params, *drawn), (theirs, plain, *others) = found[True], found[False]
+        assert torch.equal(aug_params['erase'], plain['erase'])
         assert drawn == others
-        moved = todo['plan'][:, 2].any()  # the filters of PIL and torch differ
-        result = apply_policy(ours[None], todo['plan'][None], fill)[0]
+        moved = aug_params['plan'][:, 2].any()  # the filters of PIL and torch differ
+        result = apply_policy(ours[None], aug_params['plan'][None], fill)[0]
         assert moved or (result.int() - theirs.int()).abs().max() <= 2
         changed += int(not torch.equal(ours, theirs))
     assert changed > 20

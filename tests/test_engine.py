@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import engine
 import models
 import utils
-from engine import Watch, evaluate, train_one_epoch
+from engine import NonFiniteGuard, evaluate, train_one_epoch
 from losses import ManifoldDistillationLoss
 
 CPU = torch.device('cpu')
@@ -112,7 +112,7 @@ def epoch(toy):
             optimizer=optimizer(student.parameters(), lr),
             scaler=scaler,
             meters=utils.Meters(),
-            watch=Watch(scaler, **(watch or {})),
+            watch=NonFiniteGuard(scaler, **(watch or {})),
             before={name: value.clone() for name, value in student.model.state_dict().items()},
             steps=getattr(criterion, 'steps', []),
         )

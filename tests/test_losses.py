@@ -83,14 +83,14 @@ def oracle(student, teacher, sets):
         t = [unit(teacher[b][n]) for b, n in places]
         for i, (b, n) in enumerate(places):
             # d value / d u_i of the unit token u_i, which stands in row i and in column i of its map
-            pull = [0.0] * len(s[i][0])
+            grad_unit = [0.0] * len(s[i][0])
             for j in range(len(places)):
                 difference = dot(s[i][0], s[j][0]) - dot(t[i][0], t[j][0])
                 value += difference**2 / count
-                pull = [p + 4 * difference / count * x for p, x in zip(pull, s[j][0], strict=True)]
+                grad_unit = [p + 4 * difference / count * x for p, x in zip(grad_unit, s[j][0], strict=True)]
             u, norm = s[i]
-            along = dot(pull, u)  # a length has no influence, so its direction is taken out
-            for d, (p, x) in enumerate(zip(pull, u, strict=True)):
+            along = dot(grad_unit, u)  # a length has no influence, so its direction is taken out
+            for d, (p, x) in enumerate(zip(grad_unit, u, strict=True)):
                 gradient[b, n, d] += (p - along * x) / norm
     return value, gradient
 
@@ -129,7 +129,7 @@ def near(share, count=150, dtype=torch.float32):
 @pytest.mark.parametrize('share', [1.0, 0.1, 0.01])
 @pytest.mark.parametrize('numbers', [1, 20_000, 50_000, 1 << 22])
 def test_terms_with_their_gradient_at_once_are_the_definition_in_float64(share, numbers, monkeypatch):
-    monkeypatch.setattr(losses, 'CPU_NUMBERS', numbers)  # portions of any size, a smaller last one too
+    monkeypatch.setattr(losses, 'CPU_CHUNK_ELEMENTS', numbers)  # portions of any size, a smaller last one too
     student, teacher = near(share)
     for term, transposed in ((patch_loss, False), (sample_loss, True)):
         pair = [x.double().transpose(0, 1) if transposed else x.double() for x in (student, teacher)]

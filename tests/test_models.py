@@ -16,7 +16,7 @@ from timm.optim import create_optimizer_v2
 
 import models
 from checkpoints import read_checkpoint
-from models.talking_heads import hasten
+from models.talking_heads import use_fast_talking_heads
 
 # What the blocks of each family put out before the patch tokens: class, distillation and register tokens. CaiT's
 # class token enters only after its patch blocks.
@@ -199,7 +199,7 @@ def test_under_autocast_a_frozen_cait_is_as_near_to_float32_as_timm_s():
 def test_a_teacher_of_bfloat16_weights_computes_in_bfloat16_under_any_autocast():
     model, images = talking_heads(), some_images()
     exact, stats = model(images), ((0.0,) * 3, (1.0,) * 3)
-    prepare = models.Prepare(stats, stats, None, torch.bfloat16)
+    prepare = models.TeacherPreprocess(stats, stats, None, torch.bfloat16)
     teacher = models.freeze(models.tap(model, [0], SIZE), prepare, dtype=torch.bfloat16)
     plain = teacher(images)
     assert {x.dtype for x in (*plain.tokens, plain.logits, *model.parameters())} == {torch.bfloat16}
@@ -217,7 +217,7 @@ def test_in_float16_a_frozen_cait_overflows_no_earlier_than_timm_s():
         for mixing in (theirs.proj_l, theirs.proj_w):
             torch.nn.init.eye_(mixing.weight)
         ours = copy.deepcopy(theirs).half()
-        hasten(ours)
+        use_fast_talking_heads(ours)
         finite = theirs.half()(x).isfinite().all()
         assert ours(x).isfinite().all() or not finite
         q, k, _ = ours.qkv(x).view(1, 9, 3, 4, 12).permute(2, 0, 3, 1, 4)
@@ -464,10 +464,10 @@ def test_a_model_gets_a_head_of_as_many_classes_as_its_weights_have(toy, classes
 
 def test_images_are_prepared_for_another_model_s_normalisation_and_size():
     images = torch.rand(2, 3, 32, 32)
-    prepare = models.Prepare(((0.1, 0.2, 0.3), (0.5, 0.25, 1)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.25)), None)
+    prepare = models.TeacherPreprocess(((0.1, 0.2, 0.3), (0.5, 0.25, 1)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.25)), None)
     raw = images * torch.tensor([0.5, 0.25, 1]).view(3, 1, 1) + torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
     assert torch.allclose(prepare(images), (raw - 0.5) / torch.tensor([0.5, 0.5, 0.25]).view(3, 1, 1), atol=1e-6)
     same = ((0.5,) * 3, (0.5,) * 3)
-    assert models.Prepare(same, same, 32)(images) is images
-    assert models.Prepare(same, same, 48)(images).shape == (2, 3, 48, 48)
-    assert not models.Prepare(same, same, None).state_dict()
+    assert models.TeacherPreprocess(same, same, 32)(images) is images
+    assert models.TeacherPreprocess(same, same, 48)(images).shape == (2, 3, 48, 48)
+    assert not models.TeacherPreprocess(same, same, None).state_dict()

@@ -14,7 +14,7 @@ import augment
 import main
 import models
 import utils
-from engine import Watch, train_one_epoch
+from engine import NonFiniteGuard, train_one_epoch
 
 CUDA, STEPS = torch.device('cuda', 0), 2
 pytestmark = pytest.mark.filterwarnings('ignore')  # of torch, about the stand-ins
@@ -82,7 +82,7 @@ def step(monkeypatch):
         with StandIns(allow_non_fake_inputs=True):
             student.to(CUDA), teacher.to(CUDA)
             state = main.build_state(args, student.model)
-            watch = Watch(state.scaler, every_step=False)
+            watch = NonFiniteGuard(state.scaler, every_step=False)
             monkeypatch.setattr(watch, 'look', look)
             train_one_epoch(
                 *(student, teacher, criterion, [batch] * STEPS, state.optimizer, state.scaler, utils.Meters(), watch),
@@ -90,7 +90,7 @@ def step(monkeypatch):
                 amp_dtype=main._amp_dtype(args, CUDA),
                 epoch=0,
                 seed=0,
-                finish=augment.Finish(*stats, args.remode).to(CUDA),
+                finish=augment.DevicePreprocess(*stats, args.remode).to(CUDA),
                 mixup=mixup,
                 average=lambda: state.ema.update(state.model),
                 clip_grad=args.clip_grad,

@@ -35,13 +35,13 @@ CPU = torch.device('cpu')
 def test_bad_input_is_blamed_on_its_flag_in_one_line(error, words):
     with (
         pytest.raises(utils.UsageError, match=rf"^--flag value: '?{words}'?$"),
-        utils.blame('--flag', 'value', KeyError),
+        utils.usage_error_context('--flag', 'value', KeyError),
     ):
         raise error
 
 
 def test_an_error_of_a_kind_that_was_not_named_is_no_bad_input():
-    with pytest.raises(ZeroDivisionError), utils.blame('--flag', 'value', KeyError):
+    with pytest.raises(ZeroDivisionError), utils.usage_error_context('--flag', 'value', KeyError):
         raise ZeroDivisionError
 
 
@@ -126,9 +126,9 @@ def test_the_first_rank_goes_first_and_keeps_nobody_waiting_when_it_fails(monkey
 
     if fails:
         with pytest.raises(ZeroDivisionError):
-            utils.first_rank_first(call)
+            utils.main_process_first(call)
     else:
-        assert utils.first_rank_first(call) == 1
+        assert utils.main_process_first(call) == 1
     assert done == order
 
 
@@ -276,14 +276,14 @@ def test_outside_the_main_thread_signals_stay_as_they_are(handlers):
 def test_one_process_agrees_with_itself_at_once(handlers, due):
     with utils.Signals() as signals:
         signals.defer()
-        agreement = utils.Agreement(signals)
-        assert agreement.poll(due) == (0, due)
-        assert agreement.settle() == 0
+        consensus = utils.RankConsensus(signals)
+        assert consensus.poll(due) == (0, due)
+        assert consensus.drain() == 0
         send(signal.SIGUSR1)
-        assert agreement.poll(due) == (signal.SIGUSR1, due)
+        assert consensus.poll(due) == (signal.SIGUSR1, due)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # nothing disturbs the save
-        assert agreement.settle() == signal.SIGUSR1
-        agreement.wait_for_all()
+        assert consensus.drain() == signal.SIGUSR1
+        consensus.wait_for_all()
 
 
 class Signalled(torch.utils.data.Dataset):
@@ -309,7 +309,7 @@ forks = pytest.mark.filterwarnings('ignore:.*multi-threaded.*fork:DeprecationWar
 def test_loader_processes_go_on_whatever_signal_they_get(number):
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     loader = torch.utils.data.DataLoader(Signalled(number), batch_size=None, num_workers=1)
-    assert list(utils.undisturbed(loader)) == list(range(6))
+    assert list(utils.iter_with_signals_blocked(loader)) == list(range(6))
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
@@ -323,7 +323,7 @@ def test_without_that_they_die_of_it():
 @forks
 def test_loader_processes_are_ended_without_a_word():
     loader = torch.utils.data.DataLoader(range(100), num_workers=2, persistent_workers=True)
-    batches = utils.undisturbed(loader)
+    batches = utils.iter_with_signals_blocked(loader)
     next(batches)
     processes = multiprocessing.active_children()
     assert len(processes) == 2
@@ -404,10 +404,10 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
 def test_a_rank_whose_launcher_has_died_asks_all_to_stop(monkeypatch):
     monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'x')
     with utils.Signals() as signals:
-        agreement = utils.Agreement(signals)
-        assert agreement.poll() == (0, False)
+        consensus = utils.RankConsensus(signals)
+        assert consensus.poll() == (0, False)
         monkeypatch.setattr(os, 'getppid', lambda: 1)
-        assert agreement.poll() == (signal.SIGTERM, False)
+        assert consensus.poll() == (signal.SIGTERM, False)
 
 
 def test_a_process_that_is_stuck_where_no_python_runs_is_ended(tmp_path):

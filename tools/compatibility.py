@@ -112,7 +112,7 @@ def run_pair(student: Side, teacher: Side) -> None:
     ids = models.pair_ids(len(student.blocks), len(teacher.blocks))
     ours, theirs = [], []
     for (s, s_grid), (t, t_grid) in zip(student.of(ids[0]), teacher.of(ids[1]), strict=True):
-        met = models.meet(s_grid, t_grid, 'pool', K)
+        met = models.common_grid(s_grid, t_grid, 'pool', K)
         ours.append(models.resample(s, s_grid, met[0], 'pool'))
         theirs.append(models.resample(t, t_grid, met[1], 'pool'))
     logits = torch.zeros(IMAGES, 2, requires_grad=True)
@@ -161,7 +161,7 @@ def table(sides: list[Side], failed: dict[str, str], names: list[str]) -> str:
             rows.append(f'| `{name}` | | | | **fails:** {failed[name]} | |')
             continue
         side = done[name]
-        grids = dict.fromkeys(models.words(block.grid) for block in side.blocks)
+        grids = dict.fromkeys(models.format_grid(block.grid) for block in side.blocks)
         widths = [block.width for block in side.blocks]
         span = str(widths[0]) if len(set(widths)) == 1 else f'{min(widths)}–{max(widths)}'
         millions = f'{side.parameters / 1e6:.1f} M'

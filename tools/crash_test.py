@@ -511,7 +511,7 @@ def _evaluate_all(rank: int, world: int, sizes: tuple, batches: tuple, base: Pat
         found[f'{size} {batch}'] = [stats[key] for key in ('images', 'correct1', 'correct5', 'loss')]
     if rank == 0:
         Path(f'{base}.json').write_text(json.dumps(found))
-    utils.leave_distributed()
+    utils.destroy_distributed()
 
 
 def values(bench: Bench) -> Row:

@@ -147,7 +147,7 @@ def _watch_files(plan: Plan) -> None:
     _after(os, 'replace', lambda *_: plan.reach('replaced'))
     _after(
         checkpoints.RunFolder,
-        '_write_owed',
+        '_write_pending',
         lambda fault, folder: plan.tell(f'failed {fault}' if fault else f'saved {folder._last_step}'),
     )
 
@@ -229,7 +229,7 @@ def plant(fault: Fault | None, rank: int, events: Path, record: str = '') -> Non
     _watch_files(plan)
     _watch_steps(plan)
     if fault is not None and fault.lags:
-        _after(utils.Agreement, '__init__', lambda _, agreement, __: setattr(agreement, '_lags', True))
+        _after(utils.RankConsensus, '__init__', lambda _, consensus, __: setattr(consensus, '_lags', True))
     if record == 'images':
         _record_images(plan)
     if fault is not None and fault.do in ('nan', 'inf'):
