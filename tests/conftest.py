@@ -1,11 +1,17 @@
 """What all tests share: one thread, fixed seeds, toy models. Nothing here or in the tests uses network or GPU."""
 
+import copy
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
+import toys
+
+import datasets
+import main
 
 # Families a user may pair, and what makes toys of them.
 FAMILIES = {
@@ -38,3 +44,99 @@ def toy():
         return timm.create_model(FAMILIES[family], **{**TOY, **changes})
 
     return make
+
+
+@pytest.fixture
+def few_generated_images(monkeypatch):
+    monkeypatch.setattr(datasets, 'FAKE_TRAIN', toys.TRAIN_IMAGES)
+    monkeypatch.setattr(datasets, 'FAKE_VAL', toys.VAL_IMAGES)
+
+
+@pytest.fixture(scope='session')
+def files(tmp_path_factory):
+    """A folder of weights and images, good and bad, that the runs below are pointed to."""
+    folder = tmp_path_factory.mktemp('files')
+    teacher, student = toys.teacher(), toys.student()
+    toys.save(folder / 'teacher.pth', {'model': {f'module.{k}': v for k, v in teacher.state_dict().items()}})
+    toys.save(folder / 'student.pth', {'model': student.state_dict()})
+    toys.save(folder / 'headless.pth', {k: v for k, v in teacher.state_dict().items() if not k.startswith('head.')})
+    toys.save(folder / 'seven.pth', toys.teacher(num_classes=7).state_dict())
+    toys.save(folder / 'list.pth', [1, 2])
+    toys.save(folder / 'words.pth', {'model': 'a word'})
+    toys.save(folder / 'code.pth', {'model': torch.nn.Linear(2, 2)})
+    (folder / 'text.pth').write_text('no weights at all')
+    progress = {'model': student.state_dict(), 'lr_scheduler': {}, 'epoch': 0}
+    sgd = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9)
+    toys.save(folder / 'one_group.pth', {**progress, 'optimizer': sgd.state_dict()})
+    toys.save(folder / 'no_groups.pth', {**progress, 'optimizer': {'state': {}}})
+    toys.save(folder / 'no_optimizer.pth', {**progress, 'optimizer': None})
+    state = main.build_state(main.parse_args(toys.flags(opt='sgd', **toys.ALONE)), student)
+    for parameter in student.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    toys.save(folder / 'sgd.pth', {**progress, 'optimizer': state.optimizer.state_dict()})
+    for tree in ('tree', 'no_train'):
+        toys.write_images(folder / tree / 'val', [3, 2], 32)
+    toys.write_images(folder / 'tree' / 'train', [4, 4], 32)
+    for split, k in (('train', 0), ('train', 1), ('val', 0)):
+        toys.write_shard(folder / 'shards' / f'{split}-{k}.tar', range(8 * k, 8 * k + 8), classes=3, size=32)
+    toys.write_shard(folder / 'one_shard' / 'train.tar', range(8), classes=3, size=32)
+    (folder / 'empty' / 'val' / 'c0').mkdir(parents=True)
+    (folder / 'flat' / 'val').mkdir(parents=True)
+    (folder / 'flat' / 'val' / '0.png').write_bytes((folder / 'tree' / 'val' / 'c0' / '0.png').read_bytes())
+    (folder / 'unlike' / 'train' / 'c0').mkdir(parents=True)
+    (folder / 'unlike' / 'val' / 'c1').mkdir(parents=True)
+    (folder / 'run').mkdir()
+    (folder / 'run' / 'checkpoint.pth').write_text('of another run')
+    return folder
+
+
+@pytest.fixture
+def run(files, tmp_path):
+    """A function that runs main.main on a toy and returns the rows of its log."""
+
+    def start(**changes) -> list[dict]:
+        changes = {'teacher_path': files / 'teacher.pth', 'output_dir': tmp_path, **changes}
+        main.main(toys.flags(**changes))
+        return toys.log_rows(changes['output_dir']) if changes['output_dir'] else []
+
+    return start
+
+
+@pytest.fixture
+def epochs(monkeypatch):
+    """What train_one_epoch was called with; it trains nothing."""
+    calls = []
+
+    def record(student, teacher, criterion, loader, optimizer, scaler, meters, watch, **options) -> dict[str, float]:
+        parts = {'student': student, 'teacher': teacher, 'optimizer': copy.deepcopy(optimizer.state_dict())}
+        calls.append(SimpleNamespace(**parts, scaler=scaler.state_dict(), **options))
+        return {'lr': max(group['lr'] for group in optimizer.param_groups), 'loss': 0.0}
+
+    monkeypatch.setattr(main, 'train_one_epoch', record)
+    return calls
+
+
+@pytest.fixture
+def evaluation(files, capsys):
+    """A function that evaluates on the tree without train/ and returns the lines with results."""
+
+    def start(**changes) -> list[str]:
+        main.main(toys.flags(**{'data_path': files / 'no_train', **toys.FOLDER, 'eval': True, **changes}))
+        return [line for line in capsys.readouterr().out.splitlines() if 'Acc' in line]
+
+    return start
+
+
+@pytest.fixture(scope='session')
+def through(files, tmp_path_factory):
+    """The folder of an uninterrupted run with every one of its states, in float32 or float16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, 'FAKE_TRAIN', toys.TRAIN_IMAGES)
+        patch.setattr(datasets, 'FAKE_VAL', toys.VAL_IMAGES)
+        folders = {}
+        for name, changes in (('float32', {}), ('float16', toys.HALF)):
+            folders[name] = tmp_path_factory.mktemp(name)
+            flags = {**toys.LONG, **changes, 'teacher_path': files / 'teacher.pth', 'output_dir': folders[name]}
+            main.main(toys.flags(**flags))
+    return folders

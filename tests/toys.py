@@ -1,13 +1,18 @@
 """Toy runs of main.py: flags, weights files, trees of images. Shared by the tests that run more than one module."""
 
+import argparse
 import io
 import json
+import math
 import tarfile
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 from PIL import Image
+
+import main
 
 STUDENT = {'patch_size': 8, 'embed_dim': 32, 'depth': 4, 'num_heads': 2}
 TEACHER = {'patch_size': 8, 'embed_dim': 48, 'depth': 6, 'num_heads': 4}
@@ -120,3 +125,90 @@ def assert_same(left, right) -> None:
             assert_same(one, other)
     else:
         assert left == right
+
+
+TRAIN_IMAGES, VAL_IMAGES = 16, 8
+FOLDER = {'data_set': 'FOLDER', **ALONE}
+STREAM = {'data_set': 'wds/', 'num_classes': 3, 'bad_images': 'skip', **ALONE}
+TERMS = ['base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand', 'mf_full']
+RELEASE_KEYS = {
+    'train_lr', 'train_loss', *(f'train_loss_{term}' for term in TERMS[:5]), 'test_loss', 'test_acc1', 'test_acc5',
+    'epoch', 'n_parameters',
+}  # fmt: skip
+
+
+def assert_sound(row: dict, absent: set | None = None) -> None:
+    """The keys of the release, finite values, terms that add up; which of them are 0, where that is asked."""
+    assert absent is None or absent == {term for term in TERMS if row[f'train_loss_{term}'] == 0}
+    assert row.keys() >= RELEASE_KEYS
+    assert all(math.isfinite(value) for value in row.values())
+    assert row['train_loss'] == pytest.approx(sum(row[f'train_loss_{term}'] for term in TERMS), rel=1e-6)
+
+
+def as_release(state: dict, ema: dict | None = None, **more) -> dict:
+    """The layout of the release's checkpoints; no part but the weights matters in evaluation."""
+    args = argparse.Namespace(model='deit_tiny_patch16_224', epochs=300, data_set='IMNET')
+    scaler = {'scale': 65536.0, 'growth_factor': 2.0, 'backoff_factor': 0.5, 'growth_interval': 2000}
+    scaler['_growth_tracker'] = 0
+    parts = {'model': state, 'optimizer': {'state': {}, 'param_groups': []}, 'lr_scheduler': {}, 'epoch': 299}
+    return {**parts, 'model_ema': ema or state, 'scaler': scaler, 'args': args, **more}
+
+
+class KilledError(Exception):
+    """Stands for whatever ends a run between two epochs."""
+
+
+def refused(capsys, **changes) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main.main(flags(**changes))
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1
+    assert stopped.value.code == 2
+    return error
+
+
+# Two epochs of four steps with all that draws random numbers, and an average that moves.
+LONG = {'epochs': 2, 'batch_size': 4, 'drop_path': 0.1, 'lr': 3, 'warmup_epochs': 0, 'model_ema_decay': 0.5, 'K': 5}
+LONG |= {'resume': 'auto', 'save_interval_steps': 1, 'keep': 20, 'eval_ema': True}
+HALF = {'amp_dtype': 'float16', 'model': 'deit_tiny_distilled_patch16_224', 'clip_grad': 1}
+forks = pytest.mark.filterwarnings('ignore:.*multi-threaded.*fork:DeprecationWarning')  # Python 3.12 on
+
+
+def outcome(folder) -> dict:
+    """All in which a resumed run must equal one that was never interrupted."""
+    last = load(folder / 'checkpoint.pth')
+    keys = ('model', 'model_ema', 'optimizer', 'scaler', 'lr_scheduler', 'best_acc1', 'epoch', 'position', 'step')
+    best = load(folder / 'best_checkpoint.pth')
+    return {'log': log_rows(folder), 'best': best['model'], **{key: last[key] for key in keys}}
+
+
+def differing(one: dict, other: dict) -> set[str]:
+    found = set()
+    for key in one:
+        try:
+            assert_same(one[key], other[key])
+        except AssertionError:
+            found.add(key)
+    return found
+
+
+def after_calls(patch, module, name: str, count: int, act) -> None:
+    """Makes a function act on its own after so many calls."""
+    call, calls = getattr(module, name), []
+
+    def instead(*args, **kwargs):
+        found = call(*args, **kwargs)
+        calls.append(None)
+        if len(calls) == count:
+            act()
+        return found
+
+    patch.setattr(module, name, instead)
+
+
+def listing(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def line_with(capsys, word: str) -> str:
+    return next(line for line in capsys.readouterr().out.splitlines() if word in line)

@@ -1,0 +1,135 @@
+"""What the flags build: learning rates, dropout, criterion and repeated augmentation."""
+
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+import toys
+
+import main
+
+pytestmark = pytest.mark.usefixtures('few_generated_images')
+
+
+def test_the_learning_rate_follows_the_published_recipe():
+    args = main.parse_args(toys.flags(epochs=None, batch_size=512, **toys.ALONE))  # all else as in the release
+    state = main.build_state(args, timm.create_model('deit_tiny_patch16_224'))
+    without, with_decay = sorted((len(g['params']), g['weight_decay']) for g in state.optimizer.param_groups)[::-1]
+    assert (without, with_decay) == ((102, 0.0), (50, 0.05))
+    rates = []
+    for epoch in range(300):
+        rates.append([group['lr'] for group in state.optimizer.param_groups])
+        state.lr_scheduler.step(epoch)
+    published = {0: 1e-6, 1: 1e-6, 2: 1.008e-4, 299: 1.0054e-5}
+    assert {epoch: rates[epoch][0] for epoch in published} == pytest.approx(published, rel=1e-4)
+    # Five epochs of warm-up, then half a cosine over all 300; everything one epoch late.
+    warm = [1e-6 + t / 5 * (5e-4 - 1e-6) for t in range(5)]
+    cosine = [1e-5 + (5e-4 - 1e-5) * (1 + math.cos(math.pi * t / 300)) / 2 for t in range(5, 299)]
+    expected = [1e-6, *warm, *cosine]
+    np.testing.assert_allclose(rates, np.stack([expected, expected], axis=1), rtol=1e-9)
+
+
+@pytest.mark.parametrize(('batch', 'scaled'), [(64, 6.25e-5), (1024, 1e-3)])
+def test_the_rate_is_scaled_by_the_batch_and_neither_warm_up_nor_minimum_are(batch, scaled):
+    state = main.build_state(main.parse_args(toys.flags(epochs=300, batch_size=batch, **toys.ALONE)), toys.student())
+    rate = lambda: state.optimizer.param_groups[0]['lr']  # noqa: E731
+    assert rate() == 1e-6
+    state.lr_scheduler.step(5)
+    assert rate() == pytest.approx(scaled, rel=1e-3)
+    state.lr_scheduler.step(300)
+    assert rate() == pytest.approx(1e-5)
+
+
+def test_the_epoch_loop_steps_the_schedule_one_epoch_late(run, epochs):
+    # Peak 64 * 5e-4 * 8/512 = 5e-4; two epochs of warm-up, then the middle of a cosine over four.
+    rows = run(epochs=4, warmup_epochs=2, lr=64 * 5e-4)
+    assert [row['train_lr'] for row in rows] == pytest.approx([1e-6, 1e-6, (1e-6 + 5e-4) / 2, (1e-5 + 5e-4) / 2])
+
+
+def test_dropout_reaches_positions_projections_and_mlp_but_neither_head_nor_attention_nor_teacher(files):
+    args = main.parse_args(toys.flags(drop=0.3, drop_path=0.2, teacher_path=files / 'teacher.pth'))
+    student, teacher = main.build_student(args, 10), main.build_teacher(args)
+    block = student.blocks[-1]
+    on = [student.pos_drop, block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2]
+    assert [module.p for module in on] == [0.3] * 4
+    assert [module.p for module in (student.head_drop, block.attn.attn_drop)] == [0] * 2
+    assert [path.drop_prob for path in (block.drop_path1, block.drop_path2)] == pytest.approx([0.2] * 2)
+    assert {module.p for module in teacher.modules() if isinstance(module, torch.nn.Dropout)} == {0}
+
+
+@pytest.mark.parametrize(('alpha', 'absent'), [(0, 'dist'), (1, 'base')])
+def test_at_either_end_of_alpha_the_relation_terms_stay(run, alpha, absent):
+    (row,) = run(distillation_alpha=alpha)
+    assert {term for term in toys.TERMS if row[f'train_loss_{term}'] == 0} == {absent}
+
+
+def test_the_weights_of_the_terms_are_those_of_the_flags(run, monkeypatch):
+    seen = []
+    build = main.build_criterion
+    monkeypatch.setattr(main, 'build_criterion', lambda args: seen.append(build(args)) or seen[-1])
+    names = ['alpha', 'tau', 'beta', 'w_sample', 'w_patch', 'w_rand', 'K', 'w_full', 'relations', 'relation_scale']
+    values = [0.25, 2.0, 3.0, 0.1, 4.0, 0.2, 7, 0.5, 'global', 'paper']
+    run(**{f'distillation_{name}' if i < 3 else name: values[i] for i, name in enumerate(names)})
+    assert [getattr(seen[0], name) for name in names] == values
+
+
+def test_without_layer_lists_there_are_no_relations_and_the_first_screen_says_so(run, capsys):
+    (row,) = run(s_id=None, t_id=None)
+    toys.assert_sound(row)
+    assert {term for term in toys.TERMS if row[f'train_loss_{term}'] == 0} == set(toys.TERMS[2:])
+    assert 'no relation terms' in capsys.readouterr().out
+
+
+def test_the_full_term_is_off_unless_its_flag_is_typed_and_is_logged_as_0(run):
+    (row,) = run(w_full=None)
+    toys.assert_sound(row)
+    assert {term for term in toys.TERMS if row[f'train_loss_{term}'] == 0} == {'mf_full'}
+
+
+def test_in_one_process_the_relations_of_all_ranks_are_its_own(run, tmp_path):
+    one, other = (run(relations=relations, output_dir=tmp_path / relations) for relations in ('rank', 'global'))
+    assert one == other
+
+
+def test_the_paper_s_sums_are_the_means_times_layer_pairs_and_entries(run, tmp_path):
+    options = {'lr': 1e-12, 'warmup_epochs': 0, 'K': 5}  # both runs stay where they begin
+    (mean,), (paper,) = (run(relation_scale=s, output_dir=tmp_path / s, **options) for s in ('mean', 'paper'))
+    B, N, K, L = 8, 16, 5, 3
+    for term, entries in {'sample': B**2, 'patch': N**2, 'rand': K**2, 'full': (B * N) ** 2}.items():
+        key = f'train_loss_mf_{term}'
+        assert paper[key] == pytest.approx(mean[key] * entries * L, rel=1e-4)
+    assert paper['train_loss_dist'] == pytest.approx(mean['train_loss_dist'], rel=1e-4)
+
+
+@pytest.mark.parametrize(('typed', 'said'), [(True, 'repeated augmentation: 3 distinct'), (None, 'without repeats')])
+def test_in_one_process_images_repeat_only_if_the_flag_is_typed(run, capsys, typed, said):
+    run(repeated_aug=typed)
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('decay', 'epochs', 'warns'), [(0.5, 2, True), (0.5, 3, False), (0.99996, 3, True), (0, 2, False)]
+)
+def test_a_moving_average_that_cannot_move_is_warned_of(run, capsys, decay, epochs, warns):
+    run(model_ema_decay=decay, epochs=epochs)  # two steps an epoch; fewer than three lengths of the average are few
+    assert ('--model-ema-decay' in capsys.readouterr().out) is warns
+
+
+def test_without_fine_tuning_the_student_trains_in_train_mode(run, epochs):
+    run(**toys.ALONE)
+    assert epochs[0].train_mode is True
+
+
+def test_another_seed_is_another_run_and_the_same_seed_the_same(run, tmp_path):
+    rows = [run(seed=seed, output_dir=tmp_path / name) for seed, name in [(1, 'a'), (1, 'b'), (2, 'c')]]
+    assert rows[0] == rows[1]
+    assert all(rows[0][0][f'train_loss_{term}'] != rows[2][0][f'train_loss_{term}'] for term in toys.TERMS)
+
+
+def test_the_first_epoch_can_be_chosen_without_a_checkpoint(run):
+    rows = run(**toys.ALONE, start_epoch=2, epochs=3, warmup_epochs=4, lr=0.5)
+    assert [row['epoch'] for row in rows] == [2]
+    # the schedule lags one epoch: epoch 2 has the rate of the second quarter of the warm-up, 0.5·8/512 being its top
+    assert rows[0]['train_lr'] == pytest.approx(1e-6 + (0.5 * 8 / 512 - 1e-6) / 4)

@@ -1,0 +1,262 @@
+"""Whole runs of toys on generated images: logs, the first screen, and pairs of models."""
+
+import gc
+import json
+import re
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import toys
+
+import checkpoints
+import datasets
+import main
+
+pytestmark = pytest.mark.usefixtures('few_generated_images')
+
+
+@pytest.mark.parametrize('kind', ['none', 'soft', 'hard'])
+def test_every_kind_of_distillation_trains_and_logs_the_keys_of_the_release(run, tmp_path, kind):
+    (row,) = run(distillation_type=kind)
+    toys.assert_sound(row)
+    assert row['n_parameters'] == sum(p.numel() for p in toys.student().parameters())
+    assert (row['epoch'], row['train_lr']) == (0, 1e-6)
+    absent = {term for term in toys.TERMS if row[f'train_loss_{term}'] == 0}
+    assert absent == (set(toys.TERMS) - {'base'} if kind == 'none' else set())
+    checkpoint = toys.load(tmp_path / 'checkpoint.pth')
+    keys = {'model', 'optimizer', 'lr_scheduler', 'epoch', 'model_ema', 'scaler', 'args', 'best_acc1', 'versions'}
+    keys |= {'position', 'step', 'skipped', 'meters', 'data', 'repeated_aug', 'ranks', 'format'}
+    assert checkpoint.keys() == keys
+    assert (checkpoint['epoch'], checkpoint['args']['distillation_type']) == (0, kind)
+    toys.student().load_state_dict(checkpoint['model'], strict=True)
+
+
+# Each ran into the ground in the release, or is easily forgotten.
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'mixup': 0},
+        {'cutmix': 0},
+        {'mixup': 0, 'cutmix': 0, 'batch_size': 5},
+        {'mixup': 0, 'cutmix': 0, 'smoothing': 0},
+        {'mixup_mode': 'elem', 'cutmix_minmax': '0.2 0.8'},
+        {'aa': 'none'},
+        {'aa': ''},
+        {'aa': '', 'color_jitter': 0, 'reprob': 0, 'train_interpolation': 'random', 'input_size': 32},
+        {'repeated_aug': True},
+        {'no_model_ema': True},
+        {'model_ema_force_cpu': True, 'eval_ema': True},
+        {'amp_dtype': 'float16'},
+        {'amp_dtype': 'bfloat16'},
+        {'clip_grad': 1, 'drop': 0.1, 'drop_path': 0.1},
+        {'opt': 'sgd', 'sched': 'step'},
+        {'opt_betas': '0.9 0.99', 'lr_noise': '0.1 0.9'},
+        {'K': 10**6},
+        {'s_id': '-1 0 0', 't_id': '0 -1 3'},
+        {'model': 'vit_small_patch14_reg4_dinov2'},
+        {'model': 'deit_tiny_distilled_patch16_224', 'distillation_alpha': 1},
+        {'teacher_model': 'deit_tiny_distilled_patch16_224', 'teacher_path': '{two_headed}'},
+    ],
+    ids=lambda changes: ' '.join(f'{key}={value}' for key, value in changes.items()),
+)
+def test_a_run_with_these_flags_trains(run, tmp_path, changes):
+    torch.manual_seed(3)
+    two_headed = timm.create_model('deit_tiny_distilled_patch16_224', num_classes=10, img_size=32, **toys.TEACHER)
+    path = toys.save(tmp_path / 'two_headed.pth', two_headed.state_dict())
+    (row,) = run(**{k: path if v == '{two_headed}' else v for k, v in changes.items()})
+    toys.assert_sound(row)
+    assert row['train_loss_dist'] > 0
+    assert row['train_loss_mf_rand'] > 0
+    assert ('model_ema' in toys.load(tmp_path / 'checkpoint.pth')) is not ('no_model_ema' in changes)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'w_full': None}, '1·sample + 1·patch + 1·random of 192 tokens), means over the 8 images of a rank'),
+        ({'w_full': 0.5}, '1·random of 192 tokens + 0.5·full), means over the 8 images of a rank'),
+        ({'relations': 'global'}, 'means over the 8 images of 1 rank'),
+        ({'relation_scale': 'paper'}, "the paper's sums over the 8 images of a rank"),
+    ],
+)
+def test_the_first_screen_says_which_relations_are_compared(run, capsys, changes, words):
+    run(**changes)
+    assert words in capsys.readouterr().out
+
+
+def test_gradient_shares_stand_in_the_log_lines_on_demand_and_change_nothing(run, tmp_path, capsys):
+    silent = run(output_dir=tmp_path / 'silent')
+    assert 'share_' not in capsys.readouterr().out
+    assert run(output_dir=tmp_path / 'shown', log_grad_share=True) == silent
+    toys.assert_same(*(toys.load(tmp_path / name / 'checkpoint.pth')['model'] for name in ('silent', 'shown')))
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r'Epoch: \[0\] \[', line)]
+    assert len(lines) == 2
+    for line in lines:
+        shares = dict(re.findall(r'share_(\w+): ([0-9.]+)%', line))
+        assert list(shares) == toys.TERMS
+        assert sum(map(float, shares.values())) == pytest.approx(100, abs=0.5)
+
+
+def test_the_first_screen_says_what_will_run(run, capsys):
+    run(batch_size=4, lr=0.01)
+    screen, training = capsys.readouterr().out.split('Epoch: [0]', 1)
+    for words in [
+        f'torch {torch.__version__}',
+        f'timm {timm.__version__}',
+        'cpu',
+        'float32',
+        'FAKE',
+        '10 classes',
+        '1 rank × 4 images = 4 a step',
+        f'{0.01 * 4 / 512:g}',
+        '16 for training',
+        '8 for validation',
+        '4 steps',
+        'shuffled',
+        f'{sum(p.numel() for p in toys.student().parameters()):,} parameters, blocks 0 1 3 of 4',
+        f'{sum(p.numel() for p in toys.teacher().parameters()):,} parameters, blocks 0 1 5 of 6',
+    ]:
+        assert words in screen
+    assert all(f'loss_{term}: ' in training for term in toys.TERMS)
+
+
+def test_a_missing_gpu_is_said_and_the_cpu_taken(run, capsys):
+    run(device='cuda:3')
+    assert '--device cuda:3' in capsys.readouterr().out
+
+
+def test_the_teacher_is_frozen_and_in_no_checkpoint(run, files, tmp_path, monkeypatch):
+    built = []
+    tap = main.tap_teacher
+    monkeypatch.setattr(main, 'tap_teacher', lambda *args: built.append(tap(*args)) or built[0])
+    run(epochs=2, opt='sgd', lr=10)
+    original = toys.teacher()
+    toys.assert_same(built[0].model.state_dict(), original.state_dict())
+    assert not any(p.requires_grad or p.grad is not None for p in built[0].parameters())
+    images = torch.randn(3, 3, 32, 32)
+    # Its talking heads are put otherwise, which rounds otherwise.
+    torch.testing.assert_close(built[0](images).logits, original.eval()(images), rtol=1e-5, atol=1e-5)
+    checkpoint = toys.load(tmp_path / 'checkpoint.pth')
+    assert checkpoint['model'].keys() == checkpoint['model_ema'].keys() == toys.student().state_dict().keys()
+    held = [index for group in checkpoint['optimizer']['param_groups'] for index in group['params']]
+    assert len(held) == len(list(toys.student().parameters()))
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # webdataset closes no file it read
+def test_a_run_on_a_stream_trains_evaluates_each_image_once_and_goes_on_at_an_epoch_as_if_never_stopped(
+    run, files, tmp_path, capsys
+):
+    options = {**toys.STREAM, 'data_path': files / 'shards', 'num_workers': 2, 'batch_size': 4, 'seed': 3}
+    whole = run(**options, epochs=2, output_dir=tmp_path / 'whole')
+    assert 'Accuracy of the network on the 8 test images' in capsys.readouterr().out
+    first = run(**options, epochs=1, output_dir=tmp_path / 'parts')
+    parts = run(**options, epochs=2, output_dir=tmp_path / 'parts', resume='auto')
+    assert first == parts[:1]
+    assert len(parts) == 2
+    assert parts[0]['train_loss'] == whole[0]['train_loss']
+    gc.collect()
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_a_stream_that_goes_on_in_mid_epoch_says_what_that_means(run, files, tmp_path, capsys, monkeypatch):
+    options = {**toys.STREAM, 'data_path': files / 'shards', 'batch_size': 4, 'save_interval_steps': 1}
+    after_step = checkpoints.Keeper.after_step
+
+    def stop_after_two(self):
+        after_step(self)
+        if self.state.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints.Keeper, 'after_step', stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        run(**options)
+    monkeypatch.undo()
+    monkeypatch.setattr(datasets, 'FAKE_VAL', toys.VAL_IMAGES)
+    assert len(run(**options, resume='auto')) == 1
+    out = capsys.readouterr().out
+    assert 'a stream cannot be entered in its midst' in out
+    assert toys.load(tmp_path / 'checkpoint.pth')['step'] == 4
+    gc.collect()
+
+
+def test_the_blocks_of_a_model_are_listed_with_index_grid_width_and_path(capsys):
+    main.main(['--list-blocks', '--model', 'swin_tiny_patch4_window7_224'])
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head == 'swin_tiny_patch4_window7_224, 224 pixels: 12 blocks over patch tokens'
+    assert rows[0].split() == ['0', '56×56', '96', 'layers.0.blocks.0']
+    assert rows[11].split() == ['11', '7×7', '768', 'layers.3.blocks.1']
+
+
+def test_auto_pairs_the_blocks_of_the_recipe_and_the_run_keeps_their_numbers(run, tmp_path, capsys):
+    run(s_id='auto', t_id='auto')
+    flags = toys.load(tmp_path / 'checkpoint.pth')['args']
+    assert (flags['s_id'], flags['t_id']) == ([0, 1, 2, 3], [0, 1, 4, 5])  # of 4 and 6
+    run(s_id='auto', t_id='auto', epochs=2, resume='auto')
+    assert 'differ' not in capsys.readouterr().out.split('--epochs')[0].split('resume')[0]
+
+
+def test_a_teacher_without_a_head_teaches_relations_alone(run, files, capsys):
+    (row,) = run(teacher_path=files / 'headless.pth', distillation_alpha=0)
+    toys.assert_sound(row, absent={'dist'})
+    assert 'loss        CE, no KD + 1·(' in capsys.readouterr().out
+
+
+def test_a_teacher_of_other_classes_teaches_relations_alone_also_two_heads(run, files):
+    (row,) = run(teacher_path=files / 'seven.pth', distillation_alpha=0, model='deit_tiny_distilled_patch16_224')
+    toys.assert_sound(row, absent={'dist'})
+
+
+@pytest.mark.parametrize('how', ['pool', 'interpolate', 'merge'])
+def test_a_teacher_of_another_size_meets_the_student_on_one_grid(run, capsys, how):
+    (row,) = run(token_align=how, teacher_input_size=64, max_patches=16)  # 8×8 patches beside 4×4
+    toys.assert_sound(row)
+    lines = capsys.readouterr().out.splitlines()
+    assert 'position embeddings resampled to 8×8' in next(line for line in lines if line.startswith('teacher  '))
+    assert f'align       {how}, of student and teacher: 4×4 and 8×8 on 4×4' in lines
+
+
+def test_a_convolutional_student_learns_from_the_teacher_and_is_evaluated_and_fine_tuned(run, files, tmp_path, capsys):
+    options = {'model': 'test_convnext', 'model_kwargs': None}
+    (row,) = run(**options, s_id='auto', t_id='auto', token_align='pool')
+    toys.assert_sound(row)
+    main.main(toys.flags(**options, **toys.ALONE, eval=True, resume=tmp_path / 'best_checkpoint.pth'))
+    assert f'* Acc@1 {row["test_acc1"]:.3f}' in capsys.readouterr().out
+    (row,) = run(**options, **toys.ALONE, data_set='FOLDER', data_path=files / 'tree',
+                 finetune=tmp_path / 'best_checkpoint.pth', output_dir=tmp_path / 'tuned')  # fmt: skip
+    assert toys.load(tmp_path / 'tuned' / 'checkpoint.pth')['model']['head.fc.weight'].shape[0] == 2
+    assert 'head.fc replaced by a fresh one of 2 classes' in capsys.readouterr().out
+
+
+def test_the_teacher_sees_the_student_s_images_in_its_own_normalisation(run, epochs, monkeypatch):
+    run(model='test_convnext', model_kwargs=None, s_id=None, t_id=None)
+    taught = epochs[0].teacher
+    images = torch.rand(2, 3, 32, 32)
+    ours, theirs = (timm.create_model(name).pretrained_cfg for name in ('test_convnext', 'cait_s24_224'))
+    assert ours['mean'] != theirs['mean']
+    raw = images * torch.tensor(ours['std']).view(3, 1, 1) + torch.tensor(ours['mean']).view(3, 1, 1)
+    expected = (raw - torch.tensor(theirs['mean']).view(3, 1, 1)) / torch.tensor(theirs['std']).view(3, 1, 1)
+    assert torch.allclose(taught(images).logits, taught.model(expected), atol=1e-5)
+
+
+def test_models_come_from_a_folder_saved_for_the_hub_with_their_weights(run, files, tmp_path, capsys):
+    kwargs = {'img_size': 32, 'num_classes': 10, **toys.TEACHER}
+    folder = tmp_path / 'hub'
+    folder.mkdir()
+    config = {'architecture': 'cait_s24_224', 'num_classes': 10, 'model_args': kwargs,
+              'pretrained_cfg': {'input_size': [3, 32, 32], 'num_classes': 10, 'classifier': 'head'}}  # fmt: skip
+    (folder / 'config.json').write_text(json.dumps(config))
+    safetensors.torch.save_file(toys.teacher().state_dict(), folder / 'model.safetensors')
+    (plain,) = run(output_dir=tmp_path / 'plain')
+    hub = {'teacher_model': f'local-dir:{folder}', 'teacher_kwargs': None}
+    assert run(**hub, teacher_path=None, output_dir=tmp_path / 'model') == [plain]
+    assert run(teacher_path=f'local-dir:{folder}', output_dir=tmp_path / 'weights') == [plain]
+
+
+def test_imagenet_with_two_class_folders_keeps_its_1000_classes_and_warns(run, files, tmp_path, capsys):
+    (row,) = run(data_set='IMNET', data_path=files / 'tree', **toys.ALONE)
+    toys.assert_sound(row)
+    assert toys.load(tmp_path / 'checkpoint.pth')['model']['head.weight'].shape[0] == 1000
+    warning = next(line for line in capsys.readouterr().out.splitlines() if 'class folders' in line)
+    assert warning.endswith('has 2 class folders of 1000; labels are their order, not those of ImageNet')
