@@ -1,4 +1,4 @@
-"""What all tests share: one thread, fixed seeds, toy models. Nothing here or in the tests uses network or GPU."""
+"""Fixtures of all tests: one thread, fixed seeds, toy models and toy runs. No test uses the network."""
 
 import copy
 import random
@@ -13,7 +13,7 @@ import toys
 import datasets
 import main
 
-# Families a user may pair, and what makes toys of them.
+# Model families, and the kwargs that make them small.
 FAMILIES = {
     'deit': 'deit_tiny_patch16_224',
     'distilled': 'deit_tiny_distilled_patch16_224',
@@ -37,7 +37,7 @@ def fixed_seeds():
 
 @pytest.fixture
 def toy():
-    """A function from a family's name and changes of its size to a timm model; the same weights at every call."""
+    """A function that builds a small timm model of a family. Its weights are the same at every call."""
 
     def make(family: str = 'deit', **changes) -> torch.nn.Module:
         torch.manual_seed(1)
@@ -54,7 +54,7 @@ def few_generated_images(monkeypatch):
 
 @pytest.fixture(scope='session')
 def files(tmp_path_factory):
-    """A folder of weights and images, good and bad, that the runs below are pointed to."""
+    """A folder with good and bad files of weights and images, for the toy runs."""
     folder = tmp_path_factory.mktemp('files')
     teacher, student = toys.teacher(), toys.student()
     toys.save(folder / 'teacher.pth', {'model': {f'module.{k}': v for k, v in teacher.state_dict().items()}})
@@ -105,7 +105,7 @@ def run(files, tmp_path):
 
 @pytest.fixture
 def epochs(monkeypatch):
-    """What train_one_epoch was called with; it trains nothing."""
+    """The arguments of each call of train_one_epoch, which is replaced and trains nothing."""
     calls = []
 
     def record(student, teacher, criterion, loader, optimizer, scaler, meters, watch, **options) -> dict[str, float]:
@@ -119,7 +119,7 @@ def epochs(monkeypatch):
 
 @pytest.fixture
 def evaluation(files, capsys):
-    """A function that evaluates on the tree without train/ and returns the lines with results."""
+    """A function that evaluates on a folder without train/ and returns the result lines."""
 
     def start(**changes) -> list[str]:
         main.main(toys.flags(**{'data_path': files / 'no_train', **toys.FOLDER, 'eval': True, **changes}))
@@ -130,7 +130,7 @@ def evaluation(files, capsys):
 
 @pytest.fixture(scope='session')
 def through(files, tmp_path_factory):
-    """The folder of an uninterrupted run with every one of its states, in float32 or float16."""
+    """The folders of two uninterrupted runs (float32, float16), with a checkpoint of every step."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, 'FAKE_TRAIN', toys.TRAIN_IMAGES)
         patch.setattr(datasets, 'FAKE_VAL', toys.VAL_IMAGES)

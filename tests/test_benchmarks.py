@@ -1,4 +1,4 @@
-"""The benchmarks run and count right; how fast things are is no matter of a test."""
+"""The benchmarks run and count correctly. Their timings are not tested."""
 
 import importlib
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from toys import write_images
 
-import benchmarks  # the first of them, for it quiets torch's profiler
+import benchmarks  # imported first: it silences the profiler of torch
 
 
 def rows_of(capsys, name: str, argv: str) -> dict[str, list[str]]:
-    """What a benchmark prints: the words behind each row's name."""
+    """The words of each row that a benchmark prints, by the name of the row."""
     with pytest.MonkeyPatch.context() as change:
         change.setattr('sys.argv', [f'{name}.py', *argv.split()])
         importlib.import_module(f'benchmarks.{name}').run()
@@ -18,22 +18,22 @@ def rows_of(capsys, name: str, argv: str) -> dict[str, list[str]]:
     return {line[:width].strip(): line[width:].split() for line in lines for width in (32 if name == 'input' else 24,)}
 
 
-def test_a_step_of_the_recipe_starts_no_more_than_2000_kernels_and_never_waits_for_the_device(capsys):
+def test_recipe_step_launches_at_most_2000_kernels_and_never_waits(capsys):
     rows = rows_of(capsys, 'step', '--batch-size 2 --input-size 32 --rounds 1')
     (*_, launches, waits, _, _), (*_, before, waited, _, _) = rows['float32'], rows['baseline float32']
     assert int(launches) <= 2000 < int(before)
     assert int(waits) == 0 < int(waited)
 
 
-def test_the_loss_benchmark_has_a_row_for_each_term(capsys):
+def test_loss_benchmark_has_a_row_for_each_term(capsys):
     rows = rows_of(capsys, 'loss', '--batch-size 2 --tokens 4 --K 3 --widths 3 5 --rounds 1 --by-definition')
     for name in ('patch', 'sample', 'random', 'the three', 'full'):
         ours, share, _, definition, _, ratio = map(float, rows[name])
         assert ours > 0 < share
-        assert ratio == pytest.approx(definition / ours, rel=0.5)  # of rounded numbers
+        assert ratio == pytest.approx(definition / ours, rel=0.5)  # printed numbers are rounded
 
 
-def test_the_input_benchmark_has_a_row_for_each_way(capsys, tmp_path):
+def test_input_benchmark_has_a_row_for_each_way(capsys, tmp_path):
     write_images(tmp_path / 'train', [2, 2], 32)
     rows = rows_of(capsys, 'input', f'{tmp_path / "train"} --rounds 1')
     for name in ('PIL and timm', 'ours', '--device-augment', 'ours, 3 repeats'):
@@ -53,14 +53,14 @@ def test_the_input_benchmark_has_a_row_for_each_way(capsys, tmp_path):
         ('gate', 'nowhere --flags=--compile', 'nowhere'),
     ],
 )
-def test_a_benchmark_refuses_nonsense_in_a_line(capsys, name, argv, flag):
+def test_benchmark_refuses_bad_arguments_in_one_line(capsys, name, argv, flag):
     with pytest.raises(SystemExit) as stop:
         rows_of(capsys, name, argv)
     assert stop.value.code == 2
     assert flag in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_peak_of_a_call_is_that_of_the_tensors_alive_at_once():
+def test_peak_bytes_counts_tensors_alive_at_once():
     def call() -> None:
         first = torch.empty(1 << 20)
         del first

@@ -1,4 +1,4 @@
-"""The command line in fresh interpreters: launchers, several ranks, exit codes. Few, for each costs seconds."""
+"""main.py in fresh interpreters: launchers, several ranks, exit codes. Each interpreter costs seconds."""
 
 import json
 import math
@@ -16,16 +16,16 @@ import toys
 import main
 
 ROOT = Path(main.__file__).parent
-PATIENCE = 180  # seconds after which a run counts as hanging; no figure of speed
+PATIENCE = 180  # seconds until a run counts as hanging
 TORCHRUN = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
 TERMS = ['base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand', 'mf_full']
 
-# Above 32 pixels a random crop is resized, and one of a single colour stays as it was; below, it may get black edges.
+# Above 32 pixels a random crop is resized, so images of one colour stay the same. Below, crops may have black edges.
 SIZE, TRAIN, VAL = 40, [2] * 8, [2, 2, 2, 1, 1, 1, 1, 1]
-WORLD_OF_ONE = {'batch_size': 16}  # all 16 images are one step, whoever takes them
+WORLD_OF_ONE = {'batch_size': 16}  # all 16 images are one step
 WORLD_OF_TWO = {'batch_size': 8}
 
-# Runs main.main for every list of flags that asks for so many ranks; `{rank}` in a flag is the number of the rank.
+# Runs main.main for each (number of ranks, flags) of a JSON file. `{rank}` in a flag becomes the rank.
 DRIVER = f"""
 import json, os, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -43,7 +43,7 @@ for ranks, argv in json.load(open(sys.argv[1])):
 
 
 def start(*words, output=subprocess.PIPE, **variables) -> subprocess.Popen:
-    # By a launcher of the tests' own; and what hides that output has buffers.
+    # Set by a launcher around the tests. PYTHONUNBUFFERED would hide that stdout is buffered.
     told = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT', 'PYTHONUNBUFFERED')
     environment = {key: value for key, value in os.environ.items() if key not in told}
     return subprocess.Popen(
@@ -57,7 +57,7 @@ def start(*words, output=subprocess.PIPE, **variables) -> subprocess.Popen:
 
 
 def finish(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of each; none is left behind."""
+    """Exit code, stdout and stderr of each process. None is left running."""
     hanging = time.monotonic() + PATIENCE
     while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
         if time.monotonic() > hanging:
@@ -65,15 +65,15 @@ def finish(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
         time.sleep(0.1)
     for process in processes:
         try:
-            process.wait(10)  # the others of a group miss the one that failed, sooner or later
+            process.wait(10)  # the other ranks notice the one that failed
         except subprocess.TimeoutExpired:
-            process.terminate()  # a launcher takes its ranks along
+            process.terminate()  # a launcher ends its ranks too
     texts = [process.communicate() for process in processes]
     return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
 
 
 def finish_well(*processes: subprocess.Popen) -> list[str]:
-    """What each printed; all must have ended well."""
+    """The stdout of each process. All must exit with 0."""
     ends = finish(*processes)
     assert [code for code, _, _ in ends] == [0] * len(ends), '\n'.join(err[-3000:] for _, _, err in ends)
     return [out for _, out, _ in ends]
@@ -87,13 +87,13 @@ def free_port() -> int:
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A tree of one-colour images, a teacher for it, and a student to begin with or to be evaluated."""
+    """A folder with images of one colour each, a teacher, and a student to start from or to evaluate."""
     folder = tmp_path_factory.mktemp('cli')
     toys.write_images(folder / 'images' / 'train', TRAIN, SIZE)
     toys.write_images(folder / 'images' / 'val', VAL, SIZE)
     torch.manual_seed(0)
     for name, model in [('teacher', toys.teacher(len(TRAIN), SIZE)), ('student', toys.student(len(TRAIN), SIZE))]:
-        # At its usual 0.02 all patches of a one-colour image would be the same token, and their relations 1.
+        # With the usual 0.02 all patches of such an image would give the same token, and every relation would be 1.
         torch.nn.init.normal_(model.pos_embed)
         toys.save(folder / f'{name}.pth', model.state_dict())
     return folder
@@ -109,18 +109,18 @@ def losses(row: dict) -> dict[str, float]:
     return {key: row[key] for key in row if key.startswith(('train_loss', 'test_'))}
 
 
-def test_a_run_goes_on_when_the_disk_below_its_output_is_full_or_its_reader_has_gone(folder):
+def test_run_survives_lost_stdout(folder):
     reader, writer = os.pipe()
     os.close(reader)
     with open('/dev/full', 'w') as full, open(writer, 'w') as broken:
-        argv = {'epochs': 2, 'num_workers': 1}  # a process is made only after all buffers are flushed
+        argv = {'epochs': 2, 'num_workers': 1}  # a worker starts only after all buffers are flushed
         runs = [start('main.py', *flags(folder, output_dir=folder / name, **argv), output=output)
                 for name, output in (('full', full), ('broken', broken))]  # fmt: skip
         assert [run.wait(100) for run in runs] == [0, 0]
     assert [len(toys.log_rows(folder / name)) for name in ('full', 'broken')] == [2, 2]
 
 
-def test_launch_torchrun_and_plain_python_start_the_same_run(folder):
+def test_launch_torchrun_and_python_give_the_same_run(folder):
     names = ['launch', 'torchrun', 'plain']
     worlds = [WORLD_OF_TWO, WORLD_OF_TWO, WORLD_OF_ONE]
     argv = {
@@ -129,20 +129,20 @@ def test_launch_torchrun_and_plain_python_start_the_same_run(folder):
     }
     launch = ['-m', 'torch.distributed.launch', '--nproc_per_node=2', f'--master_port={free_port()}']
     outputs = finish_well(
-        start(*launch, *argv['launch'], '--distributed'),  # as the release's README has it
+        start(*launch, *argv['launch'], '--distributed'),  # as in the README of the release
         start(*TORCHRUN, *argv['torchrun']),
         start(*argv['plain']),
     )
     (launched,), (torchran,), (plain,) = (toys.log_rows(folder / name) for name in names)
     assert launched == torchran
     toys.assert_same(*(toys.load(folder / name / 'checkpoint.pth')['model'] for name in names[:2]))
-    # Relations across images see a rank's own images only, so those two terms may differ.
+    # Relations across images use the images of one rank only, so those terms may differ.
     same = ['train_loss_base', 'train_loss_dist', 'train_loss_mf_patch']
     assert {key: launched[key] for key in same} == pytest.approx({key: plain[key] for key in same}, abs=1e-5)
     assert all(plain[f'train_loss_{term}'] > 1e-3 for term in TERMS)
     assert '2 ranks × 8 images = 16 a step' in outputs[0]
     assert '1 rank × 16 images = 16 a step' in outputs[2]
-    # Only the first rank speaks.
+    # Only the first rank prints.
     assert [out.count('Max accuracy') for out in outputs] == [1, 1, 1]
 
 
@@ -155,12 +155,12 @@ EVALUATION = {'eval': True, 'batch_size': 2, **toys.ALONE}
 
 @pytest.fixture(scope='module')
 def ranks(folder):
-    """What the first rank prints in each of these runs on two or three ranks, all by the same three interpreters."""
+    """What the first rank prints in each of these runs. The same three interpreters do all of them."""
     weights = folder / 'student.pth'
     runs = {
         'equal': (2, flags(folder, output_dir=folder / 'equal', finetune=weights, **EQUAL, **WORLD_OF_TWO)),
         'global': (2, flags(folder, output_dir=folder / 'global', finetune=weights, **GLOBAL, **WORLD_OF_TWO)),
-        # 16 images on two ranks by two: four steps
+        # 16 images in batches of 2 on two ranks: four steps
         'alpha 0': (2, flags(folder, output_dir=folder / 'alpha0', distillation_alpha=0, **TWO_HEADED)),
         'alpha 1': (2, flags(folder, output_dir=folder / 'alpha1', distillation_alpha=1, **TWO_HEADED)),
         'norms': (2, flags(folder, output_dir=folder / 'norms', **NORMS, **WORLD_OF_TWO)),
@@ -168,7 +168,7 @@ def ranks(folder):
         'eval on 2, unshared': (2, flags(folder, resume=weights, no_dist_eval=True, **EVALUATION)),
         'eval on 3': (3, flags(folder, resume=weights, **EVALUATION)),
     }
-    # A file to meet at for each: this is also what --dist_url is for.
+    # Each run has its own init file, which also tests --dist_url.
     with_place = [(n, [*argv, '--dist_url', f'file://{folder}/meet{i}']) for i, (n, argv) in enumerate(runs.values())]
     (folder / 'runs.json').write_text(json.dumps(with_place))
     three = [start('-c', DRIVER, folder / 'runs.json', RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(3)]
@@ -180,18 +180,18 @@ def results(text: str) -> list[str]:
     return [line for line in text.splitlines() if 'Acc' in line]
 
 
-def test_two_ranks_train_as_one_process_does(folder, ranks):
+def test_two_ranks_train_like_one_process(folder, ranks):
     main.main(flags(folder, output_dir=folder / 'one', finetune=folder / 'student.pth', **EQUAL, **WORLD_OF_ONE))
     one, two = toys.log_rows(folder / 'one'), toys.log_rows(folder / 'equal')
     for expected, found in zip(one, two, strict=True):
         assert losses(found) == pytest.approx(losses(expected), abs=1e-5)
         assert found['train_lr'] == expected['train_lr']
-    for term in ('base', 'dist', 'mf_patch'):  # there is something to compare, and the weights do move
+    for term in ('base', 'dist', 'mf_patch'):  # the terms are not constant
         assert abs(one[0][f'train_loss_{term}'] - one[-1][f'train_loss_{term}']) > 1e-3
     assert '2 ranks × 8 images' in ranks['equal']
 
 
-def test_with_global_relations_every_term_of_two_ranks_is_that_of_one_process(folder, ranks):
+def test_global_relations_of_two_ranks_match_one_process(folder, ranks):
     argv = flags(folder, output_dir=folder / 'alone', finetune=folder / 'student.pth', **GLOBAL, **WORLD_OF_ONE)
     main.main(argv)
     one, two = toys.log_rows(folder / 'alone'), toys.log_rows(folder / 'global')
@@ -203,18 +203,18 @@ def test_with_global_relations_every_term_of_two_ranks_is_that_of_one_process(fo
 
 
 @pytest.mark.parametrize(('alpha', 'absent'), [(0, 'dist'), (1, 'base')])
-def test_a_two_headed_student_trains_on_two_ranks_at_either_end_of_alpha(folder, ranks, alpha, absent):
+def test_two_headed_student_trains_on_two_ranks(folder, ranks, alpha, absent):
     (row,) = toys.log_rows(folder / f'alpha{alpha}')
     assert {term for term in TERMS if row[f'train_loss_{term}'] == 0} == {absent}
     assert math.isfinite(row['train_loss'])
     assert '[4/4]' in ranks[f'alpha {alpha}']
-    # AdamW counts the steps of a parameter from its first gradient on.
+    # AdamW counts the steps of a parameter from its first gradient.
     optimizer = toys.load(folder / f'alpha{alpha}' / 'checkpoint.pth')['optimizer']
     parameters = [index for group in optimizer['param_groups'] for index in group['params']]
     assert {index: optimizer['state'][index]['step'].item() for index in parameters} == dict.fromkeys(parameters, 4)
 
 
-def test_evaluation_counts_the_same_on_one_two_and_three_ranks(folder, ranks, capsys):
+def test_evaluation_is_the_same_on_1_2_and_3_ranks(folder, ranks, capsys):
     main.main(flags(folder, resume=folder / 'student.pth', **EVALUATION))
     alone = results(capsys.readouterr().out)
     assert [results(ranks[name]) for name in ('eval on 2', 'eval on 3')] == [alone] * 2
@@ -223,18 +223,19 @@ def test_evaluation_counts_the_same_on_one_two_and_three_ranks(folder, ranks, ca
     assert 0 < top1 < top5 < sum(VAL)
 
 
-def test_evaluation_that_is_not_shared_counts_every_image_once(folder, ranks, capsys):
+def test_no_dist_eval_counts_every_image_once(folder, ranks, capsys):
     main.main(flags(folder, resume=folder / 'student.pth', **EVALUATION))
     assert results(ranks['eval on 2, unshared']) == results(capsys.readouterr().out)
 
 
-def test_the_log_of_two_ranks_of_a_batchnorm_student_is_that_of_its_checkpoint(folder, ranks, capsys):
+def test_batchnorm_log_of_two_ranks_matches_the_checkpoint(folder, ranks, capsys):
     main.main(flags(folder, **NORMS, eval=True, resume=folder / 'norms' / 'checkpoint.pth'))
     loss = float(results(capsys.readouterr().out)[0].split()[-1])
-    assert toys.log_rows(folder / 'norms')[-1]['test_loss'] == pytest.approx(loss, abs=6e-4)  # printed to three places
+    # The evaluation prints three digits.
+    assert toys.log_rows(folder / 'norms')[-1]['test_loss'] == pytest.approx(loss, abs=6e-4)
 
 
-def test_wrong_use_under_a_launcher_is_said_once(folder):
+def test_wrong_use_under_torchrun_prints_once(folder):
     wrong = flags(folder, teacher_path=folder / 'no.pth')
     ((code, out, err),) = finish(start(*TORCHRUN, 'main.py', *wrong))
     assert code == 1
@@ -243,7 +244,7 @@ def test_wrong_use_under_a_launcher_is_said_once(folder):
     assert 'Epoch' not in out
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_is_named(folder):
+def test_non_finite_loss_on_one_rank_stops_all(folder):
     for rank, value in enumerate([0.0, torch.nan]):
         teacher = toys.teacher(len(TRAIN), SIZE)
         with torch.no_grad():
@@ -256,6 +257,6 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_is_named(folder):
     assert code == 1
     (line,) = [line for line in err.splitlines() if line.startswith('main.py: error: not finite')]
     assert 'not finite at step 0 of epoch 0 on rank 1: loss_dist, teacher logits; images ' in line
-    assert len(line.split('images ')[1].split()) == 2  # a rank's batch
+    assert len(line.split('images ')[1].split()) == 2  # the batch of one rank
     assert 'rank 0' not in line
     assert list((folder / 'nan').iterdir()) == []

@@ -1,4 +1,4 @@
-"""The short form of `scripts/crash_test.sh`: real runs in processes of their own, broken and continued."""
+"""The short form of `scripts/crash_test.sh`: real runs are broken and resumed. Run with `-m crash`."""
 
 import json
 import os
@@ -9,25 +9,25 @@ import pytest
 from test_cli import ROOT
 
 ROWS = {
-    'R1': 'a_run_killed_anywhere_ends_in_the_same_bits',
-    'R2': 'whatever_is_left_out_of_the_state_is_missed',
-    'R3': 'any_signal_to_any_rank_saves_and_all_leave',
-    'R4': 'restarts_and_another_number_of_ranks_change_nothing',
-    'R5': 'a_disk_that_is_full_leaves_the_file_before_and_training_goes_on',
-    'R6': 'a_damaged_file_is_known_and_the_one_before_taken',
-    'R9': 'evaluation_counts_each_image_once_on_any_number_of_ranks',
-    'R10': 'what_is_not_finite_on_one_rank_reaches_the_weights_of_none',
-    'R12': 'an_exception_anywhere_ends_all_ranks_and_is_printed_once',
-    'R14': 'no_kill_leaves_more_files_than_promised',
+    'R1': 'killed_run_resumes_exactly',
+    'R2': 'every_part_of_the_state_matters',
+    'R3': 'signal_to_any_rank_saves_and_stops_all',
+    'R4': 'restarts_and_number_of_ranks_change_nothing',
+    'R5': 'full_disk_keeps_the_previous_file_and_training_continues',
+    'R6': 'damaged_file_falls_back_to_the_previous_one',
+    'R9': 'evaluation_counts_each_image_once',
+    'R10': 'non_finite_rank_changes_no_weights',
+    'R12': 'exception_ends_all_ranks_and_prints_once',
+    'R14': 'kill_leaves_no_extra_files',
 }
 
 
-HALVES = [['R1', 'R2'], [name for name in ROWS if name not in ('R1', 'R2', 'R14')]]  # R14 comes with R1
+HALVES = [['R1', 'R2'], [name for name in ROWS if name not in ('R1', 'R2', 'R14')]]  # R1 also reports R14
 
 
 @pytest.fixture(scope='module')
 def table(tmp_path_factory):
-    """What each row came to, by its name."""
+    """The rows of the table by name."""
     paths = [tmp_path_factory.mktemp('crash') / 'rows.json' for _ in HALVES]
     command = [sys.executable, 'tools/crash_test.py', '--short', '--json']
     runs = [
@@ -40,7 +40,7 @@ def table(tmp_path_factory):
 
 
 @pytest.mark.parametrize('name', ROWS, ids=ROWS.values())
-def test_the_promise_is_kept_that(table, name):
+def test_promise_holds(table, name):
     row = table[name]
     assert row['faults'] == [], row['reached']
     assert row['good'], row['reached']

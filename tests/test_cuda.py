@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped without one."""
+"""Tests that need a GPU. They are skipped without one."""
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ import utils
 DEVICE = 'cuda'
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'),
-    pytest.mark.filterwarnings('default'),  # drivers and devices differ, and so do their warnings
+    pytest.mark.filterwarnings('default'),  # warnings depend on driver and device
 ]
 
 
 @pytest.fixture
 def rows(tmp_path, monkeypatch):
-    """A function that runs a toy with the flags given and returns the rows of its log."""
+    """A function that runs a toy with these flags and returns the rows of its log."""
     monkeypatch.setattr(datasets, 'FAKE_TRAIN', 32)
     monkeypatch.setattr(datasets, 'FAKE_VAL', 8)
     teacher = toys.save(tmp_path / 'teacher.pth', toys.teacher().state_dict())
@@ -36,9 +36,9 @@ def rows(tmp_path, monkeypatch):
     return run
 
 
-def test_the_gpu_finds_the_losses_of_the_cpu(rows, monkeypatch):
-    # Random tokens and the noise in what is erased are drawn on the device, each kind with its own generator: without
-    # them both see the same.
+def test_gpu_losses_match_cpu(rows, monkeypatch):
+    # Random tokens and random-erasing noise are drawn on the device, and a GPU draws other numbers than a CPU.
+    # Without them both see the same.
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     options = {'amp_dtype': 'float32', 'w_rand': 0, 'remode': 'const', 'epochs': 2, 'lr': 0.05}
     for here, there in zip(rows('gpu', **options), rows('cpu', device='cpu', **options), strict=True):
@@ -46,7 +46,7 @@ def test_the_gpu_finds_the_losses_of_the_cpu(rows, monkeypatch):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16', None])
-def test_a_run_in_any_precision_goes_on_after_a_resume(rows, tmp_path, dtype):
+def test_every_precision_resumes(rows, tmp_path, dtype):
     rows('out', amp_dtype=dtype, clip_grad=1)
     first, second = rows('out', amp_dtype=dtype, clip_grad=1, epochs=2, resume=tmp_path / 'out' / 'checkpoint.pth')
     assert (first['epoch'], second['epoch']) == (0, 1)
@@ -55,23 +55,23 @@ def test_a_run_in_any_precision_goes_on_after_a_resume(rows, tmp_path, dtype):
     assert all(value > 0 for value in terms)
 
 
-def test_a_policy_applied_on_the_gpu_is_the_one_applied_on_the_cpu(rows):
+def test_gpu_augmentation_matches_cpu(rows):
     options = {'amp_dtype': 'float32', 'w_rand': 0, 'remode': 'const', 'device_augment': True, 'lr': 0.05}
     assert rows('gpu', **options)[0] == pytest.approx(rows('cpu', device='cpu', **options)[0], rel=1e-2, abs=1e-3)
 
 
-def test_weights_of_the_teacher_products_and_gradients_may_be_short_and_in_parts(rows):
+def test_bfloat16_teacher_and_relations_with_accumulation(rows):
     plain = rows('plain')[0]
     short = rows('short', teacher_dtype='bfloat16', relation_dtype='bfloat16', accum_steps=2, batch_size=4)[0]
     assert short['train_loss'] == pytest.approx(plain['train_loss'], rel=0.1)
 
 
-def test_between_log_lines_the_gpu_is_never_waited_for(rows, monkeypatch):
+def test_host_never_waits_for_the_gpu_between_log_lines(rows, monkeypatch):
     over = utils.Progress.over
 
     def strict(progress, loader, first=0):
         for number, batch in enumerate(over(progress, loader, first)):
-            # The first step makes what the others find, and the last one prints.
+            # The first step fills caches, and the last one prints.
             torch.cuda.set_sync_debug_mode('error' if number in (1, 2) else 'default')
             yield batch
 
@@ -82,7 +82,7 @@ def test_between_log_lines_the_gpu_is_never_waited_for(rows, monkeypatch):
         torch.cuda.set_sync_debug_mode('default')
 
 
-def test_one_rank_over_nccl_is_a_plain_run(rows, tmp_path, monkeypatch):
+def test_one_nccl_rank_equals_a_plain_run(rows, tmp_path, monkeypatch):
     plain = rows('plain')
     for name, value in {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1'}.items():
         monkeypatch.setenv(name, value)
@@ -90,7 +90,7 @@ def test_one_rank_over_nccl_is_a_plain_run(rows, tmp_path, monkeypatch):
     assert launched[0] == pytest.approx(plain[0], rel=1e-3, abs=1e-4)
 
 
-def test_what_is_not_finite_stops_the_run_and_is_named_with_its_first_step(rows, tmp_path, capsys):
+def test_non_finite_loss_on_gpu_names_its_first_step(rows, tmp_path, capsys):
     teacher = toys.teacher()
     with torch.no_grad():
         teacher.head.bias[0] = torch.nan

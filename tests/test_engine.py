@@ -1,4 +1,4 @@
-"""engine.py: what one epoch does to a student, and exact evaluation."""
+"""engine.py: one epoch of training, and exact evaluation."""
 
 import copy
 import random
@@ -30,7 +30,7 @@ F32 = torch.float32
 
 
 class Recorder(torch.nn.Module):
-    """The criterion, and a record of what it was given and gave back at each step."""
+    """The criterion. It records its inputs and results of each step."""
 
     def __init__(self, **options) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Recorder(torch.nn.Module):
 
 
 class Noisy(list):
-    """Batches whose loading uses up random numbers, as augmentation without workers does."""
+    """Batches that draw random numbers while they load, like augmentation without workers."""
 
     def __init__(self, batches, noise: int) -> None:
         super().__init__(batches)
@@ -81,7 +81,7 @@ def batches(steps: int = 3, size: int = 4) -> list:
 
 @pytest.fixture
 def epoch(toy):
-    """A function that trains a toy for one epoch and returns all that took part in it, with the `stats`."""
+    """A function that trains a toy for one epoch. It returns the parts of that run and its `stats`."""
 
     def run(
         loader=None,
@@ -104,7 +104,7 @@ def epoch(toy):
         if teacher == 'toy':
             teacher = models.freeze(models.tap(toy('cait', embed_dim=48), [0, -1], 32))
         criterion = Recorder() if criterion is None else criterion
-        # A scale at which no float32 gradient overflows: every step is taken.
+        # At this scale no float32 gradient overflows, so no step is skipped.
         scaler = torch.amp.GradScaler('cpu', enabled=scaled, init_scale=64.0)
         made = SimpleNamespace(
             student=student,
@@ -142,7 +142,7 @@ def same_weights(one, other) -> bool:
     return all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(other).values(), strict=True))
 
 
-def test_an_epoch_returns_the_mean_of_every_term_by_name_and_of_their_sum(epoch):
+def test_epoch_returns_mean_of_every_term_and_sum(epoch):
     run = epoch(lr=0.25)
     columns = {name: [step.values[name] for step in run.steps] for name in run.steps[0].values}
     expected = {'lr': 0.25, 'loss': sum(np.mean(column) for column in columns.values())}
@@ -152,8 +152,9 @@ def test_an_epoch_returns_the_mean_of_every_term_by_name_and_of_their_sum(epoch)
     assert all(np.ptp(column) > 0 for column in columns.values())
 
 
-def test_each_step_follows_the_gradient_of_the_sum_of_its_own_terms(epoch, toy):
-    options = {'base_criterion': torch.nn.CrossEntropyLoss(), 'distillation_type': 'soft', 'w_full': 1, 'K': 99}  # all
+def test_step_follows_the_gradient_of_the_summed_terms(epoch, toy):
+    # K is larger than the number of tokens: all of them are used.
+    options = {'base_criterion': torch.nn.CrossEntropyLoss(), 'distillation_type': 'soft', 'w_full': 1, 'K': 99}
     run = epoch(batches(2), criterion=Recorder(**options), lr=0.5)
     student = models.tap(toy('deit'), [0, -1], 32)
     for images, targets, _ in batches(2):
@@ -167,14 +168,14 @@ def test_each_step_follows_the_gradient_of_the_sum_of_its_own_terms(epoch, toy):
     assert not any(torch.equal(weights(run)[name], run.before[name]) for name in ('head.weight', 'pos_embed'))
 
 
-def test_mixup_changes_images_and_labels_before_either_model_sees_them(epoch):
+def test_both_models_see_mixed_images(epoch):
     def mixup(images, targets):
         return torch.zeros_like(images), torch.full((len(images), 10), 0.1)
 
     criterion = Recorder(base_criterion=SoftTargetCrossEntropy())
     run = epoch(criterion=criterion, mixup=mixup, lr=0.0)
     for step in run.steps:
-        for output in (step.student, step.teacher):  # images all alike give logits all alike
+        for output in (step.student, step.teacher):  # equal images give equal logits
             torch.testing.assert_close(output.logits, output.logits[:1].expand_as(output.logits))
     expected = 0.5 * -F.log_softmax(run.steps[0].student.logits, dim=1).mean()
     assert run.stats['loss_base'] == pytest.approx(expected.item(), rel=1e-6)
@@ -182,7 +183,7 @@ def test_mixup_changes_images_and_labels_before_either_model_sees_them(epoch):
 
 @pytest.mark.parametrize('scaled', [False, True], ids=['unscaled', 'scaled'])
 @pytest.mark.parametrize('clip_grad', [1e-3, None])
-def test_gradients_are_clipped_to_their_norm_after_the_scale_is_taken_out(epoch, scaled, clip_grad):
+def test_gradients_are_clipped_after_unscaling(epoch, scaled, clip_grad):
     run = epoch(batches(1), lr=1.0, clip_grad=clip_grad, scaled=scaled)
     moved = torch.cat([(value - run.before[name]).flatten().double() for name, value in weights(run).items()])
     if clip_grad is None:
@@ -191,7 +192,7 @@ def test_gradients_are_clipped_to_their_norm_after_the_scale_is_taken_out(epoch,
         assert moved.norm().item() == pytest.approx(clip_grad, rel=1e-3)
 
 
-def test_the_moving_average_is_called_once_a_step_after_the_weights_have_moved(epoch):
+def test_ema_updates_after_each_step(epoch):
     seen = []
     run = epoch(average=lambda model: seen.append(model.head.bias.detach().clone()))
     assert len(seen) == 3
@@ -200,7 +201,7 @@ def test_the_moving_average_is_called_once_a_step_after_the_weights_have_moved(e
     assert torch.equal(seen[-1], weights(run)['head.bias'])
 
 
-def test_train_mode_false_keeps_drop_path_off_and_true_on(epoch):
+def test_train_mode_switches_drop_path(epoch):
     without = epoch(drop_path=0.0)
     assert same_weights(epoch(drop_path=0.9, train_mode=False), without)
     assert not same_weights(epoch(drop_path=0.9), without)
@@ -213,7 +214,7 @@ def soft() -> Recorder:
     return Recorder(base_criterion=SoftTargetCrossEntropy())
 
 
-def test_the_same_seed_and_step_give_the_same_bits_whatever_noise_came_before(epoch):
+def test_same_seed_and_step_give_the_same_bits(epoch):
     runs = [epoch(Noisy(batches(), noise), criterion=soft(), **RANDOM) for noise in (0, 0, 5)]
     assert same_weights(runs[0], runs[1])
     assert same_weights(runs[0], runs[2])
@@ -221,18 +222,18 @@ def test_the_same_seed_and_step_give_the_same_bits_whatever_noise_came_before(ep
 
 
 @pytest.mark.parametrize(('other', 'same'), [({'step': 1}, False), ({'seed': 1}, False), ({'number': 1}, True)])
-def test_another_step_or_seed_draws_otherwise_and_the_epoch_is_but_a_name(epoch, other, same):
+def test_draws_depend_on_seed_and_step_but_not_on_epoch(epoch, other, same):
     one, two = epoch(criterion=soft(), **RANDOM), epoch(criterion=soft(), **RANDOM, **other)
     assert same_weights(one, two) is same
 
 
-def test_every_step_draws_tokens_of_its_own(epoch):
+def test_every_step_draws_new_tokens(epoch):
     orders = [step.order for first in (0, 3, 6) for step in epoch(step=first).steps]
     assert len(set(orders)) == len(orders) == 9
 
 
 class Reads(TorchDispatchMode):
-    """Counts the operators that make the host wait for a device: a value of a tensor goes to Python."""
+    """Counts the operators that copy a tensor value to Python, which makes the host wait for the device."""
 
     count = 0
 
@@ -243,7 +244,7 @@ class Reads(TorchDispatchMode):
 
 
 class Copies(TorchFunctionMode):
-    """Counts the methods that do so without an operator."""
+    """Counts the tensor methods that do so without such an operator."""
 
     count = 0
 
@@ -254,11 +255,11 @@ class Copies(TorchFunctionMode):
 
 
 def fused(parameters, lr: float) -> torch.optim.Optimizer:
-    """What CUDA gets: it can be told on the device to leave an update out."""
+    """The optimizer used on CUDA. It can skip an update without asking the host."""
     return torch.optim.AdamW(parameters, lr, fused=True)
 
 
-def test_between_log_lines_the_host_never_waits_for_the_device(epoch):
+def test_host_never_waits_between_log_lines(epoch):
     def waits(steps: int, print_freq: int, **changes) -> int:
         criterion = ManifoldDistillationLoss(SoftTargetCrossEntropy(), 'soft', K=5)
         options = {**RANDOM, 'clip_grad': 1.0, 'criterion': criterion, 'print_freq': print_freq}
@@ -268,15 +269,15 @@ def test_between_log_lines_the_host_never_waits_for_the_device(epoch):
         return reads.count + copies.count
 
     assert waits(4, 100) == waits(9, 100)
-    # The counter does count: a line more is a wait more for the watch and one for the means, and so is at every step
-    # a value that is read, a watch that looks, an optimizer that must be told by the host.
+    # The counter works. Each further log line waits twice: for the guard and for the means. A value read at every
+    # step, a guard that syncs at every step and an optimizer that asks the host wait at every step.
     assert waits(9, 4) == waits(9, 100) + 2
     assert waits(9, 100, average=lambda model: model.head.bias[0].item()) == waits(9, 100) + 9
-    assert waits(9, 100, watch={'every_step': True}) >= waits(9, 100) + 7  # less the two lines that looked anyway
+    assert waits(9, 100, watch={'every_step': True}) >= waits(9, 100) + 7  # the two log lines sync anyway
     assert waits(9, 100, optimizer=torch.optim.SGD) == waits(9, 100) + 9
 
 
-def test_the_teacher_stays_as_it_is(epoch, toy):
+def test_teacher_never_changes(epoch, toy):
     teacher = models.freeze(models.tap(toy('cait', drop_path_rate=0.5), [0, -1], 32))
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     run = epoch(teacher=teacher)
@@ -288,20 +289,20 @@ def test_the_teacher_stays_as_it_is(epoch, toy):
 
 
 @pytest.mark.parametrize('alpha', [0.0, 1.0])
-def test_every_parameter_of_a_two_headed_student_gets_a_gradient_at_either_end_of_alpha(epoch, alpha):
+def test_both_heads_get_gradients_at_alpha_0_and_1(epoch, alpha):
     run = epoch(batches(2), family='distilled', criterion=Recorder(alpha=alpha))
     assert run.steps[0].student.kd_logits is not run.steps[0].student.logits
     assert [name for name, p in run.student.named_parameters() if p.grad is None] == []
 
 
-def test_without_a_teacher_the_student_learns_from_the_labels_alone(epoch):
+def test_student_trains_without_teacher(epoch):
     run = epoch(criterion=Recorder(distillation_type='none'), teacher=None)
     assert run.stats['loss'] == run.stats['loss_base'] > 0
     assert any(not torch.equal(value, run.before[name]) for name, value in weights(run).items())
 
 
 @pytest.mark.parametrize('amp_dtype', [torch.bfloat16, torch.float16])
-def test_under_autocast_the_models_run_in_the_short_type_and_the_losses_in_float32(epoch, amp_dtype):
+def test_autocast_runs_models_low_and_losses_in_float32(epoch, amp_dtype):
     run = epoch(amp_dtype=amp_dtype, scaled=amp_dtype == torch.float16)
     assert {out.logits.dtype for step in run.steps for out in (step.student, step.teacher)} == {amp_dtype}
     assert {value.dtype for value in weights(run).values()} == {F32}
@@ -311,7 +312,7 @@ def test_under_autocast_the_models_run_in_the_short_type_and_the_losses_in_float
 
 
 @pytest.mark.parametrize('print_freq', [1, 100])
-def test_a_loss_that_is_not_finite_stops_the_epoch_and_is_named(epoch, toy, print_freq):
+def test_non_finite_loss_stops_the_epoch_and_is_named(epoch, toy, print_freq):
     teacher = toy('cait', embed_dim=48)
     with torch.no_grad():
         teacher.head.bias[3] = torch.nan
@@ -325,7 +326,7 @@ def test_a_loss_that_is_not_finite_stops_the_epoch_and_is_named(epoch, toy, prin
 
 
 @pytest.mark.parametrize('origin', [0, 1])
-def test_of_relations_of_all_ranks_the_rank_is_blamed_whose_models_were_not_finite(epoch, origin, monkeypatch):
+def test_global_relations_blame_origin_rank(epoch, origin, monkeypatch):
     def prepare(made):
         for module in (made.teacher,):
             module.model.blocks[-1].register_forward_hook(lambda *args: args[2] * torch.nan, prepend=True)
@@ -345,17 +346,17 @@ def test_of_relations_of_all_ranks_the_rank_is_blamed_whose_models_were_not_fini
 
 
 def shares_of(text: str) -> list[dict[str, float]]:
-    """Percent by term, of each log line."""
+    """Shares in percent by term, one dict for each log line."""
     lines = [line for line in text.splitlines() if 'eta: ' in line]
     return [{name: float(x) for name, x in re.findall(r'share_(\w+): ([\d.]+)%', line)} for line in lines]
 
 
 @pytest.mark.parametrize('scaled', [False, True])
-def test_gradient_shares_are_those_of_the_terms_at_the_outputs_of_the_tapped_blocks(epoch, toy, capsys, scaled):
+def test_gradient_shares_match_norms_at_the_block_outputs(epoch, toy, capsys, scaled):
     criterion = Recorder(alpha=0.9, w_sample=30, w_patch=50, w_rand=10, w_full=90)
     run = epoch(batches(1), grad_share=True, scaled=scaled, criterion=criterion)
     (found,) = shares_of(capsys.readouterr().out)
-    # The student as it was, with something added to what its blocks put out: at 0 its gradient is the one looked for.
+    # The initial student with a variable added to each block output. The gradient at 0 is the expected one.
     student = models.tap(toy('deit'), [0, -1], 32)
     added = [torch.zeros(4, 17, 32, requires_grad=True) for _ in range(2)]
     for i, extra in zip((0, -1), added, strict=True):
@@ -374,7 +375,7 @@ def test_gradient_shares_are_those_of_the_terms_at_the_outputs_of_the_tapped_blo
     assert min(expected.values()) > 2
 
 
-def test_a_larger_weight_has_a_larger_share_and_an_absent_term_none(epoch, capsys):
+def test_gradient_share_grows_with_the_weight(epoch, capsys):
     for options in ({'w_full': 1}, {'w_full': 10}, {'w_full': 0}):
         epoch(batches(1), grad_share=True, criterion=Recorder(**options))
     one, ten, none = shares_of(capsys.readouterr().out)
@@ -384,7 +385,7 @@ def test_a_larger_weight_has_a_larger_share_and_an_absent_term_none(epoch, capsy
     assert sum(none.values()) == pytest.approx(100, abs=0.5)
 
 
-def test_gradient_shares_are_found_for_the_steps_that_print_only(epoch, monkeypatch, capsys):
+def test_gradient_shares_are_computed_only_for_printed_steps(epoch, monkeypatch, capsys):
     asked = []
     original = engine.gradient_shares
     monkeypatch.setattr(engine, 'gradient_shares', lambda *args: asked.append(1) or original(*args))
@@ -395,7 +396,7 @@ def test_gradient_shares_are_found_for_the_steps_that_print_only(epoch, monkeypa
 
 
 @pytest.mark.parametrize('family', ['distilled', 'registers'])
-def test_blocks_tapped_twice_count_once_and_prefix_tokens_count_too(epoch, family):
+def test_gradient_shares_count_each_block_once(epoch, family):
     run = epoch(batches(1), family=family)
     out = run.student(batches(1)[0][0])
     losses = {'one': out.tokens[0].square().sum(), 'other': out.logits.square().sum(), 'none': torch.zeros(())}
@@ -405,7 +406,7 @@ def test_blocks_tapped_twice_count_once_and_prefix_tokens_count_too(epoch, famil
     assert shares['one'] + shares['other'] == pytest.approx(1)
 
 
-def test_gradient_shares_of_half_precision_blocks_are_found_where_gradients_would_vanish_without_the_scale():
+def test_gradient_shares_in_float16_use_the_loss_scale():
     feature = torch.ones(8, 8, dtype=torch.float16, requires_grad=True)
     half, rest = 1e-10 * feature.float().sum(), 3e-10 * feature.float().sum()
     scaler = torch.amp.GradScaler('cpu', init_scale=65536.0)
@@ -414,7 +415,7 @@ def test_gradient_shares_of_half_precision_blocks_are_found_where_gradients_woul
 
 
 @pytest.mark.parametrize('factor', [1e3, 0.0], ids=['overflow', 'no gradient'])
-def test_shares_are_left_out_where_there_is_no_gradient_to_share(factor):
+def test_gradient_shares_are_empty_without_gradient(factor):
     feature = torch.ones(8, 8, dtype=torch.float16, requires_grad=True)
     losses = {'one': factor * feature.float().sum(), 'other': torch.zeros(())}
     assert engine.gradient_shares(losses, [feature], torch.amp.GradScaler('cpu', init_scale=65536.0)) == {}
@@ -423,12 +424,12 @@ def test_shares_are_left_out_where_there_is_no_gradient_to_share(factor):
 # What is not finite ---------------------------------------------------------------------------------------------------
 
 TERMS = ('base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand', 'mf_full')
-GOOD = 2  # steps before the bad one
+GOOD = 2  # number of good steps before the bad one
 BAD_VALUES = pytest.mark.parametrize('value', [torch.nan, torch.inf, -torch.inf])
 
 
 class Poisoned(Recorder):
-    """Puts a value in the place of a term of the loss at some steps."""
+    """Replaces a loss term by a value at some steps."""
 
     def __init__(self, term: str, value: float, *steps: int, **options) -> None:
         super().__init__(**options)
@@ -442,7 +443,7 @@ class Poisoned(Recorder):
 
 
 class Average:
-    """A moving average of the weights of a timm model."""
+    """An exponential moving average of the weights of a timm model."""
 
     def __init__(self) -> None:
         self.ema = None
@@ -458,7 +459,7 @@ def adamw(parameters, lr: float) -> torch.optim.Optimizer:
 
 
 def at_call(number: int, value: float):
-    """A hook, of a module or of a gradient, that adds a value at one call."""
+    """A hook of a module or a gradient that adds a value at one call."""
     calls = []
 
     def hook(*args):
@@ -469,13 +470,13 @@ def at_call(number: int, value: float):
 
 
 def state_of(made) -> dict:
-    """Parameters and moments; of the moments' counter too."""
+    """Parameters and optimizer state, with its step counter."""
     return copy.deepcopy({'model': made.student.model.state_dict(), 'moments': made.optimizer.state_dict()['state']})
 
 
 @pytest.fixture
 def stopped(epoch):
-    """A function that trains until a bad step and returns what took part, the average, and the message."""
+    """A function that trains until a bad step. It returns the parts of the run, the EMA and the message."""
 
     def run(**options):
         parts, average = [], Average()
@@ -493,7 +494,7 @@ def stopped(epoch):
 
 @pytest.fixture
 def sound(epoch):
-    """The same after the good steps alone."""
+    """The state and the EMA after the good steps only."""
     average = Average()
     made = epoch(batches(GOOD), optimizer=adamw, average=average)
     return {'made': state_of(made), 'average': average.ema.module.state_dict()}
@@ -501,7 +502,7 @@ def sound(epoch):
 
 @BAD_VALUES
 @pytest.mark.parametrize('where', [*TERMS, 'student', 'teacher', 'gradients'])
-def test_a_step_in_which_something_is_not_finite_changes_nothing_and_is_named(stopped, sound, where, value):
+def test_non_finite_step_changes_nothing_and_is_named(stopped, sound, where, value):
     def prepare(made) -> None:
         if where == 'gradients':
             made.student.model.norm.weight.register_hook(at_call(GOOD, value))
@@ -519,10 +520,10 @@ def test_a_step_in_which_something_is_not_finite_changes_nothing_and_is_named(st
         'gradients': 'gradients',
     }.get(where, f'loss_{where}')
     assert message == f'not finite at step {GOOD} of epoch 5 on rank 0: {named}; images 8 9 10 11'
-    assert len(made.steps) == GOOD + 1  # on a CPU it is noticed in that very step
+    assert len(made.steps) == GOOD + 1  # a CPU run notices it in the same step
 
 
-def test_the_distillation_head_is_watched_too(stopped):
+def test_non_finite_distillation_head_is_named(stopped):
     message = stopped(
         family='distilled',
         prepare=lambda made: made.student.model.head_dist.register_forward_hook(at_call(0, torch.nan)),
@@ -530,15 +531,13 @@ def test_the_distillation_head_is_watched_too(stopped):
     assert 'at step 0 of epoch 5 on rank 0: loss_dist, distillation logits; images 0 1 2 3' in message
 
 
-def test_steps_done_before_a_resume_are_counted(stopped):
+def test_step_numbers_include_steps_before_a_resume(stopped):
     assert 'at step 9 of epoch 5 ' in stopped(criterion=Poisoned('base', torch.nan, GOOD), done=7)[2]
 
 
 @pytest.mark.parametrize('where', ['mf_patch', 'gradients'])
 @pytest.mark.parametrize('clip_grad', [None, 1.0])
-def test_a_fused_optimizer_leaves_the_update_out_in_that_very_step_and_the_host_learns_it_later(
-    epoch, stopped, where, clip_grad
-):
+def test_fused_optimizer_skips_the_bad_step_without_the_host(epoch, stopped, where, clip_grad):
     options = {'optimizer': fused, 'watch': {'every_step': False}, 'clip_grad': clip_grad, 'average': None}
     before = state_of(epoch(batches(GOOD), **options))
     seen = []
@@ -556,16 +555,16 @@ def test_a_fused_optimizer_leaves_the_update_out_in_that_very_step_and_the_host_
     )
     toys.assert_same(seen[GOOD - 1], before)
     toys.assert_same(seen[GOOD], before)
-    assert len(seen) >= GOOD + 1  # the first and the last step print; the host reads there
+    assert len(seen) >= GOOD + 1  # the host syncs where it prints: at the first and the last step
     name = 'gradients' if where == 'gradients' else f'loss_{where}'
     assert message == f'not finite at step {GOOD} of epoch 5 on rank 0: {name}; images 8 9 10 11'
-    with pytest.raises(AssertionError):  # a good step does change it
+    with pytest.raises(AssertionError):  # a good step does change the state
         toys.assert_same(seen[0], seen[1])
 
 
 @pytest.mark.parametrize('optimizer', [adamw, fused])
 @pytest.mark.parametrize('every_step', [True, False])
-def test_as_many_updates_as_allowed_are_left_out_and_their_rows_too(epoch, capsys, optimizer, every_step):
+def test_allowed_updates_are_skipped(epoch, capsys, optimizer, every_step):
     watch = {'allowed': 2, 'every_step': every_step}
     clean = epoch(batches(5), optimizer=optimizer)
     poisoned, averaged = Poisoned('base', torch.nan, 1, 3), []
@@ -585,11 +584,11 @@ def test_as_many_updates_as_allowed_are_left_out_and_their_rows_too(epoch, capsy
     watch['allowed'] = 1
     with pytest.raises(FloatingPointError, match='at step 3 of epoch 0 '):
         epoch(batches(5), optimizer=optimizer, watch=watch, criterion=Poisoned('base', torch.nan, 1, 3))
-    with pytest.raises(FloatingPointError, match='at step 1 of epoch 0 '):  # those before a resume count
+    with pytest.raises(FloatingPointError, match='at step 1 of epoch 0 '):  # steps skipped before a resume count too
         epoch(batches(5), watch={'allowed': 1, 'skipped': 1}, criterion=Poisoned('base', torch.nan, 1, 3))
 
 
-def test_a_withheld_update_leaves_the_statistics_of_batchnorm_alone_too(epoch):
+def test_skipped_update_keeps_batchnorm_statistics(epoch):
     def norm_after(steps: int, **options) -> torch.nn.Module:
         norm, loader = torch.nn.BatchNorm1d(32), batches(steps)
         if steps == 2:
@@ -602,7 +601,7 @@ def test_a_withheld_update_leaves_the_statistics_of_batchnorm_alone_too(epoch):
     toys.assert_same((spoilt.running_mean, spoilt.running_var), (clean.running_mean, clean.running_var))
 
 
-def test_gradients_that_overflow_in_float16_are_the_business_of_the_scaler(epoch, capsys):
+def test_float16_overflow_is_left_to_the_scaler(epoch, capsys):
     def prepare(made) -> None:
         made.student.model.norm.weight.register_hook(at_call(1, torch.inf))
 
@@ -611,12 +610,12 @@ def test_gradients_that_overflow_in_float16_are_the_business_of_the_scaler(epoch
     assert 'not finite' not in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_in_float16_is_an_error(epoch):
+def test_non_finite_loss_in_float16_is_an_error(epoch):
     with pytest.raises(FloatingPointError, match='at step 1 of epoch 0 on rank 0: loss_mf_rand; images 4 5 6 7'):
         epoch(scaled=True, amp_dtype=torch.float16, criterion=Poisoned('mf_rand', torch.nan, 1))
 
 
-def test_a_scale_below_one_is_an_error(epoch):
+def test_loss_scale_below_one_is_an_error(epoch):
     def prepare(made) -> None:
         made.student.model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
 
@@ -628,7 +627,7 @@ def test_a_scale_below_one_is_an_error(epoch):
 
 
 class FromPixels(torch.nn.Module):
-    """Takes its logits from the first pixels, so that a test can choose them."""
+    """Returns the first pixels as logits, so that a test can choose them."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -653,10 +652,10 @@ def split(logits: np.ndarray, targets: np.ndarray, sizes: list[int]) -> list:
 
 @pytest.mark.parametrize('sizes', [[23], [10, 10, 3], [1] * 23])
 @pytest.mark.parametrize('classes', [2, 4, 5, 10])
-def test_evaluation_counts_every_image_once_whatever_the_batches(classes, sizes):
+def test_evaluation_counts_every_image_once(classes, sizes):
     logits, targets = answers(23, classes)
     stats = evaluate(FromPixels(classes).train(), split(logits, targets, sizes), CPU, F32)
-    # How many classes beat the right one.
+    # The number of classes with a larger logit than the right one.
     rank = (logits > logits[np.arange(23), targets][:, None]).sum(1)
     wide = logits.astype(np.float64)
     loss = (np.log(np.exp(wide).sum(1)) - wide[np.arange(23), targets]).mean()
@@ -669,7 +668,7 @@ def test_evaluation_counts_every_image_once_whatever_the_batches(classes, sizes)
 
 
 @pytest.mark.parametrize('sizes', [[23], [10, 10, 3]])
-def test_images_of_no_class_count_for_nothing(sizes):
+def test_evaluation_ignores_images_without_class(sizes):
     logits, targets = answers(23, 10)
     bad = np.arange(23) % 4 == 1
     stats = evaluate(FromPixels(10), split(logits, np.where(bad, -1, targets), sizes), CPU, F32)
@@ -680,7 +679,7 @@ def test_images_of_no_class_count_for_nothing(sizes):
     assert nothing == {'loss': 0, 'acc1': 0, 'acc5': 0, 'correct1': 0, 'correct5': 0, 'images': 0}
 
 
-def test_evaluation_asks_after_every_batch_whether_to_stop():
+def test_evaluation_polls_after_every_batch():
     asked = []
     evaluate(FromPixels(10), split(*answers(23, 10), [10, 10, 3]), CPU, F32, lambda: asked.append(None))
     assert len(asked) == 3

@@ -1,4 +1,4 @@
-"""--eval: layouts of weights files, the moving average, the teacher."""
+"""The --eval flag: layouts of weights files, EMA weights, the teacher."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ import main
 pytestmark = pytest.mark.usefixtures('few_generated_images')
 
 
-def test_an_evaluation_that_is_not_finite_is_told_beside_its_accuracy(tmp_path, capsys):
+def test_non_finite_logits_in_evaluation_give_a_warning(tmp_path, capsys):
     student = toys.student()
     for name, bias in (('sound', 0.0), ('spoilt', torch.nan)):
         with torch.no_grad():
@@ -35,14 +35,14 @@ LAYOUTS = {
     'safetensors': None,
 }
 
-# Of the five images three show c0: a model that always says so is right on 60 % of them and 100 logits off on 40 %.
+# Three of the five images are of class c0. A model that always answers c0 is right on 60 %; elsewhere its loss is 100.
 C0 = ['* Acc@1 60.000 Acc@5 100.000 loss 40.000', 'Accuracy of the network on the 5 test images: 60.0%']
 C1 = ['* Acc@1 40.000 Acc@5 100.000 loss 60.000', 'Accuracy of the network on the 5 test images: 40.0%']
 
 
 @pytest.mark.R8
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_evaluation_prints_the_lines_of_the_release_from_files_of_any_layout(evaluation, tmp_path, layout):
+def test_eval_reads_every_layout_of_weights(evaluation, tmp_path, layout):
     state = toys.favouring(toys.student(2), 0).state_dict()
     path = tmp_path / f'weights.{"safetensors" if layout == "safetensors" else "pth"}'
     if layout == 'safetensors':
@@ -54,12 +54,12 @@ def test_evaluation_prints_the_lines_of_the_release_from_files_of_any_layout(eva
 
 
 @pytest.mark.parametrize(('eval_ema', 'lines'), [(True, C1), (None, C0)])
-def test_the_moving_average_is_evaluated_when_asked_for(evaluation, tmp_path, eval_ema, lines):
+def test_eval_ema_evaluates_the_moving_average(evaluation, tmp_path, eval_ema, lines):
     states = [toys.favouring(toys.student(2), winner).state_dict() for winner in (0, 1)]
     assert evaluation(resume=toys.save(tmp_path / 'released.pth', toys.as_release(*states)), eval_ema=eval_ema) == lines
 
 
-def test_our_own_checkpoint_evaluates_to_what_training_found(run, tmp_path, capsys):
+def test_eval_of_a_checkpoint_equals_its_log_row(run, tmp_path, capsys):
     (row,) = run(eval_ema=True, lr=10, warmup_epochs=0, model_ema_decay=0.5, epochs=1)
     capsys.readouterr()
     for eval_ema, name in [(None, 'test'), (True, 'test_ema')]:
@@ -71,7 +71,7 @@ def test_our_own_checkpoint_evaluates_to_what_training_found(run, tmp_path, caps
     assert row['test_loss'] != row['test_ema_loss']
 
 
-def test_the_teacher_is_evaluated_when_asked_for(run, files, tmp_path, capsys):
+def test_eval_teacher_runs_before_training(run, files, tmp_path, capsys):
     path = toys.save(tmp_path / 'c1.pth', toys.favouring(toys.teacher(2), 1).state_dict())
     run(eval_teacher=True, teacher_path=path, data_set='FOLDER', data_path=files / 'tree', output_dir=tmp_path)
     lines = capsys.readouterr().out.splitlines()
@@ -81,14 +81,14 @@ def test_the_teacher_is_evaluated_when_asked_for(run, files, tmp_path, capsys):
 
 
 @pytest.mark.R8
-def test_a_head_of_another_size_is_not_evaluated(files, capsys):
+def test_head_of_another_size_is_not_evaluated(files, capsys):
     weights = files / 'student.pth'
     error = toys.refused(capsys, **toys.FOLDER, eval=True, data_path=files / 'no_train', finetune=weights)
     assert f'--finetune {weights}: does not fit the model' in error
     assert 'head.weight' in error
 
 
-def test_a_signal_ends_a_plain_evaluation(evaluation, files, tmp_path, monkeypatch):
+def test_signal_stops_evaluation(evaluation, files, tmp_path, monkeypatch):
     path = toys.save(tmp_path / 'weights.pth', toys.student(2).state_dict())
     toys.after_calls(monkeypatch, engine, '_count_correct', 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as stopped:
@@ -96,18 +96,18 @@ def test_a_signal_ends_a_plain_evaluation(evaluation, files, tmp_path, monkeypat
     assert stopped.value.code == 143
 
 
-def test_auto_has_nothing_to_evaluate_in_an_empty_folder(tmp_path, capsys):
+def test_eval_with_auto_needs_a_checkpoint(tmp_path, capsys):
     error = toys.refused(capsys, **toys.ALONE, eval=True, resume='auto', output_dir=tmp_path)
     assert f'--resume auto: there is no checkpoint in --output_dir {tmp_path}' in error
 
 
-def test_a_checkpoint_of_another_seed_and_optimizer_is_evaluated(run, tmp_path, capsys):
+def test_eval_ignores_seed_and_optimizer(run, tmp_path, capsys):
     run(**toys.ALONE, seed=3, opt='sgd')
     main.main(toys.flags(**toys.ALONE, eval=True, resume=tmp_path / 'checkpoint.pth'))
     assert 'Accuracy of the network' in capsys.readouterr().out
 
 
-def test_a_damaged_file_that_is_named_is_not_evaluated_by_another(run, tmp_path, capsys):
+def test_eval_of_a_damaged_file_does_not_fall_back(run, tmp_path, capsys):
     run(**toys.ALONE, epochs=2)
     last = tmp_path / 'checkpoint.pth'
     last.write_bytes(last.read_bytes()[:-2000])

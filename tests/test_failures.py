@@ -1,4 +1,4 @@
-"""Values that are not finite and images that cannot be read."""
+"""Values that are not finite, and images that cannot be read."""
 
 import math
 import shutil
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures('few_generated_images')
 
 
 @pytest.mark.parametrize(('option', 'stops_at'), [({}, 'loss_dist'), ({'s_id': None, 't_id': None}, 'loss_dist')])
-def test_a_teacher_that_answers_nan_stops_the_run_with_the_name_of_the_term(run, tmp_path, capsys, option, stops_at):
+def test_nan_teacher_stops_the_run_and_names_the_term(run, tmp_path, capsys, option, stops_at):
     teacher = toys.teacher()
     with torch.no_grad():
         teacher.head.bias[0] = torch.nan
@@ -31,7 +31,7 @@ def test_a_teacher_that_answers_nan_stops_the_run_with_the_name_of_the_term(run,
 
 @pytest.mark.R11
 @pytest.mark.parametrize('workers', [0, 1])
-def test_a_damaged_image_stops_the_run_in_one_line_with_its_name(files, tmp_path, capsys, workers):
+def test_damaged_image_stops_the_run_and_is_named(files, tmp_path, capsys, workers):
     toys.write_images(tmp_path / 'val', [2, 2], 32)
     damaged = tmp_path / 'val' / 'c1' / '1.png'
     damaged.write_bytes(damaged.read_bytes()[:40])
@@ -44,7 +44,7 @@ def test_a_damaged_image_stops_the_run_in_one_line_with_its_name(files, tmp_path
 
 
 def poisoned(monkeypatch, *steps: int) -> None:
-    """Makes the loss of these steps NaN, whatever was resumed."""
+    """Makes the loss NaN at these steps, counted from the start of training."""
     seed_step, build = utils.seed_step, main.build_criterion
     now = []
     monkeypatch.setattr(utils, 'seed_step', lambda *args: now.append(args[2]) or seed_step(*args))
@@ -60,7 +60,7 @@ def poisoned(monkeypatch, *steps: int) -> None:
     monkeypatch.setattr(main, 'build_criterion', built)
 
 
-def test_a_loss_that_is_not_finite_leaves_the_state_before_it(run, tmp_path, monkeypatch, capsys):
+def test_non_finite_loss_keeps_the_last_good_state(run, tmp_path, monkeypatch, capsys):
     poisoned(monkeypatch, 5)
     with pytest.raises(SystemExit) as stopped:
         run(**toys.LONG)
@@ -71,7 +71,7 @@ def test_a_loss_that_is_not_finite_leaves_the_state_before_it(run, tmp_path, mon
     assert all(value.isfinite().all() for value in toys.load(tmp_path / 'checkpoint.pth')['model'].values())
 
 
-def test_as_many_updates_are_left_out_as_allowed_counted_across_a_resume(run, through, tmp_path, monkeypatch, capsys):
+def test_skipped_updates_are_counted_across_a_resume(run, through, tmp_path, monkeypatch, capsys):
     poisoned(monkeypatch, 2, 6)
     flags = {**toys.LONG, 'non_finite': 'skip:1'}
     run(**{**flags, 'epochs': 1})
@@ -90,7 +90,7 @@ def test_as_many_updates_are_left_out_as_allowed_counted_across_a_resume(run, th
 @pytest.mark.R11
 @toys.forks
 @pytest.mark.parametrize('workers', [0, 2])
-def test_bad_images_are_left_out_if_asked_for_and_listed(run, files, tmp_path, capsys, workers):
+def test_bad_images_skip_replaces_and_lists_them(run, files, tmp_path, capsys, workers):
     tree = tmp_path / 'tree'
     shutil.copytree(files / 'tree', tree)
     bad = [tree / 'train' / 'c0' / '1.png', tree / 'train' / 'c1' / '3.png', tree / 'val' / 'c1' / '1.png']
@@ -104,7 +104,7 @@ def test_bad_images_are_left_out_if_asked_for_and_listed(run, files, tmp_path, c
     ends = ['replaced by the next one', 'replaced by the next one', 'left out of evaluation']
     warnings = [f'warning: cannot be read, {end}: {path} (class {path.parent.name})'
                 for end, path in zip(ends, bad, strict=True)]  # fmt: skip
-    assert [line for line in lines if 'cannot be read' in line] == warnings * 2  # when they are found, and at the end
+    assert [line for line in lines if 'cannot be read' in line] == warnings * 2  # once when found, once at the end
     assert rows == run(**flags, bad_images='skip', num_workers=2 - workers, output_dir=tmp_path / 'again')
     with pytest.raises(SystemExit) as stopped:
         run(**flags, num_workers=0, output_dir=tmp_path / 'stops')

@@ -1,4 +1,4 @@
-"""main.py's flags: the release's, wrong use, and flags that have no effect."""
+"""The flags of main.py: those of the release, wrong use, and flags without effect."""
 
 import argparse
 import ast
@@ -14,7 +14,7 @@ from utils import UsageError
 
 pytestmark = pytest.mark.usefixtures('few_generated_images')
 
-# The release's, as its parser had them: words that fit, then name and default.
+# Flags of the release, by a value that fits: name and default.
 RELEASE = {
     ('3',): {
         'batch-size': 64, 'epochs': 300, 'K': 192, 'input-size': 224, 'warmup-epochs': 5, 'cooldown-epochs': 10,
@@ -52,7 +52,7 @@ CHOICES = {
     'distillation-type': {'none', 'soft', 'hard'},
     'data-set': {'CIFAR', 'IMNET', 'INAT', 'INAT19'},
     'inat-category': {'kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name'},
-    # Free words in the release; these are what its parts understood, but for the plateau schedule.
+    # The release took any word here. These are the ones it understood, except the plateau schedule.
     'sched': {'cosine', 'tanh', 'step', 'poly'},
     'train-interpolation': {'random', 'bilinear', 'bicubic'},
     'remode': {'const', 'rand', 'pixel'},
@@ -65,16 +65,16 @@ def dest(flag: str) -> str:
     return flag.removeprefix('no-').replace('-', '_')
 
 
-def test_the_table_holds_the_74_flags_of_the_release():
+def test_release_table_has_74_flags():
     assert len(FLAGS) == len({flag for flag, _, _ in FLAGS}) == 74
 
 
 @pytest.mark.parametrize(('flag', 'default', 'words'), FLAGS, ids=[flag for flag, _, _ in FLAGS])
-def test_a_flag_of_the_release_keeps_name_default_choices_and_both_spellings(flag, default, words):
+def test_release_flag_keeps_name_default_and_choices(flag, default, words):
     parser = main.get_args_parser()
     unset = getattr(parser.parse_args([]), dest(flag))
     assert unset == default
-    assert type(unset) is type(default) or flag == 'decay-epochs'  # 30 stands there for a float
+    assert type(unset) is type(default) or flag == 'decay-epochs'  # the release writes the float as 30
     spellings = [f'--{flag}', f'--{flag.replace("-", "_")}', f'--{flag.replace("_", "-")}']
     parsed = [vars(parser.parse_args([spelling, *words])) for spelling in spellings]
     assert parsed[0] == parsed[1] == parsed[2]
@@ -88,23 +88,23 @@ def test_a_flag_of_the_release_keeps_name_default_choices_and_both_spellings(fla
         assert parsed[0][dest(flag)] == words[0]
     action = next(action for action in parser._actions if f'--{flag}' in action.option_strings)
     choices = set(action.choices or ())
-    if flag == 'data-set':  # more than those, and names that only begin like a choice
+    if flag == 'data-set':  # there are more names, and some are only prefixes
         assert all(parser.parse_args(['--data-set', name]).data_set == name for name in CHOICES[flag])
     else:
         assert choices == CHOICES.get(flag, set())
 
 
-def test_the_short_name_of_the_decay_rate_is_known_too():
+def test_dr_is_short_for_decay_rate():
     assert main.get_args_parser().parse_args(['--dr', '0.3']).decay_rate == 0.3
 
 
-def test_a_flag_can_be_joined_to_its_value_and_values_keep_their_underscores():
+def test_equals_sign_and_underscores_in_values():
     args = main.get_args_parser().parse_args(['--output_dir=a_b=c_d', '--model_kwargs', 'img_size=3', '--s-id', '-1'])
     assert (args.output_dir, args.model_kwargs, args.s_id) == ('a_b=c_d', {'img_size': 3}, [-1])
 
 
 class Watched(argparse.Namespace):
-    """Remembers which of its values were asked for."""
+    """Records which of its values are read."""
 
     def __getattribute__(self, name: str):
         if not name.startswith('_'):
@@ -112,7 +112,7 @@ class Watched(argparse.Namespace):
         return super().__getattribute__(name)
 
 
-def test_every_flag_has_help_and_a_reader_or_says_that_it_has_no_effect():
+def test_every_flag_has_help_and_is_read():
     parser = main.get_args_parser()
     tree = ast.parse(inspect.getsource(main))
     readers = {
@@ -122,7 +122,7 @@ def test_every_flag_has_help_and_a_reader_or_says_that_it_has_no_effect():
     }
     args = Watched(_asked=set(), **vars(parser.parse_args([])))
     optimizer_kwargs(args), scheduler_kwargs(args)
-    # timm's bridge asks for the idle ones too, and does nothing with them.
+    # timm reads some of the flags without effect too, but does not use them.
     idle = {action.dest for action in parser._actions if 'no effect' in (action.help or '')}
     assert idle == {'cooldown_epochs', 'patience_epochs', 'resplit', 'local_rank', 'distributed', 'world_size'}
     assert not idle & readers
@@ -131,7 +131,7 @@ def test_every_flag_has_help_and_a_reader_or_says_that_it_has_no_effect():
     assert [action.dest for action in parser._actions if len(action.help or '') < 5] == []
 
 
-def test_help_prints_and_ends_the_run_well(capsys):
+def test_help_exits_with_0(capsys):
     with pytest.raises(SystemExit) as stopped:
         main.main(['--help'])
     assert stopped.value.code == 0
@@ -141,12 +141,12 @@ def test_help_prints_and_ends_the_run_well(capsys):
 @pytest.mark.parametrize(
     ('word', 'meant'), [('--batchsize', '--batch-size'), ('--w-smaple=3', '--w-sample'), ('stray', None)]
 )
-def test_an_unknown_flag_is_refused_with_the_nearest_one(word, meant):
+def test_unknown_flag_suggests_the_nearest_one(word, meant):
     with pytest.raises(UsageError, match=f'^{word}: no such flag' + (f'.*{meant}' if meant else '$')):
         main.parse_args([word])
 
 
-# The flag and the value that the line must name come first; then what else the run needs, and further words.
+# First the flag and value that the message must name, then other flags of the run. Further words must appear too.
 WRONG = [
     # the method
     ({'s_id': '0 1 2', 't_id': '0 1'}, '--t-id 0 1'),
@@ -290,7 +290,7 @@ def case(changes: dict, *words: str) -> str:
 
 
 @pytest.mark.parametrize('wrong', WRONG, ids=[case(*wrong) for wrong in WRONG])
-def test_wrong_use_is_one_line_that_names_flag_and_value_before_any_training(wrong, files, tmp_path, epochs, capsys):
+def test_wrong_use_is_one_line_with_flag_and_value(wrong, files, tmp_path, epochs, capsys):
     changes, *words = wrong
     changes = {k: v.format(files=files) if isinstance(v, str) else v for k, v in changes.items()}
     name, value = next(iter(changes.items()))
@@ -352,7 +352,7 @@ def test_wrong_use_is_one_line_that_names_flag_and_value_before_any_training(wro
         ({**toys.ALONE, 'w_full': 0, 'smoothing': 0.2, 'sched': 'poly', 'decay_rate': 0.5, 'min_lr': 0, 'keep': 3}, []),
     ],
 )
-def test_flags_that_have_no_effect_are_named(run, epochs, capsys, changes, words):
+def test_flags_without_effect_are_named(run, epochs, capsys, changes, words):
     run(**changes)
     lines = [line for line in capsys.readouterr().out.splitlines() if 'no effect' in line]
     assert len(lines) == len(words), lines

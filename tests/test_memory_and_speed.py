@@ -1,4 +1,4 @@
-"""Accumulation, activation checkpointing, compilation and augmentation on the device."""
+"""Gradient accumulation, activation checkpointing, torch.compile and --device-augment."""
 
 import math
 
@@ -23,7 +23,7 @@ LOCAL = {
 
 
 @pytest.mark.parametrize('mixing', [{}, {'mixup': 0, 'cutmix': 0}])
-def test_an_accumulated_step_is_the_step_of_the_big_batch_for_terms_of_single_images(run, tmp_path, capsys, mixing):
+def test_accumulated_step_equals_the_big_batch_step(run, tmp_path, capsys, mixing):
     flags = {**LOCAL, **mixing}
     big = run(**flags, batch_size=8, output_dir=tmp_path / 'big')
     assert '1 rank × 8 images = 8 a step' in capsys.readouterr().out
@@ -39,15 +39,15 @@ def test_an_accumulated_step_is_the_step_of_the_big_batch_for_terms_of_single_im
     assert big[1]['train_loss'] < big[0]['train_loss']
 
 
-def test_accumulated_relations_across_images_see_a_micro_batch(run, tmp_path):
+def test_accumulated_sample_relations_see_one_micro_batch(run, tmp_path):
     flags = {**LOCAL, 'w_sample': 1, 'epochs': 1}
     big = run(**flags, batch_size=16, output_dir=tmp_path / 'big')
     small = run(**flags, batch_size=4, accum_steps=4, output_dir=tmp_path / 'small')
     assert small[0]['train_loss_mf_patch'] == pytest.approx(big[0]['train_loss_mf_patch'], rel=0.05)
-    assert small[0]['train_loss_mf_sample'] < 0.9 * big[0]['train_loss_mf_sample']  # more of its entries are diagonal
+    assert small[0]['train_loss_mf_sample'] < 0.9 * big[0]['train_loss_mf_sample']  # more entries are on the diagonal
 
 
-def test_a_run_of_accumulated_steps_resumed_in_mid_epoch_is_the_whole_one_to_the_bit(run, tmp_path, monkeypatch):
+def test_accumulated_run_resumes_to_the_bit(run, tmp_path, monkeypatch):
     flags = {'batch_size': 4, 'accum_steps': 2, 'epochs': 2, 'drop_path': 0.2, 'save_interval_steps': 1}
     run(**flags, output_dir=tmp_path / 'whole')
     after_step, steps = main.Keeper.after_step, []
@@ -69,7 +69,7 @@ def test_a_run_of_accumulated_steps_resumed_in_mid_epoch_is_the_whole_one_to_the
         toys.assert_same(parts[key], whole[key])
 
 
-def test_augmentation_on_the_device_trains_and_resumes_to_the_bit(run, tmp_path):
+def test_device_augment_resumes_to_the_bit(run, tmp_path):
     flags = {'device_augment': True, 'epochs': 2, 'reprob': 0.9}
     whole = run(**flags, output_dir=tmp_path / 'whole')
     first = tmp_path / 'whole' / 'checkpoint-00000002.pth'
@@ -77,7 +77,7 @@ def test_augmentation_on_the_device_trains_and_resumes_to_the_bit(run, tmp_path)
     assert run(**{**flags, 'device_augment': None}, output_dir=tmp_path / 'plain') != whole
 
 
-def test_what_is_not_finite_in_the_first_of_several_passes_stops_the_step(run, monkeypatch):
+def test_non_finite_first_micro_batch_stops_the_step(run, monkeypatch):
     calls = []
     forward = main.ManifoldDistillationLoss.forward
 
@@ -89,10 +89,10 @@ def test_what_is_not_finite_in_the_first_of_several_passes_stops_the_step(run, m
     monkeypatch.setattr(main.ManifoldDistillationLoss, 'forward', poisoned)
     with pytest.raises(SystemExit):
         run(batch_size=4, accum_steps=2)
-    assert len(calls) == 4  # it is known when the step is judged, before it is taken
+    assert len(calls) == 4  # both passes of the step run; then it is checked
 
 
-def test_activation_checkpointing_keeps_less_and_changes_no_bit(run, tmp_path):
+def test_grad_checkpointing_saves_memory_and_changes_no_bit(run, tmp_path):
     flags = {'epochs': 1, 'drop_path': 0.3, 'lr': 0.3, 'warmup_epochs': 0}
     kept = []
     for name, extra in (('plain', {}), ('checkpointed', {'grad_checkpointing': True})):
@@ -107,18 +107,18 @@ def test_activation_checkpointing_keeps_less_and_changes_no_bit(run, tmp_path):
     assert kept[1] < kept[0]
 
 
-def test_activation_checkpointing_that_a_model_does_not_know_is_refused_in_words(run, capsys):
+def test_unsupported_grad_checkpointing_is_a_usage_error(run, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(grad_checkpointing=True, model='dla46_c', model_kwargs=None, **toys.ALONE)
     assert stopped.value.code == 2
     assert 'error: --grad-checkpointing with --model dla46_c: it knows no' in capsys.readouterr().err
 
 
-@pytest.mark.slow  # half a minute of a compiler
+@pytest.mark.slow  # compiles for half a minute
 @pytest.mark.filterwarnings('default')
-def test_a_compiled_run_has_the_losses_and_the_keys_of_a_plain_one_and_resumes_to_the_bit(run, tmp_path):
+def test_compiled_run_matches_plain_and_resumes_to_the_bit(run, tmp_path):
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()  # which a reset leaves alone
+    torch._dynamo.utils.counters.clear()  # reset() keeps these
     flags = {'epochs': 2, 'lr': 0.3, 'warmup_epochs': 0, 'drop_path': 0, 'eval_ema': True}
     plain = run(**flags, output_dir=tmp_path / 'plain')
     rows = run(**flags, compile=True, output_dir=tmp_path / 'compiled')
@@ -142,11 +142,11 @@ def test_a_compiled_run_has_the_losses_and_the_keys_of_a_plain_one_and_resumes_t
     torch._dynamo.reset()
 
 
-@pytest.mark.slow  # half a minute of a compiler
+@pytest.mark.slow  # compiles for half a minute
 @pytest.mark.filterwarnings('default')
-def test_a_compiled_run_finds_the_shares_of_the_gradient(run, tmp_path, monkeypatch, capsys):
+def test_compiled_run_logs_gradient_shares(run, tmp_path, monkeypatch, capsys):
     torch._dynamo.reset()
-    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))  # found there, a graph may be another's
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))  # a cached graph may come from another run
     monkeypatch.setattr(torch._functorch.config, 'donated_buffer', True)
     run(compile=True, log_grad_share=True, accum_steps=2, batch_size=4, output_dir=tmp_path / 'out')
     assert 'share_mf_patch' in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What the flags build: learning rates, dropout, criterion and repeated augmentation."""
+"""What the flags build: learning rates, dropout, the criterion and repeated augmentation."""
 
 import math
 
@@ -13,8 +13,8 @@ import main
 pytestmark = pytest.mark.usefixtures('few_generated_images')
 
 
-def test_the_learning_rate_follows_the_published_recipe():
-    args = main.parse_args(toys.flags(epochs=None, batch_size=512, **toys.ALONE))  # all else as in the release
+def test_learning_rate_follows_the_published_recipe():
+    args = main.parse_args(toys.flags(epochs=None, batch_size=512, **toys.ALONE))  # the rest as in the release
     state = main.build_state(args, timm.create_model('deit_tiny_patch16_224'))
     without, with_decay = sorted((len(g['params']), g['weight_decay']) for g in state.optimizer.param_groups)[::-1]
     assert (without, with_decay) == ((102, 0.0), (50, 0.05))
@@ -24,7 +24,7 @@ def test_the_learning_rate_follows_the_published_recipe():
         state.lr_scheduler.step(epoch)
     published = {0: 1e-6, 1: 1e-6, 2: 1.008e-4, 299: 1.0054e-5}
     assert {epoch: rates[epoch][0] for epoch in published} == pytest.approx(published, rel=1e-4)
-    # Five epochs of warm-up, then half a cosine over all 300; everything one epoch late.
+    # Five epochs of warmup, then half a cosine over all 300. Everything comes one epoch late.
     warm = [1e-6 + t / 5 * (5e-4 - 1e-6) for t in range(5)]
     cosine = [1e-5 + (5e-4 - 1e-5) * (1 + math.cos(math.pi * t / 300)) / 2 for t in range(5, 299)]
     expected = [1e-6, *warm, *cosine]
@@ -32,7 +32,7 @@ def test_the_learning_rate_follows_the_published_recipe():
 
 
 @pytest.mark.parametrize(('batch', 'scaled'), [(64, 6.25e-5), (1024, 1e-3)])
-def test_the_rate_is_scaled_by_the_batch_and_neither_warm_up_nor_minimum_are(batch, scaled):
+def test_batch_size_scales_only_the_peak_learning_rate(batch, scaled):
     state = main.build_state(main.parse_args(toys.flags(epochs=300, batch_size=batch, **toys.ALONE)), toys.student())
     rate = lambda: state.optimizer.param_groups[0]['lr']  # noqa: E731
     assert rate() == 1e-6
@@ -42,13 +42,13 @@ def test_the_rate_is_scaled_by_the_batch_and_neither_warm_up_nor_minimum_are(bat
     assert rate() == pytest.approx(1e-5)
 
 
-def test_the_epoch_loop_steps_the_schedule_one_epoch_late(run, epochs):
-    # Peak 64 * 5e-4 * 8/512 = 5e-4; two epochs of warm-up, then the middle of a cosine over four.
+def test_schedule_lags_one_epoch(run, epochs):
+    # The peak is 64 * 5e-4 * 8/512 = 5e-4. After two epochs of warmup the cosine over four epochs is half done.
     rows = run(epochs=4, warmup_epochs=2, lr=64 * 5e-4)
     assert [row['train_lr'] for row in rows] == pytest.approx([1e-6, 1e-6, (1e-6 + 5e-4) / 2, (1e-5 + 5e-4) / 2])
 
 
-def test_dropout_reaches_positions_projections_and_mlp_but_neither_head_nor_attention_nor_teacher(files):
+def test_drop_sets_dropout_of_the_student_as_the_release_does(files):
     args = main.parse_args(toys.flags(drop=0.3, drop_path=0.2, teacher_path=files / 'teacher.pth'))
     student, teacher = main.build_student(args, 10), main.build_teacher(args)
     block = student.blocks[-1]
@@ -60,12 +60,12 @@ def test_dropout_reaches_positions_projections_and_mlp_but_neither_head_nor_atte
 
 
 @pytest.mark.parametrize(('alpha', 'absent'), [(0, 'dist'), (1, 'base')])
-def test_at_either_end_of_alpha_the_relation_terms_stay(run, alpha, absent):
+def test_relation_terms_stay_at_alpha_0_and_1(run, alpha, absent):
     (row,) = run(distillation_alpha=alpha)
     assert {term for term in toys.TERMS if row[f'train_loss_{term}'] == 0} == {absent}
 
 
-def test_the_weights_of_the_terms_are_those_of_the_flags(run, monkeypatch):
+def test_criterion_gets_the_weights_of_the_flags(run, monkeypatch):
     seen = []
     build = main.build_criterion
     monkeypatch.setattr(main, 'build_criterion', lambda args: seen.append(build(args)) or seen[-1])
@@ -75,26 +75,26 @@ def test_the_weights_of_the_terms_are_those_of_the_flags(run, monkeypatch):
     assert [getattr(seen[0], name) for name in names] == values
 
 
-def test_without_layer_lists_there_are_no_relations_and_the_first_screen_says_so(run, capsys):
+def test_no_block_lists_means_no_relation_terms(run, capsys):
     (row,) = run(s_id=None, t_id=None)
     toys.assert_sound(row)
     assert {term for term in toys.TERMS if row[f'train_loss_{term}'] == 0} == set(toys.TERMS[2:])
     assert 'no relation terms' in capsys.readouterr().out
 
 
-def test_the_full_term_is_off_unless_its_flag_is_typed_and_is_logged_as_0(run):
+def test_full_term_is_off_by_default(run):
     (row,) = run(w_full=None)
     toys.assert_sound(row)
     assert {term for term in toys.TERMS if row[f'train_loss_{term}'] == 0} == {'mf_full'}
 
 
-def test_in_one_process_the_relations_of_all_ranks_are_its_own(run, tmp_path):
+def test_global_relations_of_one_process_equal_rank_relations(run, tmp_path):
     one, other = (run(relations=relations, output_dir=tmp_path / relations) for relations in ('rank', 'global'))
     assert one == other
 
 
-def test_the_paper_s_sums_are_the_means_times_layer_pairs_and_entries(run, tmp_path):
-    options = {'lr': 1e-12, 'warmup_epochs': 0, 'K': 5}  # both runs stay where they begin
+def test_paper_scale_is_the_mean_times_its_entries(run, tmp_path):
+    options = {'lr': 1e-12, 'warmup_epochs': 0, 'K': 5}  # so low that the weights do not move
     (mean,), (paper,) = (run(relation_scale=s, output_dir=tmp_path / s, **options) for s in ('mean', 'paper'))
     B, N, K, L = 8, 16, 5, 3
     for term, entries in {'sample': B**2, 'patch': N**2, 'rand': K**2, 'full': (B * N) ** 2}.items():
@@ -104,7 +104,7 @@ def test_the_paper_s_sums_are_the_means_times_layer_pairs_and_entries(run, tmp_p
 
 
 @pytest.mark.parametrize(('typed', 'said'), [(True, 'repeated augmentation: 3 distinct'), (None, 'without repeats')])
-def test_in_one_process_images_repeat_only_if_the_flag_is_typed(run, capsys, typed, said):
+def test_one_process_repeats_images_only_on_request(run, capsys, typed, said):
     run(repeated_aug=typed)
     assert said in capsys.readouterr().out
 
@@ -112,24 +112,24 @@ def test_in_one_process_images_repeat_only_if_the_flag_is_typed(run, capsys, typ
 @pytest.mark.parametrize(
     ('decay', 'epochs', 'warns'), [(0.5, 2, True), (0.5, 3, False), (0.99996, 3, True), (0, 2, False)]
 )
-def test_a_moving_average_that_cannot_move_is_warned_of(run, capsys, decay, epochs, warns):
-    run(model_ema_decay=decay, epochs=epochs)  # two steps an epoch; fewer than three lengths of the average are few
+def test_ema_slower_than_the_run_gives_a_warning(run, capsys, decay, epochs, warns):
+    run(model_ema_decay=decay, epochs=epochs)  # two steps an epoch
     assert ('--model-ema-decay' in capsys.readouterr().out) is warns
 
 
-def test_without_fine_tuning_the_student_trains_in_train_mode(run, epochs):
+def test_student_is_in_train_mode_unless_fine_tuned(run, epochs):
     run(**toys.ALONE)
     assert epochs[0].train_mode is True
 
 
-def test_another_seed_is_another_run_and_the_same_seed_the_same(run, tmp_path):
+def test_same_seed_gives_the_same_run(run, tmp_path):
     rows = [run(seed=seed, output_dir=tmp_path / name) for seed, name in [(1, 'a'), (1, 'b'), (2, 'c')]]
     assert rows[0] == rows[1]
     assert all(rows[0][0][f'train_loss_{term}'] != rows[2][0][f'train_loss_{term}'] for term in toys.TERMS)
 
 
-def test_the_first_epoch_can_be_chosen_without_a_checkpoint(run):
+def test_start_epoch_works_without_a_checkpoint(run):
     rows = run(**toys.ALONE, start_epoch=2, epochs=3, warmup_epochs=4, lr=0.5)
     assert [row['epoch'] for row in rows] == [2]
-    # the schedule lags one epoch: epoch 2 has the rate of the second quarter of the warm-up, 0.5·8/512 being its top
+    # The schedule lags one epoch, so epoch 2 is one quarter into the warmup. Its end is 0.5·8/512.
     assert rows[0]['train_lr'] == pytest.approx(1e-6 + (0.5 * 8 / 512 - 1e-6) / 4)

@@ -1,4 +1,4 @@
-"""Resuming and fine-tuning: interrupted runs end in the same bits."""
+"""Resuming and fine-tuning. An interrupted run must end in the same bits as an uninterrupted one."""
 
 import math
 import os
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures('few_generated_images')
 
 
 @pytest.mark.parametrize('changes', [{}, {'model': 'deit_tiny_distilled_patch16_224', 'amp_dtype': 'float16'}])
-def test_two_epochs_are_one_and_resume_and_one_to_the_bit(run, tmp_path, monkeypatch, changes):
+def test_resume_between_epochs_is_exact(run, tmp_path, monkeypatch, changes):
     flags = {'epochs': 2, 'drop_path': 0.1, 'lr': 0.3, 'warmup_epochs': 0, 'model_ema_decay': 0.5, 'eval_ema': True}
     flags |= {'teacher_kwargs': f'{toys.RUN["teacher_kwargs"]} drop_path_rate=0.3', **changes}
     rows = run(**flags, output_dir=tmp_path / 'through')
@@ -38,10 +38,10 @@ def test_two_epochs_are_one_and_resume_and_one_to_the_bit(run, tmp_path, monkeyp
     for key in ('model', 'model_ema', 'optimizer', 'scaler', 'epoch', 'best_acc1'):
         toys.assert_same(resumed[key], through[key])
     assert [row['epoch'] for row in rows] == [0, 1]
-    assert abs(rows[0]['test_loss'] - rows[1]['test_loss']) > 1e-3  # it did train
+    assert abs(rows[0]['test_loss'] - rows[1]['test_loss']) > 1e-3  # the model did change
 
 
-def test_a_run_without_moving_average_resumes_without_one(run, tmp_path):
+def test_resume_without_ema(run, tmp_path):
     run(no_model_ema=True)
     rows = run(no_model_ema=True, epochs=2, resume=tmp_path / 'checkpoint.pth')
     assert [row['epoch'] for row in rows] == [0, 1]
@@ -49,7 +49,7 @@ def test_a_run_without_moving_average_resumes_without_one(run, tmp_path):
 
 
 def released_in_mid_run(path, epoch: int) -> dict:
-    """A file as the release wrote it after some epoch, by an optimizer that counted its steps in ints."""
+    """Writes a checkpoint as the release did after an epoch. Its optimizer counted steps as ints."""
     model = toys.student()
     state = main.build_state(main.parse_args(toys.flags(**toys.ALONE)), model)
     for parameter in model.parameters():
@@ -64,9 +64,9 @@ def released_in_mid_run(path, epoch: int) -> dict:
 
 
 @pytest.mark.R8
-def test_a_file_of_the_release_resumes_after_its_last_finished_epoch(run, tmp_path, capsys, epochs):
+def test_release_checkpoint_resumes_after_its_epoch(run, tmp_path, capsys, epochs):
     contents = released_in_mid_run(tmp_path / 'released.pth', epoch=6)
-    # A decay of 1 keeps the average as it is: it must be the file's, which differs from the file's weights.
+    # A decay of 1 keeps the EMA weights as they were in the file. There they differ from the raw weights.
     rows = run(resume=tmp_path / 'released.pth', epochs=8, model_ema_decay=1, lr=64 * 5e-4, warmup_epochs=2)
     assert [row['epoch'] for row in rows] == [7]
     assert 'epoch 6 done' in capsys.readouterr().out
@@ -77,13 +77,13 @@ def test_a_file_of_the_release_resumes_after_its_last_finished_epoch(run, tmp_pa
         assert moments['step'] == 1
         assert torch.equal(moments['exp_avg'], contents['optimizer']['state'][index]['exp_avg'])
         assert torch.equal(moments['exp_avg_sq'], contents['optimizer']['state'][index]['exp_avg_sq'])
-    # The rate of the eighth epoch: 64 * 5e-4 * 8/512 is the peak; after six epochs of eight the cosine is here.
+    # The learning rate of the eighth epoch: six eighths of the cosine, from a peak of 64 * 5e-4 * 8/512.
     rate = 1e-5 + (5e-4 - 1e-5) * (1 + math.cos(math.pi * 6 / 8)) / 2
     assert [group['lr'] for group in call.optimizer['param_groups']] == pytest.approx([rate] * 2)
     toys.assert_same(toys.load(tmp_path / 'checkpoint.pth')['model_ema'], contents['model_ema'])
 
 
-def test_a_file_of_the_release_trains_on(run, tmp_path):
+def test_release_checkpoint_trains_on(run, tmp_path):
     released_in_mid_run(tmp_path / 'released.pth', epoch=0)
     (row,) = run(resume=tmp_path / 'released.pth', epochs=2, amp_dtype='float16')
     toys.assert_sound(row)
@@ -93,9 +93,7 @@ def test_a_file_of_the_release_trains_on(run, tmp_path):
 
 
 @pytest.mark.parametrize('start', [None, 1])
-def test_a_file_of_weights_alone_starts_fresh_with_the_average_of_its_weights(
-    run, files, tmp_path, capsys, epochs, start
-):
+def test_weights_only_file_starts_a_new_run(run, files, tmp_path, capsys, epochs, start):
     rows = run(resume=files / 'student.pth', start_epoch=start, epochs=2, model_ema_decay=1)
     assert [row['epoch'] for row in rows] == list(range(start or 0, 2))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('resume'))
@@ -109,9 +107,7 @@ def test_a_file_of_weights_alone_starts_fresh_with_the_average_of_its_weights(
 
 
 @pytest.mark.parametrize('taught', [False, True], ids=['without_teacher', 'with_teacher'])
-def test_fine_tuning_adapts_positions_and_head_and_trains_in_train_mode_only_with_a_teacher(
-    run, files, tmp_path, capsys, epochs, taught
-):
+def test_finetune_adapts_positions_and_head(run, files, tmp_path, capsys, epochs, taught):
     path = toys.save(tmp_path / 'teacher.pth', toys.teacher(2, 48).state_dict())
     tree = tmp_path / 'images'
     toys.write_images(tree / 'train', [4, 4], 48)
@@ -135,7 +131,7 @@ def test_fine_tuning_adapts_positions_and_head_and_trains_in_train_mode_only_wit
 
 
 def interrupted(through, after: int, folder, **changes) -> None:
-    """What a run leaves that was killed after some step: its state, changed, and the log and best one of before."""
+    """Writes what a run leaves when killed after a step: its checkpoint (with changes), log and best checkpoint."""
     state = {**toys.load(through / f'checkpoint-{after:08d}.pth'), **changes}
     (folder / 'checkpoint.pth').write_bytes(checkpoints.serialize(state))
     if state['epoch'] == 0:
@@ -144,14 +140,14 @@ def interrupted(through, after: int, folder, **changes) -> None:
         shutil.copy(through / 'checkpoint-00000004.pth', folder / 'best_checkpoint.pth')
 
 
-def test_the_whole_run_does_train_and_saves_every_step(through):
+def test_uninterrupted_run_trains_and_saves_every_step(through):
     for folder in through.values():
         rows = toys.log_rows(folder)
         assert [row['epoch'] for row in rows] == [0, 1]
         assert abs(rows[0]['test_loss'] - rows[1]['test_loss']) > 1e-3
         assert max(row['test_acc1'] for row in rows) == toys.load(folder / 'checkpoint.pth')['best_acc1']
         states = [toys.load(folder / f'checkpoint-{step:08d}.pth') for step in range(1, 8)]
-        # The state of the last step of an epoch is written again once it is evaluated.
+        # The checkpoint of the last step of an epoch is written again after evaluation.
         assert [(s['epoch'], s['position']) for s in states] == [
             (-1, 4), (-1, 8), (-1, 12), (0, 0), (0, 4), (0, 8), (0, 12)
         ]  # fmt: skip
@@ -160,7 +156,7 @@ def test_the_whole_run_does_train_and_saves_every_step(through):
 
 @pytest.mark.parametrize('step', [1, 3, 4, 6, 7])
 @pytest.mark.parametrize('kind', ['float32', 'float16'])
-def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one_to_the_bit(run, through, tmp_path, kind, step):
+def test_resume_in_mid_epoch_is_exact(run, through, tmp_path, kind, step):
     interrupted(through[kind], step, tmp_path)
     run(**toys.LONG, **(toys.HALF if kind == 'float16' else {}))
     assert toys.differing(toys.outcome(tmp_path), toys.outcome(through[kind])) == set()
@@ -178,7 +174,7 @@ def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one_to_the_bit(run, thr
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_without_any_part_of_its_state_it_would_be_another_one(run, through, tmp_path, dropped, differs):
+def test_every_part_of_the_state_matters(run, through, tmp_path, dropped, differs):
     if 'optimizer' in dropped:
         whole = toys.load(through['float32'] / 'checkpoint-00000006.pth')['optimizer']
         dropped = {'optimizer': {**whole, 'state': {}}}
@@ -201,7 +197,7 @@ PLACES = {
 
 @toys.forks
 @pytest.mark.parametrize(('place', 'workers'), [*((place, 0) for place in PLACES), ('a step', 2)])
-def test_a_run_that_dies_goes_on_to_the_same_end(run, through, tmp_path, monkeypatch, place, workers):
+def test_run_that_dies_resumes_exactly(run, through, tmp_path, monkeypatch, place, workers):
     with monkeypatch.context() as patch:
         toys.after_calls(patch, *PLACES[place], die)
         with pytest.raises(toys.KilledError):
@@ -220,13 +216,11 @@ def test_a_run_that_dies_goes_on_to_the_same_end(run, through, tmp_path, monkeyp
         (signal.SIGTERM, 'a save', 0),
     ],
 )
-def test_a_signal_saves_and_stops_and_no_step_is_lost(
-    run, through, tmp_path, monkeypatch, capsys, number, place, workers
-):
+def test_signal_saves_and_loses_no_step(run, through, tmp_path, monkeypatch, capsys, number, place, workers):
     flags = {**toys.LONG, 'save_interval_steps': 0, 'num_workers': workers}
     module, name, count = PLACES[place]
     with monkeypatch.context() as patch:
-        # Saved by nothing but the signal and the end of an epoch.
+        # Only the signal and the end of an epoch save.
         toys.after_calls(patch, module, name, 1 if place == 'a save' else count, lambda: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit) as stopped:
             run(**flags)
@@ -236,13 +230,13 @@ def test_a_signal_saves_and_stops_and_no_step_is_lost(
     assert error.count('\n') == 1
     assert f'saved in {tmp_path / "checkpoint.pth"}' in error
     steps = {'the first step': 1, 'a step': 7, 'an evaluation': 4, 'a save': 4}
-    # During a save at the end of an epoch: the next step is made, for there the ranks agree.
+    # The ranks agree to stop after a step, so a signal during a save stops after the next step.
     assert toys.load(tmp_path / 'checkpoint.pth')['step'] - steps[place] in ((0, 1) if place == 'a save' else (0,))
     run(**flags)
     assert toys.differing(toys.outcome(tmp_path), toys.outcome(through['float32'])) == set()
 
 
-def test_a_signal_before_there_is_anything_to_save_ends_the_run_at_once(run, tmp_path, monkeypatch, capsys):
+def test_signal_before_training_saves_nothing(run, tmp_path, monkeypatch, capsys):
     toys.after_calls(monkeypatch, main, 'build_val_loader', 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as stopped:
         run()
@@ -251,7 +245,7 @@ def test_a_signal_before_there_is_anything_to_save_ends_the_run_at_once(run, tmp
     assert toys.listing(tmp_path) == {}
 
 
-def test_a_run_killed_between_its_first_row_and_its_first_state_begins_again(run, tmp_path):
+def test_run_killed_before_its_first_checkpoint_starts_over(run, tmp_path):
     (tmp_path / 'log.txt').write_text('{"epoch": 0}\n')
     (row,) = run(resume='auto', epochs=1)
     toys.assert_sound(row)

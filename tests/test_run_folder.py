@@ -1,4 +1,4 @@
-"""The files of a run: what --resume auto finds there, and what is never lost."""
+"""The files in --output_dir: what --resume auto finds there, and what is never lost."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ import main
 pytestmark = pytest.mark.usefixtures('few_generated_images')
 
 
-def test_the_best_checkpoint_is_the_best_by_the_raw_model_and_remembered(run, tmp_path, monkeypatch, epochs):
+def test_best_checkpoint_follows_the_raw_model(run, tmp_path, monkeypatch, epochs):
     accuracies = iter([40.0, 60.0, 50.0, 55.0, 65.0])
 
     def evaluate(*_) -> dict[str, float]:
@@ -24,13 +24,13 @@ def test_the_best_checkpoint_is_the_best_by_the_raw_model_and_remembered(run, tm
     run(epochs=3)
     assert (toys.load(last)['epoch'], toys.load(last)['best_acc1']) == (2, 60)
     assert (toys.load(best)['epoch'], toys.load(best)['best_acc1']) == (1, 60)
-    run(epochs=4, resume=last)  # better than the last, worse than the best
+    run(epochs=4, resume=last)  # better than the last epoch, worse than the best
     assert (toys.load(last)['epoch'], toys.load(best)['epoch']) == (3, 1)
     run(epochs=5, resume=last)
     assert toys.load(best)['epoch'] == 4
 
 
-def test_a_run_that_is_done_already_says_so_and_ends_well(run, tmp_path, capsys, epochs):
+def test_finished_run_has_nothing_to_train(run, tmp_path, capsys, epochs):
     before = run(epochs=2)
     epochs.clear()
     assert run(epochs=2, resume=tmp_path / 'checkpoint.pth') == before
@@ -39,7 +39,7 @@ def test_a_run_that_is_done_already_says_so_and_ends_well(run, tmp_path, capsys,
 
 
 @pytest.mark.parametrize('resumed', ['best_checkpoint.pth', 'weights.pth', None])
-def test_a_finished_run_is_written_over_by_nothing_but_its_own_continuation(run, tmp_path, capsys, resumed):
+def test_finished_run_is_not_overwritten(run, tmp_path, capsys, resumed):
     run(**toys.ALONE)
     toys.save(tmp_path / 'weights.pth', toys.student().state_dict())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -50,14 +50,14 @@ def test_a_finished_run_is_written_over_by_nothing_but_its_own_continuation(run,
 
 
 @pytest.mark.parametrize('text', ['{"epoch": 299}\n', 'hello\n', '[1]\n'])
-def test_a_log_of_another_kind_is_noticed_before_training_and_kept(epochs, tmp_path, capsys, text):
+def test_foreign_log_is_refused_and_kept(epochs, tmp_path, capsys, text):
     (tmp_path / 'log.txt').write_text(text)
     assert '--output_dir' in toys.refused(capsys, **toys.ALONE, output_dir=tmp_path)
     assert (tmp_path / 'log.txt').read_text() == text
     assert not epochs
 
 
-def test_a_kill_between_the_two_files_of_an_epoch_leaves_the_best_weights(run, tmp_path, monkeypatch):
+def test_kill_between_two_files_keeps_the_best_weights(run, tmp_path, monkeypatch):
     write = checkpoints.write_durably
 
     def write_or_die(path, *rest):
@@ -82,7 +82,7 @@ def test_a_kill_between_the_two_files_of_an_epoch_leaves_the_best_weights(run, t
         ({'optimizer': {}}, 'optimizer'),
     ],
 )
-def test_a_checkpoint_with_one_odd_value_is_refused_in_words(run, tmp_path, capsys, changes, word):
+def test_checkpoint_with_a_bad_value_is_refused(run, tmp_path, capsys, changes, word):
     run(**toys.ALONE)
     odd = toys.save(tmp_path / 'odd.pth', {**toys.load(tmp_path / 'checkpoint.pth'), **changes})
     error = toys.refused(capsys, **toys.ALONE, resume=odd, output_dir=tmp_path / 'new', epochs=2)
@@ -90,7 +90,7 @@ def test_a_checkpoint_with_one_odd_value_is_refused_in_words(run, tmp_path, caps
     assert word in error
 
 
-def test_auto_begins_in_an_empty_folder_and_goes_on_in_a_used_one(run, tmp_path, capsys, epochs):
+def test_auto_starts_or_continues(run, tmp_path, capsys, epochs):
     run(resume='auto')
     assert f'auto: no checkpoint in {tmp_path}, the run begins' in toys.line_with(capsys, 'resume ')
     rows = run(resume='auto', epochs=2)
@@ -101,7 +101,7 @@ def test_auto_begins_in_an_empty_folder_and_goes_on_in_a_used_one(run, tmp_path,
 
 @pytest.mark.parametrize('resume', ['auto', '{folder}/checkpoint.pth'])
 @pytest.mark.parametrize('damage', [b'', b'<html>404</html>', None], ids=['empty', 'html', 'truncated'])
-def test_a_damaged_newest_state_is_named_and_the_one_before_taken(run, tmp_path, capsys, epochs, resume, damage):
+def test_damaged_checkpoint_falls_back_to_the_previous_one(run, tmp_path, capsys, epochs, resume, damage):
     run(epochs=2)
     last = tmp_path / 'checkpoint.pth'
     last.write_bytes(last.read_bytes()[:-100] if damage is None else damage)
@@ -118,7 +118,7 @@ def test_a_damaged_newest_state_is_named_and_the_one_before_taken(run, tmp_path,
 
 
 @pytest.mark.parametrize('resume', ['auto', '{folder}/checkpoint.pth'])
-def test_a_folder_in_which_all_is_damaged_is_refused_and_kept(run, tmp_path, capsys, epochs, resume):
+def test_folder_with_only_damaged_checkpoints_is_refused(run, tmp_path, capsys, epochs, resume):
     run(epochs=2)
     for path in tmp_path.glob('*.pth'):
         path.write_bytes(b'')
@@ -129,7 +129,7 @@ def test_a_folder_in_which_all_is_damaged_is_refused_and_kept(run, tmp_path, cap
     assert toys.listing(tmp_path) == before
 
 
-def test_a_log_whose_checkpoint_is_gone_is_not_written_over_by_auto(tmp_path, capsys, epochs):
+def test_auto_refuses_a_log_without_checkpoint(tmp_path, capsys, epochs):
     (tmp_path / 'log.txt').write_text('{"epoch": 0}\n{"epoch": 1}\n')
     error = toys.refused(capsys, **toys.ALONE, resume='auto', output_dir=tmp_path)
     assert f'--output_dir {tmp_path}: holds log.txt already' in error
@@ -137,7 +137,7 @@ def test_a_log_whose_checkpoint_is_gone_is_not_written_over_by_auto(tmp_path, ca
 
 
 @pytest.mark.parametrize(('keep', 'earlier'), [(None, [4]), (0, []), (2, [2, 4])])
-def test_as_many_states_are_kept_as_asked_for(run, tmp_path, epochs, monkeypatch, keep, earlier):
+def test_keep_limits_older_checkpoints(run, tmp_path, epochs, monkeypatch, keep, earlier):
     train = main.finish_epoch
 
     def counted(args, parts, state, *rest):
@@ -150,7 +150,7 @@ def test_as_many_states_are_kept_as_asked_for(run, tmp_path, epochs, monkeypatch
 
 
 @pytest.mark.R13
-def test_flags_that_differ_are_shown_in_a_table(run, tmp_path, capsys, epochs):
+def test_changed_flags_are_shown_in_a_table(run, tmp_path, capsys, epochs):
     run(drop_path=0.1)
     capsys.readouterr()
     changed = {'lr': 0.3, 'epochs': 2, 'batch_size': 4, 's_id': '0 1 2', 'num_workers': 1, 'print_freq': 3}
@@ -169,7 +169,7 @@ def test_flags_that_differ_are_shown_in_a_table(run, tmp_path, capsys, epochs):
 
 
 @pytest.mark.R13
-def test_where_no_flag_differs_there_is_no_table(run, capsys, epochs):
+def test_no_table_without_changed_flags(run, capsys, epochs):
     run()
     run(resume='auto')
     assert 'differ' not in capsys.readouterr().out
@@ -187,9 +187,7 @@ def test_where_no_flag_differs_there_is_no_table(run, capsys, epochs):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_another_model_seed_optimizer_or_head_is_refused_in_one_line(
-    run, files, tmp_path, capsys, epochs, changes, words
-):
+def test_resume_refuses_another_model_seed_or_optimizer(run, files, tmp_path, capsys, epochs, changes, words):
     run(**toys.ALONE)
     before = toys.listing(tmp_path)
     capsys.readouterr(), epochs.clear()
@@ -209,9 +207,7 @@ def test_another_model_seed_optimizer_or_head_is_refused_in_one_line(
     ],
     ids=['images', 'names', 'another place'],
 )
-def test_other_data_are_refused_in_one_line_but_for_their_place(
-    run, files, tmp_path, capsys, epochs, counts, names, words
-):
+def test_resume_refuses_other_data(run, files, tmp_path, capsys, epochs, counts, names, words):
     flags = {**toys.ALONE, 'data_set': 'FOLDER', 'batch_size': 4, 'output_dir': tmp_path / 'out'}
     run(**flags, data_path=files / 'tree')
     for split, numbers in (('train', counts), ('val', [1, 1])):
@@ -227,7 +223,7 @@ def test_other_data_are_refused_in_one_line_but_for_their_place(
     assert f'--data-path {tmp_path / "data"}: --resume auto {words}' in error
 
 
-def test_the_teacher_is_in_no_file(through):
+def test_teacher_weights_are_in_no_file(through):
     names = set(toys.teacher().state_dict()) - set(toys.student().state_dict())
     assert len(names) > 10
     for path in through['float32'].iterdir():
@@ -237,7 +233,7 @@ def test_the_teacher_is_in_no_file(through):
             assert toys.load(path)['model'].keys() == toys.student().state_dict().keys()
 
 
-def test_a_signal_while_a_checkpoint_is_read_is_no_damage(run, tmp_path, monkeypatch, capsys):
+def test_signal_while_reading_is_not_damage(run, tmp_path, monkeypatch, capsys):
     run(**toys.ALONE)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     read = torch.load

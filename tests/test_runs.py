@@ -1,4 +1,4 @@
-"""Whole runs of toys on generated images: logs, the first screen, and pairs of models."""
+"""Toy runs on generated images: logs, the summary at the start, and pairs of models."""
 
 import gc
 import json
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures('few_generated_images')
 
 
 @pytest.mark.parametrize('kind', ['none', 'soft', 'hard'])
-def test_every_kind_of_distillation_trains_and_logs_the_keys_of_the_release(run, tmp_path, kind):
+def test_every_distillation_type_logs_the_release_keys(run, tmp_path, kind):
     (row,) = run(distillation_type=kind)
     toys.assert_sound(row)
     assert row['n_parameters'] == sum(p.numel() for p in toys.student().parameters())
@@ -33,7 +33,7 @@ def test_every_kind_of_distillation_trains_and_logs_the_keys_of_the_release(run,
     toys.student().load_state_dict(checkpoint['model'], strict=True)
 
 
-# Each ran into the ground in the release, or is easily forgotten.
+# Each of these failed in the release, or is easily forgotten.
 @pytest.mark.parametrize(
     'changes',
     [
@@ -61,7 +61,7 @@ def test_every_kind_of_distillation_trains_and_logs_the_keys_of_the_release(run,
     ],
     ids=lambda changes: ' '.join(f'{key}={value}' for key, value in changes.items()),
 )
-def test_a_run_with_these_flags_trains(run, tmp_path, changes):
+def test_run_with_these_flags_trains(run, tmp_path, changes):
     torch.manual_seed(3)
     two_headed = timm.create_model('deit_tiny_distilled_patch16_224', num_classes=10, img_size=32, **toys.TEACHER)
     path = toys.save(tmp_path / 'two_headed.pth', two_headed.state_dict())
@@ -81,12 +81,12 @@ def test_a_run_with_these_flags_trains(run, tmp_path, changes):
         ({'relation_scale': 'paper'}, "the paper's sums over the 8 images of a rank"),
     ],
 )
-def test_the_first_screen_says_which_relations_are_compared(run, capsys, changes, words):
+def test_summary_describes_the_relations(run, capsys, changes, words):
     run(**changes)
     assert words in capsys.readouterr().out
 
 
-def test_gradient_shares_stand_in_the_log_lines_on_demand_and_change_nothing(run, tmp_path, capsys):
+def test_gradient_shares_change_no_result(run, tmp_path, capsys):
     silent = run(output_dir=tmp_path / 'silent')
     assert 'share_' not in capsys.readouterr().out
     assert run(output_dir=tmp_path / 'shown', log_grad_share=True) == silent
@@ -99,7 +99,7 @@ def test_gradient_shares_stand_in_the_log_lines_on_demand_and_change_nothing(run
         assert sum(map(float, shares.values())) == pytest.approx(100, abs=0.5)
 
 
-def test_the_first_screen_says_what_will_run(run, capsys):
+def test_summary_describes_the_run(run, capsys):
     run(batch_size=4, lr=0.01)
     screen, training = capsys.readouterr().out.split('Epoch: [0]', 1)
     for words in [
@@ -122,12 +122,12 @@ def test_the_first_screen_says_what_will_run(run, capsys):
     assert all(f'loss_{term}: ' in training for term in toys.TERMS)
 
 
-def test_a_missing_gpu_is_said_and_the_cpu_taken(run, capsys):
+def test_missing_gpu_falls_back_to_cpu(run, capsys):
     run(device='cuda:3')
     assert '--device cuda:3' in capsys.readouterr().out
 
 
-def test_the_teacher_is_frozen_and_in_no_checkpoint(run, files, tmp_path, monkeypatch):
+def test_teacher_is_frozen_and_not_saved(run, files, tmp_path, monkeypatch):
     built = []
     tap = main.tap_teacher
     monkeypatch.setattr(main, 'tap_teacher', lambda *args: built.append(tap(*args)) or built[0])
@@ -136,7 +136,7 @@ def test_the_teacher_is_frozen_and_in_no_checkpoint(run, files, tmp_path, monkey
     toys.assert_same(built[0].model.state_dict(), original.state_dict())
     assert not any(p.requires_grad or p.grad is not None for p in built[0].parameters())
     images = torch.randn(3, 3, 32, 32)
-    # Its talking heads are put otherwise, which rounds otherwise.
+    # The fast talking heads round differently.
     torch.testing.assert_close(built[0](images).logits, original.eval()(images), rtol=1e-5, atol=1e-5)
     checkpoint = toys.load(tmp_path / 'checkpoint.pth')
     assert checkpoint['model'].keys() == checkpoint['model_ema'].keys() == toys.student().state_dict().keys()
@@ -145,9 +145,7 @@ def test_the_teacher_is_frozen_and_in_no_checkpoint(run, files, tmp_path, monkey
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # webdataset closes no file it read
-def test_a_run_on_a_stream_trains_evaluates_each_image_once_and_goes_on_at_an_epoch_as_if_never_stopped(
-    run, files, tmp_path, capsys
-):
+def test_stream_trains_and_resumes_between_epochs(run, files, tmp_path, capsys):
     options = {**toys.STREAM, 'data_path': files / 'shards', 'num_workers': 2, 'batch_size': 4, 'seed': 3}
     whole = run(**options, epochs=2, output_dir=tmp_path / 'whole')
     assert 'Accuracy of the network on the 8 test images' in capsys.readouterr().out
@@ -160,7 +158,7 @@ def test_a_run_on_a_stream_trains_evaluates_each_image_once_and_goes_on_at_an_ep
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
-def test_a_stream_that_goes_on_in_mid_epoch_says_what_that_means(run, files, tmp_path, capsys, monkeypatch):
+def test_stream_resumed_in_mid_epoch_warns(run, files, tmp_path, capsys, monkeypatch):
     options = {**toys.STREAM, 'data_path': files / 'shards', 'batch_size': 4, 'save_interval_steps': 1}
     after_step = checkpoints.Keeper.after_step
 
@@ -181,7 +179,7 @@ def test_a_stream_that_goes_on_in_mid_epoch_says_what_that_means(run, files, tmp
     gc.collect()
 
 
-def test_the_blocks_of_a_model_are_listed_with_index_grid_width_and_path(capsys):
+def test_list_blocks_prints_index_grid_width_and_path(capsys):
     main.main(['--list-blocks', '--model', 'swin_tiny_patch4_window7_224'])
     head, _, *rows = capsys.readouterr().out.splitlines()
     assert head == 'swin_tiny_patch4_window7_224, 224 pixels: 12 blocks over patch tokens'
@@ -189,35 +187,35 @@ def test_the_blocks_of_a_model_are_listed_with_index_grid_width_and_path(capsys)
     assert rows[11].split() == ['11', '7×7', '768', 'layers.3.blocks.1']
 
 
-def test_auto_pairs_the_blocks_of_the_recipe_and_the_run_keeps_their_numbers(run, tmp_path, capsys):
+def test_auto_block_ids_are_resolved_and_saved(run, tmp_path, capsys):
     run(s_id='auto', t_id='auto')
     flags = toys.load(tmp_path / 'checkpoint.pth')['args']
-    assert (flags['s_id'], flags['t_id']) == ([0, 1, 2, 3], [0, 1, 4, 5])  # of 4 and 6
+    assert (flags['s_id'], flags['t_id']) == ([0, 1, 2, 3], [0, 1, 4, 5])  # of 4 and 6 blocks
     run(s_id='auto', t_id='auto', epochs=2, resume='auto')
     assert 'differ' not in capsys.readouterr().out.split('--epochs')[0].split('resume')[0]
 
 
-def test_a_teacher_without_a_head_teaches_relations_alone(run, files, capsys):
+def test_headless_teacher_gives_relations_only(run, files, capsys):
     (row,) = run(teacher_path=files / 'headless.pth', distillation_alpha=0)
     toys.assert_sound(row, absent={'dist'})
     assert 'loss        CE, no KD + 1·(' in capsys.readouterr().out
 
 
-def test_a_teacher_of_other_classes_teaches_relations_alone_also_two_heads(run, files):
+def test_teacher_with_other_classes_gives_relations_only(run, files):
     (row,) = run(teacher_path=files / 'seven.pth', distillation_alpha=0, model='deit_tiny_distilled_patch16_224')
     toys.assert_sound(row, absent={'dist'})
 
 
 @pytest.mark.parametrize('how', ['pool', 'interpolate', 'merge'])
-def test_a_teacher_of_another_size_meets_the_student_on_one_grid(run, capsys, how):
-    (row,) = run(token_align=how, teacher_input_size=64, max_patches=16)  # 8×8 patches beside 4×4
+def test_token_align_brings_both_grids_to_one(run, capsys, how):
+    (row,) = run(token_align=how, teacher_input_size=64, max_patches=16)  # 8×8 teacher patches, 4×4 student patches
     toys.assert_sound(row)
     lines = capsys.readouterr().out.splitlines()
     assert 'position embeddings resampled to 8×8' in next(line for line in lines if line.startswith('teacher  '))
     assert f'align       {how}, of student and teacher: 4×4 and 8×8 on 4×4' in lines
 
 
-def test_a_convolutional_student_learns_from_the_teacher_and_is_evaluated_and_fine_tuned(run, files, tmp_path, capsys):
+def test_convolutional_student_trains_evaluates_and_fine_tunes(run, files, tmp_path, capsys):
     options = {'model': 'test_convnext', 'model_kwargs': None}
     (row,) = run(**options, s_id='auto', t_id='auto', token_align='pool')
     toys.assert_sound(row)
@@ -229,7 +227,7 @@ def test_a_convolutional_student_learns_from_the_teacher_and_is_evaluated_and_fi
     assert 'head.fc replaced by a fresh one of 2 classes' in capsys.readouterr().out
 
 
-def test_the_teacher_sees_the_student_s_images_in_its_own_normalisation(run, epochs, monkeypatch):
+def test_teacher_gets_images_in_its_own_normalisation(run, epochs, monkeypatch):
     run(model='test_convnext', model_kwargs=None, s_id=None, t_id=None)
     taught = epochs[0].teacher
     images = torch.rand(2, 3, 32, 32)
@@ -240,7 +238,7 @@ def test_the_teacher_sees_the_student_s_images_in_its_own_normalisation(run, epo
     assert torch.allclose(taught(images).logits, taught.model(expected), atol=1e-5)
 
 
-def test_models_come_from_a_folder_saved_for_the_hub_with_their_weights(run, files, tmp_path, capsys):
+def test_local_hub_folder_gives_model_and_weights(run, files, tmp_path, capsys):
     kwargs = {'img_size': 32, 'num_classes': 10, **toys.TEACHER}
     folder = tmp_path / 'hub'
     folder.mkdir()
@@ -254,7 +252,7 @@ def test_models_come_from_a_folder_saved_for_the_hub_with_their_weights(run, fil
     assert run(teacher_path=f'local-dir:{folder}', output_dir=tmp_path / 'weights') == [plain]
 
 
-def test_imagenet_with_two_class_folders_keeps_its_1000_classes_and_warns(run, files, tmp_path, capsys):
+def test_imagenet_with_two_folders_keeps_1000_classes(run, files, tmp_path, capsys):
     (row,) = run(data_set='IMNET', data_path=files / 'tree', **toys.ALONE)
     toys.assert_sound(row)
     assert toys.load(tmp_path / 'checkpoint.pth')['model']['head.weight'].shape[0] == 1000

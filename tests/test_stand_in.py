@@ -126,14 +126,14 @@ def step(monkeypatch):
     ],
     ids=lambda changes: ' '.join(map(str, changes)) or 'defaults',
 )
-def test_a_step_on_a_gpu_mixes_no_devices_and_never_waits(step, changes):
+def test_gpu_step_mixes_no_devices_and_never_waits(step, changes):
     student, state, watch = step(**changes)
     assert {tensor.device for tensor in student.state_dict().values()} == {CUDA}
     assert {tensor.device for tensor in state.ema.module.state_dict().values()} == {CUDA}
     assert len(watch._rows) == STEPS
 
 
-def test_what_the_host_is_told_of_on_a_gpu_it_waits_for(step):
+def test_stand_in_notices_a_wait(step):
     with pytest.raises(DataDependentOutputException, match='_local_scalar_dense'):
         step(opt='sgd')  # cannot be told on the device to leave an update out
     with pytest.raises(DataDependentOutputException, match='_local_scalar_dense'):

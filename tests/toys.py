@@ -1,4 +1,4 @@
-"""Toy runs of main.py: flags, weights files, trees of images. Shared by the tests that run more than one module."""
+"""Toy runs of main.py: flags, weights files, folders of images, and checks that several test files share."""
 
 import argparse
 import io
@@ -34,12 +34,12 @@ RUN = {
     'device': 'cpu',
 }
 ALONE = {'distillation_type': None, 's_id': None, 't_id': None, 'teacher_path': None}
-# Nothing that would make two runs see different images or labels.
+# Without random augmentation two runs see the same images and labels.
 PLAIN_IMAGES = {'aa': 'none', 'mixup': 0, 'cutmix': 0, 'reprob': 0, 'color_jitter': 0, 'no_repeated_aug': True}
 
 
 def flags(**changes) -> list[str]:
-    """The words of a toy run's command line; None leaves a flag out, True types it bare."""
+    """The command line of a toy run. None leaves a flag out, True gives it without a value."""
     words = []
     for name, value in {**RUN, **changes}.items():
         if value is not None:
@@ -56,7 +56,7 @@ def student(num_classes: int = 10, size: int = 32, **changes) -> torch.nn.Module
 def teacher(num_classes: int = 10, size: int = 32, **changes) -> torch.nn.Module:
     torch.manual_seed(7)
     model = timm.create_model('cait_s24_224', num_classes=num_classes, img_size=size, **{**TEACHER, **changes})
-    with torch.no_grad():  # CaiT begins with layer scales of 1e-5, at which all its blocks put out the same
+    with torch.no_grad():  # with the initial layer scales of 1e-5 all CaiT blocks return nearly the same
         for name, parameter in model.named_parameters():
             if 'gamma' in name:
                 parameter.fill_(0.5)
@@ -64,7 +64,7 @@ def teacher(num_classes: int = 10, size: int = 32, **changes) -> torch.nn.Module
 
 
 def favouring(model: torch.nn.Module, winner: int) -> torch.nn.Module:
-    """Makes a model answer every image with one class, 100 logits above the others."""
+    """Makes a model give every image one class, by a logit of 100."""
     with torch.no_grad():
         model.head.weight.zero_()
         model.head.bias.zero_()[winner] = 100
@@ -77,7 +77,7 @@ def save(path: Path, contents: dict) -> str:
 
 
 def write_images(folder: Path, counts: list[int], size: int) -> None:
-    """A split of class folders `c0`, `c1`, … with so many images each, every image of one colour of its own."""
+    """Writes class folders `c0`, `c1`, … with these numbers of images. Each image has its own single colour."""
     number = 0
     for i, count in enumerate(counts):
         (folder / f'c{i}').mkdir(parents=True)
@@ -88,7 +88,7 @@ def write_images(folder: Path, counts: list[int], size: int) -> None:
 
 
 def write_shard(path: Path, numbers: range, classes: int, size: int) -> None:
-    """A shard of WebDataset: image n is of one colour of its own and of class n modulo their number."""
+    """Writes a WebDataset shard. Image n has its own single colour and class n % classes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, 'w') as tar:
         for n in numbers:
@@ -105,12 +105,12 @@ def log_rows(folder: Path) -> list[dict]:
 
 
 def load(path: Path) -> dict:
-    """A checkpoint of ours, read with nothing on the allow-list."""
+    """Reads one of our checkpoints, with no extra types allowed."""
     return torch.load(path, weights_only=True)
 
 
 def assert_same(left, right) -> None:
-    """Bit-identical, however deeply nested."""
+    """Checks that two nested structures are equal to the bit."""
     assert type(left) is type(right)
     if isinstance(left, torch.Tensor):
         assert left.dtype == right.dtype
@@ -138,7 +138,7 @@ RELEASE_KEYS = {
 
 
 def assert_sound(row: dict, absent: set | None = None) -> None:
-    """The keys of the release, finite values, terms that add up; which of them are 0, where that is asked."""
+    """Checks for the keys of the release, finite values, terms that add up, and which terms are 0 (if given)."""
     assert absent is None or absent == {term for term in TERMS if row[f'train_loss_{term}'] == 0}
     assert row.keys() >= RELEASE_KEYS
     assert all(math.isfinite(value) for value in row.values())
@@ -146,7 +146,7 @@ def assert_sound(row: dict, absent: set | None = None) -> None:
 
 
 def as_release(state: dict, ema: dict | None = None, **more) -> dict:
-    """The layout of the release's checkpoints; no part but the weights matters in evaluation."""
+    """The checkpoint layout of the release. Evaluation uses only its weights."""
     args = argparse.Namespace(model='deit_tiny_patch16_224', epochs=300, data_set='IMNET')
     scaler = {'scale': 65536.0, 'growth_factor': 2.0, 'backoff_factor': 0.5, 'growth_interval': 2000}
     scaler['_growth_tracker'] = 0
@@ -155,7 +155,7 @@ def as_release(state: dict, ema: dict | None = None, **more) -> dict:
 
 
 class KilledError(Exception):
-    """Stands for whatever ends a run between two epochs."""
+    """Stands for a kill: ends a run at an unexpected point."""
 
 
 def refused(capsys, **changes) -> str:
@@ -167,7 +167,7 @@ def refused(capsys, **changes) -> str:
     return error
 
 
-# Two epochs of four steps with all that draws random numbers, and an average that moves.
+# Two epochs of four steps. Everything that draws random numbers is on, and the EMA weights move.
 LONG = {'epochs': 2, 'batch_size': 4, 'drop_path': 0.1, 'lr': 3, 'warmup_epochs': 0, 'model_ema_decay': 0.5, 'K': 5}
 LONG |= {'resume': 'auto', 'save_interval_steps': 1, 'keep': 20, 'eval_ema': True}
 HALF = {'amp_dtype': 'float16', 'model': 'deit_tiny_distilled_patch16_224', 'clip_grad': 1}
@@ -175,7 +175,7 @@ forks = pytest.mark.filterwarnings('ignore:.*multi-threaded.*fork:DeprecationWar
 
 
 def outcome(folder) -> dict:
-    """All in which a resumed run must equal one that was never interrupted."""
+    """The parts of a run folder that must be equal for a resumed and an uninterrupted run."""
     last = load(folder / 'checkpoint.pth')
     keys = ('model', 'model_ema', 'optimizer', 'scaler', 'lr_scheduler', 'best_acc1', 'epoch', 'position', 'step')
     best = load(folder / 'best_checkpoint.pth')
@@ -193,7 +193,7 @@ def differing(one: dict, other: dict) -> set[str]:
 
 
 def after_calls(patch, module, name: str, count: int, act) -> None:
-    """Makes a function act on its own after so many calls."""
+    """Patches a function so that it calls `act` after its call number `count`."""
     call, calls = getattr(module, name), []
 
     def instead(*args, **kwargs):
