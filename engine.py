@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+import loggers
+import stopping
 import utils
-from utils import log_rank0
+from loggers import log_rank0
 
 
 def _autocast(device: torch.device, dtype: torch.dtype):
@@ -208,7 +210,7 @@ def train_one_epoch(
         percent = ''.join(f'  share_{name}: {100 * share:.1f}%' for name, share in shares.items())
         return f'lr: {lr:.6g}  {meters.line()}{percent}'
 
-    progress = utils.Progress(f'Epoch: [{epoch}]', print_freq, line, device=device)
+    progress = loggers.Progress(f'Epoch: [{epoch}]', print_freq, line, device=device)
     for number, (images, targets, indices, *aug_params) in enumerate(progress.over(loader, done)):
         utils.seed_step(generator, seed, step + number, utils.get_rank(), shared_draw)
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
@@ -347,7 +349,7 @@ def evaluate(
     rounds = max(
         int(length) for (length,) in utils.gather_over_ranks(torch.tensor([float(len(loader))], device=device))
     )
-    for _, batch in zip_longest(range(rounds), utils.iter_with_signals_blocked(loader)):
+    for _, batch in zip_longest(range(rounds), stopping.iter_with_signals_blocked(loader)):
         if batch is not None:
             sums += _count_correct(model, *batch, device, amp_dtype)
         poll()

@@ -38,15 +38,19 @@ from torch.utils.data import DataLoader, Dataset
 
 import checkpoints
 import datasets
+import loggers
 import models
+import run_dir
+import stopping
 import utils
 from augment import DevicePreprocess
-from checkpoints import Keeper, RunFolder, TrainingState
 from datasets import EvalDataset, TrainDataset
 from engine import NonFiniteGuard, evaluate, train_one_epoch
+from loggers import log_rank0
 from losses import DISTILLATION_TYPES, RELATION_DTYPES, RELATION_SCALES, RELATIONS, ManifoldDistillationLoss
+from run_dir import Keeper, RunFolder, TrainingState
 from samplers import build_train_sampler, distinct_images
-from utils import UsageError, log_rank0, usage_error_context
+from utils import UsageError, usage_error_context
 
 # Flags whose change would make a resumed run another run, and those whose change is nobody's business.
 RESUME_MUST_MATCH = ('model', 'model_kwargs', 'seed', 'opt')
@@ -1043,10 +1047,10 @@ class Parts:
     teacher: models.TappedModel | None
     val_loader: DataLoader
     folder: RunFolder
-    consensus: utils.RankConsensus
+    consensus: stopping.RankConsensus
 
 
-def run(args: argparse.Namespace, device: torch.device, signals: utils.Signals) -> None:
+def run(args: argparse.Namespace, device: torch.device, signals: stopping.StopSignals) -> None:
     """Builds the parts, in the order that finds faults before work is done, and evaluates or trains."""
     with usage_error_context('--data-path', args.data_path):
         num_classes = args.num_classes or utils.main_process_first(
@@ -1084,7 +1088,7 @@ def run(args: argparse.Namespace, device: torch.device, signals: utils.Signals) 
         labels = 'labels are those of ImageNet' if folders.numbered else 'labels are their order, not those of ImageNet'
         found = f'{len(folders.classes)} class folders of {num_classes}'
         log_rank0(f'warning: --data-path {args.data_path} has {found}; {labels}')
-    consensus = utils.RankConsensus(signals)
+    consensus = stopping.RankConsensus(signals)
     uncovered = [min(255, round(255 * value)) for value in stats[0]]  # as timm has it
     finish = DevicePreprocess(*stats, args.remode, uncovered).to(device)
     if args.eval_teacher:
@@ -1110,11 +1114,11 @@ def load_student(args: argparse.Namespace, model: nn.Module, checkpoint: dict) -
         models.load_weights(model, models.named_weights(checkpoint, ema=args.eval and args.eval_ema))
 
 
-def stop_if_told(consensus: utils.RankConsensus) -> None:
+def stop_if_told(consensus: stopping.RankConsensus) -> None:
     """Stops all ranks where one has received a signal and there is nothing to save."""
     signum, _ = consensus.poll()
     if signum:
-        raise utils.StoppedError(signum)
+        raise stopping.StoppedError(signum)
 
 
 def measure(
@@ -1264,7 +1268,7 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: after one line on stderr; 2 for bad input; 1 for a loss that is not finite, an image that cannot be
             read, a state that could not be saved, or another rank that has gone; 128 + n for signal n; 0 after --help.
     """
-    with utils.Signals() as signals:
+    with stopping.StopSignals() as signals:
         try:
             _start(argv, signals)
         except UsageError as error:
@@ -1276,12 +1280,12 @@ def main(argv: list[str] | None = None) -> None:
             _stop(error, 2)
         except FloatingPointError as error:
             _stop(error if utils.get_rank() == 0 else '', 1)  # all ranks know it
-        except (datasets.BadImageError, checkpoints.NotSavedError) as error:
+        except (datasets.BadImageError, run_dir.NotSavedError) as error:
             _stop(error, 1)
-        except utils.StoppedError as error:
+        except stopping.StoppedError as error:
             _stop(error if utils.get_rank() == 0 else '', 128 + error.signum)
         except RuntimeError as error:
-            if utils.is_peer_failure(error):  # which has said why
+            if stopping.is_peer_failure(error):  # which has said why
                 _stop(f'rank {utils.get_rank()} stops, for another rank has gone', 1)
             if not str(error).startswith('DataLoader worker'):
                 raise
@@ -1292,7 +1296,7 @@ def main(argv: list[str] | None = None) -> None:
     utils.destroy_distributed()
 
 
-def _start(argv: list[str] | None, signals: utils.Signals) -> None:
+def _start(argv: list[str] | None, signals: stopping.StopSignals) -> None:
     args = parse_args(argv)
     if args.list_blocks:
         return list_blocks(args)
@@ -1303,7 +1307,7 @@ def _start(argv: list[str] | None, signals: utils.Signals) -> None:
     try:
         run(args, device, signals)
     except BaseException:
-        utils.end_loader_processes()
+        stopping.end_loader_processes()
         raise
 
 
@@ -1317,9 +1321,9 @@ def _stop(reason: object, code: int) -> NoReturn:
 
 
 if __name__ == '__main__':
-    utils.unbuffer_stdio()
+    loggers.unbuffer_stdio()
     try:
         main()
     except SystemExit:
-        utils.ignore_signals()  # by which a launcher ends the other ranks once one has left; all are leaving
+        stopping.ignore_signals()  # by which a launcher ends the other ranks once one has left; all are leaving
         raise

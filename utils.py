@@ -1,18 +1,11 @@
-"""What every part of a run needs: process groups, stopping together, meters, counters for random numbers."""
+"""What every part of a run needs: process groups, usage errors, meters, counters for random numbers."""
 
-import io
-import multiprocessing
 import os
 import random
-import resource
-import signal
-import sys
-import threading
-import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import numpy as np
@@ -27,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 # The last tensors reduced. torch 2.6 joins gloo's threads while it holds the interpreter's lock; a thread that then
 # lets go of a tensor nobody else holds waits for that lock, and both wait for ever. Held here, none is the last holder.
 _reduced: deque[torch.Tensor] = deque(maxlen=8)
+hold_tensor = _reduced.append
 
 
 class UsageError(Exception):
@@ -111,22 +105,6 @@ def get_world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def log_rank0(text: str) -> None:
-    """Prints a line, on the first rank only. A full disk below it, or a reader that has gone, loses the line alone."""
-    if get_rank() == 0:
-        with suppress(OSError):
-            print(text, flush=True)
-
-
-def unbuffer_stdio() -> None:
-    """Prints go through no buffer: what cannot be written is lost, instead of failing anew wherever one is flushed."""
-    for name in ('stdout', 'stderr'):
-        stream = getattr(sys, name)
-        if stream is not None:
-            raw = io.FileIO(stream.fileno(), 'wb', closefd=False)
-            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, write_through=True))
-
-
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The values (n,) added up over all ranks, in place, on the same device."""
     if dist.is_initialized():
@@ -165,207 +143,7 @@ def main_process_first(call: Callable[[], object]) -> object:
             gather_objects(None)
 
 
-# Stopping together ----------------------------------------------------------------------------------------------------
-
-
-class StoppedError(BaseException):
-    """A signal asked the run to stop; no error, so nothing that survives errors takes it for one."""
-
-    def __init__(self, signum: int, where: str = 'nothing was trained') -> None:
-        super().__init__(f'stopped by {signal.Signals(signum).name}: {where}')
-        self.signum = signum
-
-
-class Signals:
-    """Notes SIGTERM, SIGINT, SIGUSR1 or SIGHUP instead of dying of it, inside `with` and in the main thread only.
-
-    As long as there is nothing to save, the signal stops the run at once. After `defer` the run goes on to the next
-    point at which all ranks can stop together. If it does not get there within PATIENCE seconds, and not within three
-    times what it has needed from one such point to the next, it stops all the same; a thread ends the process if it is
-    stuck where no Python runs. Further signals change nothing.
-    """
-
-    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    PATIENCE = 20.0  # schedulers kill 30 s after they asked
-    STUCK = 3.0  # seconds more for a stop in an orderly way
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._deferred = False
-        self._seen, self._longest = 0.0, 0.0  # the last such point; the longest way between two
-        self._asked, self._leaving = 0.0, False
-        # Ranks outlive a launcher that is killed; nobody would ever end them.
-        self._launcher = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else 0
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> 'Signals':
-        if threading.current_thread() is threading.main_thread():
-            # What `nohup` has made deaf to SIGHUP stays so.
-            deaf = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            numbers = [number for number in self.NUMBERS if not (deaf and number == signal.SIGHUP)]
-            self._before = {number: signal.signal(number, self._note) for number in numbers}
-            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._lose_patience)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.restore()
-
-    def restore(self) -> None:
-        """Signals do what they did before `with`."""
-        self._leaving = True
-        self.set_alarm(0)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def _note(self, number: int, _) -> None:
-        if self.received:
-            return  # launchers and schedulers often send it twice
-        self.received = number
-        if not self._deferred:
-            raise StoppedError(number)
-        self._asked = time.monotonic()
-        self.set_alarm(self.PATIENCE)
-        threading.Thread(target=self._end_if_stuck, daemon=True).start()
-
-    def _left(self) -> float:
-        """Seconds of patience."""
-        until = max(self._asked + self.PATIENCE, self._seen + 3 * self._longest)
-        return until - time.monotonic()
-
-    def _lose_patience(self, *_) -> None:
-        if self._left() > 0:
-            return self.set_alarm(self._left())
-        raise self._too_late()
-
-    def _too_late(self) -> StoppedError:
-        where = f'within {self.PATIENCE:.0f} s there was no step after which to save; the last saved state counts'
-        return StoppedError(self.received, where)
-
-    def _end_if_stuck(self) -> None:
-        while not self._leaving:
-            left = self._left() + self.STUCK
-            if left <= 0:
-                os.write(2, f'main.py: error: {self._too_late()}\n'.encode())
-                os._exit(128 + self.received)
-            time.sleep(min(left, 1.0))
-
-    def set_alarm(self, seconds: float) -> None:
-        if self._before:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
-
-    def heartbeat(self) -> None:
-        """The run is at a point where it could stop."""
-        if self._launcher and os.getppid() != self._launcher:
-            self.received = self.received or signal.SIGTERM
-        now = time.monotonic()
-        if self._seen:
-            self._longest = max(self._longest, now - self._seen)
-        self._seen = now
-
-    def defer(self) -> None:
-        """From now on there is something to save, or somebody to tell."""
-        self._deferred = True
-
-    def agreed(self) -> None:
-        """All ranks know and save now; nothing may disturb that any more."""
-        self._leaving = True
-        self.set_alarm(0)
-        if self._before:
-            ignore_signals()
-
-
-def ignore_signals() -> None:
-    """From now on nothing but SIGKILL ends this process from outside."""
-    for number in Signals.NUMBERS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-class RankConsensus:
-    """Lets all ranks stop, and save, at the same step, at the cost of one tiny collective between hosts.
-
-    Beside a GPU it is read one poll later, so that nobody waits for it: the host waits neither for its device nor, as a
-    rule, for other hosts. On the CPU, where steps are long, it is read at once. All ranks must poll equally often.
-    """
-
-    def __init__(self, signals: Signals) -> None:
-        self._signals = signals
-        self._lags = get_world_size() > 1 and dist.get_backend() != 'gloo'
-        self._group = dist.new_group(backend='gloo') if self._lags else None
-        self._work: dist.Work | None = None
-        self._told = torch.zeros(2, dtype=torch.int32)
-
-    def poll(self, due: bool = False) -> tuple[int, bool]:
-        """Tells the others of a signal and that a save is due; returns the signal, or 0, and whether a save is due.
-
-        Beside a GPU among several ranks that is what was told at the poll before.
-        """
-        self._signals.heartbeat()
-        signum = self._signals.received
-        if get_world_size() > 1:
-            signum, agreed = self._read() if self._lags else (0, False)
-            # What was just agreed on is not asked for again.
-            self._told = torch.tensor([self._signals.received, int(due and not agreed)], dtype=torch.int32)
-            self._work = dist.all_reduce(self._told, dist.ReduceOp.MAX, group=self._group, async_op=True)
-            _reduced.append(self._told)
-            signum, due = (signum, agreed) if self._lags else self._read()
-        if signum:
-            self._signals.agreed()
-        return signum, due
-
-    def _read(self) -> tuple[int, bool]:
-        if self._work is None:
-            return 0, False
-        self._work.wait()
-        signum, due = self._told.tolist()
-        return signum, bool(due)
-
-    def drain(self) -> int:
-        """Waits until all ranks are here; returns the signal any of them has received, or 0."""
-        return self.poll()[0] or self.poll()[0]
-
-    def wait_for_all(self) -> None:
-        """Waits until all ranks are here, or have gone."""
-        if get_world_size() > 1:
-            with suppress(RuntimeError):
-                dist.all_reduce(torch.zeros(1), group=self._group)
-
-
-def is_peer_failure(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has gone."""
-    text = str(error)
-    return dist.is_initialized() and (
-        'gloo' in text or isinstance(error, dist.DistBackendError) or 'Connection' in text
-    )
-
-
-def iter_with_signals_blocked(loader: Iterable) -> Iterator:
-    """An iterator whose loader processes never see the signals the run is to be stopped by."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, Signals.NUMBERS)
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def end_loader_processes() -> None:
-    """Kills them; they have nothing to lose, and would keep a run that has failed from ending."""
-    with suppress(RuntimeError):  # torch's watchman of the loaders, in the midst of which we are
-        _silence_loader_watchman()
-    children = multiprocessing.active_children()
-    for process in children:
-        process.kill()
-    for process in children:
-        process.join()
-
-
-def _silence_loader_watchman() -> None:
-    """One dead loader process is reported by an exception wherever the program is; from now on by none."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-# Meters and progress --------------------------------------------------------------------------------------------------
+# Meters ---------------------------------------------------------------------------------------------------------------
 
 
 class Meters:
@@ -427,56 +205,6 @@ class Meters:
             totals = torch.cat([totals.sum(0, keepdim=True), totals.new_zeros(get_world_size() - 1, totals.shape[1])])
         self.names, self.total = list(state['names']), totals[get_rank()]
         self._printed = np.array(self.total.tolist())
-
-
-class Progress:
-    """Walks through a loader and prints a line every so many steps: eta, times, memory, and what `line` tells.
-
-    Args:
-        header: begins each line.
-        print_freq: steps between lines; the first and the last step always print.
-        line: further text, asked for only when a line is printed.
-        device: whose memory is reported.
-    """
-
-    def __init__(self, header: str, print_freq: int, line: Callable[[], str], device: torch.device) -> None:
-        self.header = header
-        self.print_freq = print_freq
-        self.line = line
-        self.device = device
-        self.due = False  # a line follows the step whose batch was handed out last
-
-    def over(self, loader: Iterable, first: int = 0) -> Iterator:
-        """The batches of the rest of an epoch, of which `first` steps are done already."""
-        steps, start = first + len(loader), time.monotonic()
-        last, printed, waited = start, first, 0.0
-        batches = iter_with_signals_blocked(loader)
-        for step in range(first, steps):
-            asked = time.monotonic()
-            batch = next(batches)
-            waited += time.monotonic() - asked
-            done = step + 1
-            self.due = step % self.print_freq == 0 or done == steps
-            yield batch
-            if self.due:
-                text = self.line()  # waits for the device, so the clock below is right
-                now = time.monotonic()
-                since = done - printed
-                eta = timedelta(seconds=int((now - start) / (done - first) * (steps - done)))
-                log_rank0(
-                    f'{self.header} [{done:{len(str(steps))}}/{steps}]  eta: {eta}  {text}  '
-                    f'time: {(now - last) / since:.4f}  data: {waited / since:.4f}  mem: {peak_memory(self.device)} MiB'
-                )
-                last, printed, waited = now, done, 0.0
-        log_rank0(f'{self.header} took {timedelta(seconds=int(time.monotonic() - start))}')
-
-
-def peak_memory(device: torch.device) -> int:
-    """Largest memory so far in MiB: of the device's allocator, on the CPU of this process."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) >> 20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak >> (20 if sys.platform == 'darwin' else 10)
 
 
 # Random numbers by counter --------------------------------------------------------------------------------------------

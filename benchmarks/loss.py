@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import benchmarks
+import loggers
 import losses
 import main
 import utils
@@ -84,7 +85,7 @@ def run() -> None:
         for key, call in calls.items():
             times[key].append(benchmarks.seconds(call, device))
     medians = {key: statistics.median(found[1:]) for key, found in times.items()}
-    utils.log_rank0(
+    loggers.log_rank0(
         f'{"a layer pair":24}{"ms":>9}{"of the three":>14}{"MiB":>7}{"definition":>13}{"MiB":>7}{"ratio":>7}'
     )
     for name in rows:
@@ -96,8 +97,8 @@ def run() -> None:
                 line += f'{own / medians["the three", run_once]:14.2f}' if run is run_once else ''
                 line += f'{benchmarks.peak_bytes(calls[name, run], device) / 2**20:7.0f}'
         ratio = f'{medians[name, by_definition] / own:7.2f}' if (name, by_definition) in calls else ''
-        utils.log_rank0(f'{name:24}{line}{ratio}')
-    utils.log_rank0(benchmarks.machine(device))
+        loggers.log_rank0(f'{name:24}{line}{ratio}')
+    loggers.log_rank0(benchmarks.machine(device))
     utils.destroy_distributed()
 
 

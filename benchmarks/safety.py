@@ -22,10 +22,11 @@ from pathlib import Path
 import timm
 import torch
 
-import checkpoints
 import datasets
 import engine
 import main
+import run_dir
+import stopping
 import utils
 
 FLAGS = """--data-set FAKE --model deit_tiny_patch16_224 --teacher-model cait_s24_224 --distillation-type soft
@@ -59,11 +60,11 @@ class Clock:
 def measure(steps: int, batch_size: int, amp_dtype: str, folder: Path) -> tuple[Clock, list[float]]:
     """Trains so many steps; returns the time inside safety and that of each step."""
     clock, marks = Clock(), []
-    clock.watch('flags', utils.RankConsensus, 'poll')
+    clock.watch('flags', stopping.RankConsensus, 'poll')
     for name in ('factor', 'judge', 'look'):
         clock.watch('flags', engine.NonFiniteGuard, name)
     clock.watch('flags', engine, '_gradient_norm')
-    clock.watch('saves', checkpoints.RunFolder, 'save')
+    clock.watch('saves', run_dir.RunFolder, 'save')
     seed_step = utils.seed_step
 
     def mark(*args) -> None:

@@ -5,8 +5,8 @@ import torch
 import toys
 
 import datasets
+import loggers
 import main
-import utils
 
 DEVICE = 'cuda'
 pytestmark = [
@@ -67,7 +67,7 @@ def test_bfloat16_teacher_and_relations_with_accumulation(rows):
 
 
 def test_host_never_waits_for_the_gpu_between_log_lines(rows, monkeypatch):
-    over = utils.Progress.over
+    over = loggers.Progress.over
 
     def strict(progress, loader, first=0):
         for number, batch in enumerate(over(progress, loader, first)):
@@ -75,7 +75,7 @@ def test_host_never_waits_for_the_gpu_between_log_lines(rows, monkeypatch):
             torch.cuda.set_sync_debug_mode('error' if number in (1, 2) else 'default')
             yield batch
 
-    monkeypatch.setattr(utils.Progress, 'over', strict)
+    monkeypatch.setattr(loggers.Progress, 'over', strict)
     try:
         assert rows('out', print_freq=100, device_augment=True)
     finally:

@@ -10,9 +10,9 @@ import timm
 import torch
 import toys
 
-import checkpoints
 import datasets
 import main
+import run_dir
 
 pytestmark = pytest.mark.usefixtures('few_generated_images')
 
@@ -160,14 +160,14 @@ def test_stream_trains_and_resumes_between_epochs(run, files, tmp_path, capsys):
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_stream_resumed_in_mid_epoch_warns(run, files, tmp_path, capsys, monkeypatch):
     options = {**toys.STREAM, 'data_path': files / 'shards', 'batch_size': 4, 'save_interval_steps': 1}
-    after_step = checkpoints.Keeper.after_step
+    after_step = run_dir.Keeper.after_step
 
     def stop_after_two(self):
         after_step(self)
         if self.state.step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints.Keeper, 'after_step', stop_after_two)
+    monkeypatch.setattr(run_dir.Keeper, 'after_step', stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         run(**options)
     monkeypatch.undo()

@@ -17,9 +17,12 @@ import torch
 import checkpoints
 import datasets
 import engine
+import loggers
 import losses
 import main
 import models
+import run_dir
+import stopping
 import utils
 
 # Small enough for a step in hundredths of a second; all that draws random numbers is on.
@@ -146,7 +149,7 @@ def _watch_files(plan: Plan) -> None:
     _before(os, 'replace', lambda *_: plan.reach('replace'))
     _after(os, 'replace', lambda *_: plan.reach('replaced'))
     _after(
-        checkpoints.RunFolder,
+        run_dir.RunFolder,
         '_write_pending',
         lambda fault, folder: plan.tell(f'failed {fault}' if fault else f'saved {folder._last_step}'),
     )
@@ -154,10 +157,10 @@ def _watch_files(plan: Plan) -> None:
 
 def _watch_steps(plan: Plan) -> None:
     _before(utils, 'seed_step', lambda *_: plan.reach('step'))
-    _before(utils.Progress, 'over', lambda *_: plan.reach('first batch'))
+    _before(loggers.Progress, 'over', lambda *_: plan.reach('first batch'))
     _before(engine, '_count_correct', lambda *_: plan.reach('eval'))
     _before(datasets.TrainDataset, '__getitem__', lambda *_: plan.reach('worker'))
-    _before(checkpoints.Keeper, 'after_step', lambda keeper: plan.tell(f'done {keeper.state.step + 1}'))
+    _before(run_dir.Keeper, 'after_step', lambda keeper: plan.tell(f'done {keeper.state.step + 1}'))
 
 
 def _spoil(plan: Plan) -> None:
@@ -224,12 +227,12 @@ def plant(fault: Fault | None, rank: int, events: Path, record: str = '') -> Non
     """
     torch.set_num_threads(1)
     datasets.FAKE_TRAIN, datasets.FAKE_VAL = TRAIN_IMAGES, VAL_IMAGES
-    checkpoints.RETRY, checkpoints.LAST_TRIES = 0.02, (0.05, 0.1)
+    run_dir.RETRY, run_dir.LAST_TRIES = 0.02, (0.05, 0.1)
     plan = Plan(fault, rank, events)
     _watch_files(plan)
     _watch_steps(plan)
     if fault is not None and fault.lags:
-        _after(utils.RankConsensus, '__init__', lambda _, consensus, __: setattr(consensus, '_lags', True))
+        _after(stopping.RankConsensus, '__init__', lambda _, consensus, __: setattr(consensus, '_lags', True))
     if record == 'images':
         _record_images(plan)
     if fault is not None and fault.do in ('nan', 'inf'):
