@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# The test suite, on the CPU: bash scripts/test.sh [pytest arguments], e.g. -m slow for the longer proofs, or -n 0 for
-# one process instead of two.
+# Runs the tests on the CPU: bash scripts/test.sh [pytest arguments]
+#   -m crash   the short form of scripts/crash_test.sh (about a minute)
+#   -m slow    the longer proofs
+#   -n 0       one process instead of two
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 python -m pytest -n 2 --dist loadfile "$@"

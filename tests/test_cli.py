@@ -15,7 +15,6 @@ import toys
 
 import main
 
-ROOT = Path(main.__file__).parent
 PATIENCE = 180  # seconds until a run counts as hanging
 TORCHRUN = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
 TERMS = ['base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand', 'mf_full']
@@ -28,7 +27,7 @@ WORLD_OF_TWO = {'batch_size': 8}
 # Runs main.main for each (number of ranks, flags) of a JSON file. `{rank}` in a flag becomes the rank.
 DRIVER = f"""
 import json, os, sys
-sys.path.insert(0, {str(ROOT)!r})
+sys.path.insert(0, {str(toys.ROOT)!r})
 import torch
 torch.set_num_threads(1)
 import main
@@ -48,7 +47,7 @@ def start(*words, output=subprocess.PIPE, **variables) -> subprocess.Popen:
     environment = {key: value for key, value in os.environ.items() if key not in told}
     return subprocess.Popen(
         [sys.executable, *map(str, words)],
-        cwd=ROOT,
+        cwd=toys.ROOT,
         env={**environment, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **variables},
         stdout=output,
         stderr=output,

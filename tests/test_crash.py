@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from test_cli import ROOT
+import toys
+
+pytestmark = pytest.mark.crash
 
 ROWS = {
     'R1': 'killed_run_resumes_exactly',
@@ -30,8 +32,9 @@ def table(tmp_path_factory):
     """The rows of the table by name."""
     paths = [tmp_path_factory.mktemp('crash') / 'rows.json' for _ in HALVES]
     command = [sys.executable, 'tools/crash_test.py', '--short', '--json']
+    environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': ''}
     runs = [
-        subprocess.Popen([*command, path, '--only', *half], cwd=ROOT, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
+        subprocess.Popen([*command, path, '--only', *half], cwd=toys.ROOT, env=environment)
         for path, half in zip(paths, HALVES, strict=True)
     ]
     for run in runs:

@@ -14,6 +14,8 @@ from PIL import Image
 
 import main
 
+ROOT = Path(main.__file__).parent
+
 STUDENT = {'patch_size': 8, 'embed_dim': 32, 'depth': 4, 'num_heads': 2}
 TEACHER = {'patch_size': 8, 'embed_dim': 48, 'depth': 6, 'num_heads': 4}
 
