@@ -59,9 +59,10 @@ class Side:
         student = main.tap_student(args, main.build_student(args, CLASSES), taught=True).to(device)
         teacher = models.build(args.teacher_model, CLASSES, args.input_size)
         stats = models.normalisation(student.model)
-        with ExitStack() as stack:
-            if stock:
-                stack.enter_context(patch('models.tap.use_fast_talking_heads', lambda model: None))
+        if stock:  # images of the student's mean, deviation and size fit this teacher
+            tapped = models.tap(teacher, args.t_id, args.input_size)
+            self.teacher = models.freeze(tapped, fast_talking_heads=False).to(device)
+        else:
             self.teacher = main.tap_teacher(args, teacher, True, stats).to(device)
         self.state = main.build_state(args, student.model)
         if stock:

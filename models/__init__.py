@@ -4,8 +4,9 @@ Letters: B images, N patch tokens, D channels, C classes.
 """
 
 from models.blocks import Block, list_blocks
+from models.build import adapt, build, has_source, load_weights, match_head, named_weights, normalisation
 from models.grids import ALIGNMENTS, common_grid, format_grid, resample
-from models.tap import (
+from models.hooks import (
     Output,
     TappedModel,
     TeacherPreprocess,
@@ -15,7 +16,6 @@ from models.tap import (
     pair_ids,
     tap,
 )
-from models.weights import adapt, build, has_source, load_weights, match_head, named_weights, normalisation
 
 __all__ = [
     'ALIGNMENTS',

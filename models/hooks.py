@@ -178,6 +178,7 @@ def freeze(
     prepare: nn.Module | None = None,
     with_logits: bool = True,
     dtype: torch.dtype | None = None,
+    fast_talking_heads: bool = True,
 ) -> TappedModel:
     """Makes a teacher of a model: no gradients, eval mode for good, and no work for outputs nobody uses.
 
@@ -186,10 +187,12 @@ def freeze(
         prepare: images of the student → images as this model knows them, see `Prepare`; None: they are the same.
         with_logits: False where nobody asks for them: it stops behind the last tapped block.
         dtype: of its weights and its arithmetic, whatever autocast says; None leaves both alone.
+        fast_talking_heads: False keeps timm's own talking-heads attention, as a baseline for benchmarks.
     """
     tapped.frozen, tapped.with_logits = True, with_logits
     tapped.prepare = prepare or nn.Identity()
-    use_fast_talking_heads(tapped.model)
+    if fast_talking_heads:
+        use_fast_talking_heads(tapped.model)
     if dtype is not None:
         tapped.dtype = dtype
         tapped.model.to(dtype)
