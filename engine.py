@@ -17,7 +17,6 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import loggers
 import stopping
 import utils
-from loggers import log_rank0
 
 
 def _autocast(device: torch.device, dtype: torch.dtype):
@@ -41,16 +40,10 @@ class NonFiniteGuard:
 
     Args:
         scaler: of the gradients.
-        allowed: steps that may be withheld before the run stops.
-        skipped: steps that were.
         every_step: look at each step; where the device is the host itself nobody waits for that.
     """
 
-    def __init__(
-        self, scaler: torch.amp.GradScaler, allowed: int = 0, skipped: int = 0, every_step: bool = True
-    ) -> None:
-        self.allowed = allowed
-        self.skipped = skipped
+    def __init__(self, scaler: torch.amp.GradScaler, every_step: bool = True) -> None:
         self.every_step = every_step
         self._scaler = scaler
         self._names: list[str] = []
@@ -93,24 +86,25 @@ class NonFiniteGuard:
         self._rows.append((step, indices, torch.stack([*finite, gradient, good])))
         return good
 
-    def look(self) -> int:
-        """How many updates were withheld since the last look. Waits for the device, and all ranks look together.
+    def look(self) -> None:
+        """Stops the run if an update was withheld since the last look. Waits for the device; all ranks look together.
 
         Raises:
-            FloatingPointError: more than are allowed; names what was not finite, step, rank and images.
+            FloatingPointError: names what was not finite, step, rank and images.
         """
         rows, self._rows = self._rows, []
         if not rows:
-            return 0
+            return
         if self._scaler.is_enabled() and self._scaler.get_scale() < 1:
             raise FloatingPointError(f'not finite at {rows[-1][0]}: gradients overflow at every scale of float16')
         bad = [(row, flags) for row, flags in zip(rows, torch.stack([r[2] for r in rows]).tolist(), strict=True)
                if not flags[-1]]  # fmt: skip
         if not bad:
-            return 0
+            return
         # `good` is the same on all ranks, so all come here.
         told = zip(*utils.gather_objects([self._blame(row, flags) for row, flags in bad]), strict=True)
-        return sum(self._count(row[0], list(ranks)) for (row, _), ranks in zip(bad, told, strict=True))
+        for (row, _), ranks in zip(bad, told, strict=True):
+            self._stop(row[0], list(ranks))
 
     def _blame(self, row: tuple, flags: list[bool]) -> tuple[str, bool]:
         """What was not finite in a step of this rank, in words, '' if nothing was; and whether a model put it out."""
@@ -121,19 +115,15 @@ class NonFiniteGuard:
         words = f'{", ".join(names)}; images {" ".join(map(str, row[1].tolist()))}' if names else ''
         return words, any(name.endswith(('logits', 'tokens')) for name in names)
 
-    def _count(self, step: str, ranks: list[tuple[str, bool]]) -> int:
+    def _stop(self, step: str, ranks: list[tuple[str, bool]]) -> None:
         # Relations of all images make a term not finite on every rank: those count whose models began it.
         origins = any(origin for _, origin in ranks)
         blamed = [words if origin or not origins else '' for words, origin in ranks]
         if not any(blamed) and self._scaler.is_enabled():
-            return 0
+            return
         what = '; '.join(f'on rank {rank}: {words}' for rank, words in enumerate(blamed) if words)
         what = what or 'on all ranks: the norm of the averaged gradient'
-        self.skipped += 1
-        if self.skipped > self.allowed:
-            raise FloatingPointError(f'not finite at {step} {what}')
-        log_rank0(f'warning: not finite at {step} {what}; update withheld, {self.skipped} of {self.allowed} allowed')
-        return 1
+        raise FloatingPointError(f'not finite at {step} {what}')
 
 
 def train_one_epoch(
@@ -182,7 +172,7 @@ def train_one_epoch(
         done: steps of this epoch so far.
         finish: images as they come, on the device → normalised ones, see `augment.Finish`; None: they are that already.
         mixup: images and classes → mixed images and soft labels (B, C).
-        average: called after each step whose update is not known to be withheld, for the moving average.
+        average: called after each step, for the moving average.
         after_step: called after each step, when all that belongs to it is done.
         clip_grad: largest norm of the gradient.
         train_mode: False keeps drop-path and the like off.
@@ -200,7 +190,6 @@ def train_one_epoch(
         FloatingPointError: a term, logits or gradients are not finite, see `Watch`.
     """
     student.train(train_mode)
-    statistics = _running_statistics(student) if watch.allowed else []
     generator = torch.Generator(device)
     lr = max(group['lr'] for group in optimizer.param_groups)
     shares: dict[str, float] = {}
@@ -221,7 +210,6 @@ def train_one_epoch(
 
         name = f'step {done + number} of epoch {epoch}'
         optimizer.zero_grad()
-        before = [tensor.clone() for tensor in statistics]
         parts = list(zip(images.chunk(accum_steps), targets.chunk(accum_steps), strict=True))
         for part, (images, targets) in enumerate(parts, start=1):
             with ddp_no_sync(student, last=part == accum_steps):
@@ -239,22 +227,14 @@ def train_one_epoch(
 
         good = watch.judge(_gradient_norm(student, optimizer, scaler, clip_grad))
         _update(optimizer, scaler, good)
-        withheld = watch.look() if watch.every_step else 0
-        if withheld:
-            for now, was in zip(statistics, before, strict=True):
-                now.copy_(was)
-        if average is not None and not withheld:
+        if watch.every_step:
+            watch.look()
+        if average is not None:
             average()
         if after_step is not None:
             after_step()
     watch.look()
     return {'lr': lr, **meters.means()}
-
-
-def _running_statistics(model: nn.Module) -> list[Tensor]:
-    """Means and variances that BatchNorm keeps: what a forward pass changes."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    return [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var) if tensor is not None]
 
 
 def gradient_shares(

@@ -144,12 +144,6 @@ def _data_set(text: str) -> str:
     return text
 
 
-def _non_finite(text: str) -> str:
-    if not re.fullmatch(r'stop|skip:\d+', text):
-        raise argparse.ArgumentTypeError(f'{text} is neither stop nor skip:N')
-    return text
-
-
 def get_args_parser() -> Parser:
     """Every flag; those of the 2022 release keep their names, defaults and meanings."""
     parser = Parser('main.py', usage='main.py [flags]', description=__doc__, formatter_class=Help)
@@ -303,8 +297,6 @@ def _add_run_flags(parser: Parser) -> None:
     add('--save-interval-minutes', type=AMOUNT, default=10.0, help='between checkpoints inside an epoch; 0: none')
     add('--save-interval-steps', type=WHOLE, default=0, help='the same in training steps; 0: by time only')
     add('--keep', type=WHOLE, default=1, help='checkpoints kept before the last one')
-    add('--non-finite', type=_non_finite, default='stop', metavar='{stop,skip:N}', help='a loss or gradient that is '
-        'not finite never reaches the weights: stop, or leave out up to N updates, looking at each step')  # fmt: skip
     add('--start_epoch', '--start-epoch', type=WHOLE, default=0, help='first epoch, where --resume does not tell it')
     add('--eval', action='store_true', help='evaluate --resume or --finetune and stop')
     add('--eval-ema', action='store_true', help='evaluate the moving average: instead with --eval, too in training')
@@ -1154,9 +1146,7 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
     state.repeated_aug = repeated_aug
     check_same_data(args, state, checkpoint)
     resume(args, state, checkpoint, len(train_loader))
-    allowed = _allowed_skips(args)
-    # A run that goes on after a withheld update must keep it from the moving average too.
-    watch = NonFiniteGuard(state.scaler, allowed, state.skipped, every_step=device.type == 'cpu' or allowed > 0)
+    watch = NonFiniteGuard(state.scaler, every_step=device.type == 'cpu')
     if args.compile:  # after the moving average was copied
         compile_models(args, parts)
     wrapped = parts.student
@@ -1220,10 +1210,6 @@ def compile_models(args: argparse.Namespace, parts: Parts) -> None:
     log_rank0(
         f'compile     {" and ".join(map(str, counts))} blocks, in the first step; its time is in the first log line'
     )
-
-
-def _allowed_skips(args: argparse.Namespace) -> int:
-    return 0 if args.non_finite == 'stop' else int(args.non_finite.removeprefix('skip:'))
 
 
 def finish_epoch(

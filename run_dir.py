@@ -35,7 +35,6 @@ class TrainingState:
         epoch: the last finished epoch, −1 before the first.
         position: images of the epoch after it that all ranks have taken together.
         step: training steps so far.
-        skipped: steps among them whose update was withheld.
         best_acc1: best accuracy of the raw model so far, in percent.
         meters: means of the epoch that is not finished.
         data: what tells the training data from others, see `datasets.fingerprint`.
@@ -50,7 +49,6 @@ class TrainingState:
     epoch: int = -1
     position: int = 0
     step: int = 0
-    skipped: int = 0
     best_acc1: float = 0.0
     meters: utils.Meters = field(default_factory=utils.Meters)
     data: dict = field(default_factory=dict)
@@ -73,7 +71,6 @@ class TrainingState:
             'best_acc1': self.best_acc1,
             'position': self.position,
             'step': self.step,
-            'skipped': self.skipped,
             'meters': meters,
             'data': self.data,
             'repeated_aug': self.repeated_aug,
@@ -102,7 +99,7 @@ class TrainingState:
             raise ValueError(
                 f'its format {checkpoint["format"]} is newer than this program, which knows {checkpoints.FORMAT}'
             )
-        counts = {name: checkpoint.get(name, 0) for name in ('position', 'step', 'skipped')}
+        counts = {name: checkpoint.get(name, 0) for name in ('position', 'step')}
         for name, value in counts.items():
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f'its {name} is {value!r}, no count')
@@ -110,7 +107,7 @@ class TrainingState:
         if checkpoint.get('scaler'):
             self.scaler.load_state_dict(checkpoint['scaler'])
         self.best_acc1 = float(checkpoint.get('best_acc1', 0.0))
-        self.position, self.step, self.skipped = counts.values()
+        self.position, self.step = counts.values()
         self.meters.load_state_dict(checkpoint.get('meters') or {}, device)
         self.start_after(checkpoint['epoch'])
 
@@ -354,7 +351,6 @@ class Keeper:
     def save(self, row: dict | None = None, best: bool = False) -> None:
         """Writes the state, see `RunFolder.save`."""
         self.watch.look()
-        self.state.skipped = self.watch.skipped
         self.folder.save(self.state, self.args, row, best)
 
     def finish(self) -> None:

@@ -275,8 +275,6 @@ WRONG = [
     ({'keep': -1},),
     ({'save_interval_minutes': -1},),
     ({'save_interval_steps': 0.5},),
-    ({'non_finite': 'skip'},),
-    ({'non_finite': 'skip:-1'},),
     ({'bad_images': 'ignore'},),
     ({'output_dir': '{files}/run'}, '--resume'),
     ({'output_dir': '{files}/text.pth'},),

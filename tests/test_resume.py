@@ -162,6 +162,13 @@ def test_resume_in_mid_epoch_is_exact(run, through, tmp_path, kind, step):
     assert toys.differing(toys.outcome(tmp_path), toys.outcome(through[kind])) == set()
 
 
+def test_checkpoint_of_a_version_with_skipped_steps_resumes(run, through, tmp_path):
+    flags = toys.load(through['float32'] / 'checkpoint.pth')['args']
+    interrupted(through['float32'], 6, tmp_path, skipped=2, args={**flags, 'non_finite': 'skip:3'})
+    run(**toys.LONG)
+    assert toys.differing(toys.outcome(tmp_path), toys.outcome(through['float32'])) == set()
+
+
 @pytest.mark.parametrize(
     ('dropped', 'differs'),
     [

@@ -27,7 +27,7 @@ def test_every_distillation_type_logs_the_release_keys(run, tmp_path, kind):
     assert absent == (set(toys.TERMS) - {'base'} if kind == 'none' else set())
     checkpoint = toys.load(tmp_path / 'checkpoint.pth')
     keys = {'model', 'optimizer', 'lr_scheduler', 'epoch', 'model_ema', 'scaler', 'args', 'best_acc1', 'versions'}
-    keys |= {'position', 'step', 'skipped', 'meters', 'data', 'repeated_aug', 'ranks', 'format'}
+    keys |= {'position', 'step', 'meters', 'data', 'repeated_aug', 'ranks', 'format'}
     assert checkpoint.keys() == keys
     assert (checkpoint['epoch'], checkpoint['args']['distillation_type']) == (0, kind)
     toys.student().load_state_dict(checkpoint['model'], strict=True)
