@@ -4,7 +4,7 @@
     python -m tools.compare_runs main --only soft tar  some of them
 
 Each run is a process of its own on images and weights made on the spot, with two threads at most in all. What a commit
-gives is kept in `runs/compared/<commit>.json`, so a second comparison with it takes half the time. The exit status is 1
+gives is kept in `runs/recorded/<commit>.json`, so a second comparison with it takes half the time. The exit status is 1
 if a run differs.
 """
 
@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ROOT / 'runs' / 'compared'
+KEPT = ROOT / 'runs' / 'recorded'
 STATES = ('model', 'model_ema', 'optimizer', 'scaler')
 
 CAIT = {'patch_size': 8, 'embed_dim': 48, 'depth': 6, 'num_heads': 4}
@@ -108,9 +108,10 @@ def without_checks(folder: Path) -> list[str]:
 
 
 def digest(value: object) -> str:
-    """A sum over all numbers of a nested state."""
+    """A checksum over the dtype, shape and bits of all tensors of a nested state, and its other values."""
     if isinstance(value, torch.Tensor):
-        return hashlib.sha256(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        kind = f'{value.dtype} {tuple(value.shape)} '.encode()
+        return hashlib.sha256(kind + value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
     if isinstance(value, dict):
         value = sorted((str(key), digest(item)) for key, item in value.items())
     elif isinstance(value, list | tuple):
