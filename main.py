@@ -48,18 +48,9 @@ from datasets import EvalDataset, TrainDataset
 from engine import NonFiniteGuard, evaluate, train_one_epoch
 from loggers import log_rank0
 from losses import DISTILLATION_TYPES, RELATION_DTYPES, RELATION_SCALES, RELATIONS, ManifoldDistillationLoss
-from run_dir import Keeper, RunFolder, TrainingState
+from run_dir import CheckpointManager, TrainingState
 from samplers import build_train_sampler, distinct_images
 from utils import UsageError, usage_error_context
-
-# Flags whose change would make a resumed run another run, and those whose change is nobody's business.
-RESUME_MUST_MATCH = ('model', 'model_kwargs', 'seed', 'opt')
-RESUME_MAY_DIFFER = (
-    'output_dir', 'resume', 'eval', 'eval_ema', 'eval_teacher', 'start_epoch', 'data_path', 'num_workers',
-    'pin_mem', 'device', 'dist_url', 'dist_eval', 'print_freq', 'keep', 'save_interval_steps', 'save_interval_minutes',
-    'distributed', 'local_rank', 'world_size', 'cooldown_epochs', 'patience_epochs', 'resplit', 'log_grad_share',
-    'list_blocks', 'num_classes',
-)  # fmt: skip
 
 # Flags ----------------------------------------------------------------------------------------------------------------
 
@@ -750,136 +741,6 @@ def _amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-# Going on -------------------------------------------------------------------------------------------------------------
-
-
-def read_resume(args: argparse.Namespace) -> tuple[dict, Path | None]:
-    """What --resume holds, {} for nothing; and where, if that is a state of the run in --output_dir itself.
-
-    The last state of a run that goes on in its own folder gives way to the one before if it is damaged.
-    """
-    folder = Path(args.output_dir)
-    if not args.resume:
-        return {}, None
-    last = folder / checkpoints.LAST
-    own = bool(args.output_dir) and not args.eval and Path(args.resume).resolve() == last.resolve() and last.exists()
-    # What the first rank finds counts for all.
-    if args.resume == 'auto' and not utils.gather_objects(bool(checkpoints.find_checkpoints(folder)))[0]:
-        if args.eval:
-            raise UsageError(f'--resume auto: there is no checkpoint in --output_dir {folder} to evaluate')
-        log_rank0(f'resume      auto: no checkpoint in {folder}, the run begins')
-        return {}, None
-    with usage_error_context('--resume', args.resume):
-        if args.resume != 'auto' and not own:
-            return checkpoints.read_checkpoint(args.resume), None
-        path, checkpoint, faults = checkpoints.read_newest(folder)
-        first = Path(utils.gather_objects(str(path))[0])
-        if first != path:
-            path, checkpoint = first, checkpoints.read_checkpoint(first)
-    for fault in faults:
-        log_rank0(f'warning: --resume {args.resume}: {fault}; going back to {path.name}')
-    return checkpoint, path if checkpoints.has_progress(checkpoint) else None
-
-
-def check_same_run(args: argparse.Namespace, checkpoint: dict) -> None:
-    """Refuses what would make it another run, and shows a table of the other flags that differ."""
-    if args.eval:
-        return
-    flags = checkpoints.flags_of(checkpoint)
-    ours = 'format' in checkpoint  # of the release's files only the optimizer must fit
-    for name in RESUME_MUST_MATCH if ours else ('opt',):
-        if name in flags and flags[name] != getattr(args, name):
-            was, now = (_shown(value) for value in (flags[name], getattr(args, name)))
-            raise UsageError(f'--resume {args.resume}: was trained with {_flag(name)} {was}, now it is {now}')
-    if not ours:
-        return
-    listed = [name for name in flags if name not in RESUME_MUST_MATCH + RESUME_MAY_DIFFER and hasattr(args, name)]
-    rows = [
-        (_flag(name), _shown(flags[name]), _shown(getattr(args, name)))
-        for name in listed
-        if flags[name] != getattr(args, name)
-    ]
-    if checkpoint.get('ranks', utils.get_world_size()) != utils.get_world_size():
-        rows.append(('(ranks)', str(checkpoint['ranks']), str(utils.get_world_size())))
-    if rows:
-        log_rank0(f'resume      {args.resume}: flags that differ; those of now count')
-        for row in [('', 'was', 'now'), *rows]:
-            log_rank0('            {:<24} {:<24} {}'.format(*row))
-
-
-def check_same_data(args: argparse.Namespace, state: TrainingState, checkpoint: dict) -> None:
-    """Refuses other images or classes than the run was begun with."""
-    was, now = checkpoint.get('data'), state.data
-    if isinstance(was, dict) and was != now:
-        kind = 'classes of other names' if {**was, 'names': now['names']} == now else (
-            f'{was.get("images")} images of {was.get("classes")} classes, '
-            f'now there are {now["images"]} of {now["classes"]}'
-        )  # fmt: skip
-        raise UsageError(f'--data-path {args.data_path}: --resume {args.resume} was trained on {kind}')
-
-
-def _flag(name: str) -> str:
-    return '--' + name.replace('_', '-')
-
-
-def _shown(value: object) -> str:
-    return format_values(value) if isinstance(value, list) else str(value) if value not in ('', {}) else '(none)'
-
-
-def resume(args: argparse.Namespace, state: TrainingState, checkpoint: dict, steps: int) -> None:
-    """Takes over what --resume holds beside the weights, and says what that was.
-
-    Args:
-        args: the flags.
-        state: to go on with.
-        checkpoint: what was read; {} begins a run.
-        steps: of a whole epoch.
-    """
-    if not checkpoints.has_progress(checkpoint):
-        if checkpoint:
-            average = ', moving average from these weights' if state.ema else ''
-            log_rank0(f'resume      {args.resume}: weights only; epoch {args.start_epoch}, fresh optimizer{average}')
-        state.start_after(args.start_epoch - 1)
-        state.step = args.start_epoch * steps
-        return
-    averaged = state.ema is not None and bool(checkpoint.get('model_ema'))
-    with usage_error_context('--resume', args.resume, AttributeError, IndexError, KeyError, RuntimeError, TypeError):
-        state.load_progress(checkpoint, next(state.model.parameters()).device)
-        if averaged:
-            models.load_weights(state.ema.module, models.named_weights(checkpoint, ema=True))
-    if 'step' not in checkpoint:
-        state.step = (state.epoch + 1) * steps
-    average = 'its moving average' if averaged else 'moving average from its weights' if state.ema else 'no average'
-    log_rank0(f'resume      {args.resume}: {state.describe()}, {average}, best Acc@1 {state.best_acc1:.3f}')
-
-
-def prepare_output(args: argparse.Namespace, checkpoint: dict, own: Path | None) -> RunFolder:
-    """Makes --output_dir; a folder that holds a run is written to only by the run that goes on from its last state."""
-    interval = 60 * args.save_interval_minutes or math.inf
-    if not args.output_dir:
-        log_rank0('warning: no --output_dir: neither checkpoints nor log.txt are kept')
-        return RunFolder(None)
-    folder = Path(args.output_dir)
-    last = folder / checkpoints.LAST
-    with usage_error_context('--output_dir', args.output_dir):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise ValueError('is not writable')
-        # a damaged log is found now, not after the first epoch
-        epochs = [row['epoch'] for row in checkpoints.read_log(folder / checkpoints.LOG)]
-        found = [name for name in checkpoints.KEPT if (folder / name).exists()]
-        # Killed after the first row of its log and before its first checkpoint, a run may begin again.
-        anew = args.resume == 'auto' and found == [checkpoints.LOG] and epochs in ([], [args.start_epoch])
-        if found and not own and not anew:
-            advice = 'go on with --resume auto or choose' if last.exists() and args.resume != 'auto' else (
-                f'move {"it" if len(found) == 1 else "them"} away or choose')  # fmt: skip
-            raise ValueError(f'holds {" and ".join(found)} already; {advice} another folder')
-        if checkpoints.has_progress(checkpoint) and not own:
-            log_rank0(f'note        {folder} begins anew: earlier epochs are not in its log.txt or best_checkpoint.pth')
-        whole = own is not None and own.name == checkpoints.LAST
-        return RunFolder(folder, args.keep, interval, checkpoint.get('step', 0) if whole else None)
-
-
 # The first screen -----------------------------------------------------------------------------------------------------
 
 
@@ -995,6 +856,10 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[argparse.Namespace], ob
 )  # fmt: skip
 
 
+def _flag(name: str) -> str:
+    return '--' + name.replace('_', '-')
+
+
 def warn_of_idle_flags(args: argparse.Namespace) -> None:
     """Says which flags were typed in vain."""
     default, told = get_args_parser().get_default, set()
@@ -1038,7 +903,7 @@ class Parts:
     student: models.TappedModel
     teacher: models.TappedModel | None
     val_loader: DataLoader
-    folder: RunFolder
+    last_step: int | None  # of the checkpoint.pth in --output_dir
     consensus: stopping.RankConsensus
 
 
@@ -1067,12 +932,15 @@ def run(args: argparse.Namespace, device: torch.device, signals: stopping.StopSi
         teacher.to(device)
     if taught:
         align(args, student, teacher)
-    checkpoint, own = read_resume(args)
+    checkpoint, own = run_dir.read_resume(args.resume, args.output_dir, args.eval)
+    if checkpoint and not args.eval:
+        run_dir.check_same_flags(args.resume, vars(args), checkpoint)
     if checkpoint:
-        check_same_run(args, checkpoint)
         load_student(args, student.model, checkpoint)
     student.to(device)
-    folder = prepare_output(args, checkpoint, own) if not args.eval else None
+    last_step = None
+    if not args.eval:
+        last_step = run_dir.prepare_folder(args.output_dir, args.resume, args.start_epoch, checkpoint, own)
 
     val_loader = build_val_loader(args, device)
     folders = getattr(val_loader.dataset, 'dataset', None)
@@ -1095,7 +963,7 @@ def run(args: argparse.Namespace, device: torch.device, signals: stopping.StopSi
         return
     signals.defer()
     parts = Parts(
-        device, num_classes, stats, finish, student, teacher if taught else None, val_loader, folder, consensus
+        device, num_classes, stats, finish, student, teacher if taught else None, val_loader, last_step, consensus
     )
     train(args, parts, checkpoint)
 
@@ -1144,8 +1012,8 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
     images = train_loader.dataset if _streams(args) else train_loader.dataset.dataset
     state.data = datasets.fingerprint(images, parts.num_classes)
     state.repeated_aug = repeated_aug
-    check_same_data(args, state, checkpoint)
-    resume(args, state, checkpoint, len(train_loader))
+    run_dir.check_same_data(args.data_path, args.resume, state, checkpoint)
+    run_dir.restore(state, checkpoint, args.resume, args.start_epoch, len(train_loader))
     watch = NonFiniteGuard(state.scaler, every_step=device.type == 'cpu')
     if args.compile:  # after the moving average was copied
         compile_models(args, parts)
@@ -1154,7 +1022,18 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
         wrapped = DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == 'cuda' else None)
         watch.attach(wrapped)
     global_batch = _images_of_a_step(args) * utils.get_world_size()
-    keeper = Keeper(state, parts.folder, parts.consensus, watch, vars(args), global_batch, args.save_interval_steps)
+    manager = CheckpointManager(
+        state,
+        Path(args.output_dir) if args.output_dir else None,
+        parts.consensus,
+        vars(args),
+        global_batch=global_batch,
+        keep=args.keep,
+        interval=60 * args.save_interval_minutes or math.inf,
+        every=args.save_interval_steps,
+        last_step=parts.last_step,
+        before_save=watch.look,
+    )
     options = {
         'device': device,
         'amp_dtype': _amp_dtype(args, device),
@@ -1163,7 +1042,7 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
         'mixup': build_mixup(args, parts.num_classes),
         # without `step`: a constant decay from the first step on
         'average': (lambda: state.ema.update(state.model)) if state.ema else None,
-        'after_step': keeper.after_step,
+        'after_step': manager.after_step,
         'clip_grad': args.clip_grad,
         # As in the release: fine-tuning without a teacher keeps drop-path off and averages two heads.
         'train_mode': not args.finetune or parts.teacher is not None,
@@ -1173,9 +1052,9 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
         'accum_steps': args.accum_steps,
     }
     if state.epoch + 1 >= args.epochs:
-        log_rank0(f'--epochs {args.epochs}: all done already, nothing to train')
+        log_rank0(f'already trained for --epochs {args.epochs}')
     start = time.monotonic()
-    keeper.drain()
+    manager.drain()
     for epoch in range(state.epoch + 1, args.epochs):
         order = train_loader.dataset if _streams(args) else train_loader.sampler
         order.set_epoch(epoch, state.position)
@@ -1189,12 +1068,12 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
         stats = train_one_epoch(
             *models_and_loss, train_loader, state.optimizer, state.scaler, state.meters, watch, **progress, **options
         )
-        finish_epoch(args, parts, state, keeper, stats)
+        finish_epoch(args, parts, state, manager, stats)
         report_bad_images(device, train_loader, parts.val_loader)
-    keeper.finish()
+    manager.finish()
     took = time.monotonic() - start
-    share = 100 * parts.folder.seconds / max(took, 1e-9)
-    log_rank0(f'Training time {timedelta(seconds=int(took))}, {share:.2f} % of it for {parts.folder.saves} saves')
+    share = 100 * manager.seconds / max(took, 1e-9)
+    log_rank0(f'Training time {timedelta(seconds=int(took))}, {share:.2f} % of it for {manager.saves} saves')
     report_bad_images(device, train_loader, parts.val_loader, again=True)
 
 
@@ -1213,14 +1092,14 @@ def compile_models(args: argparse.Namespace, parts: Parts) -> None:
 
 
 def finish_epoch(
-    args: argparse.Namespace, parts: Parts, state: TrainingState, keeper: Keeper, stats: dict[str, float]
+    args: argparse.Namespace, parts: Parts, state: TrainingState, manager: CheckpointManager, stats: dict[str, float]
 ) -> None:
     """Evaluates, logs and saves."""
 
     def measured(model: nn.Module, what: str) -> dict[str, float]:
         if utils.get_world_size() > 1:  # BatchNorm's statistics of the first rank count, as in DDP's next forward pass
             distribute_bn(model, utils.get_world_size(), reduce=False)
-        return measure(args, nn.Sequential(parts.finish, model), parts.val_loader, parts.device, keeper.poll, what)
+        return measure(args, nn.Sequential(parts.finish, model), parts.val_loader, parts.device, manager.poll, what)
 
     rows = {'train': stats, 'test': measured(state.model, 'network')}
     if args.eval_ema and state.ema:
@@ -1233,7 +1112,7 @@ def finish_epoch(
     kept = {'train': stats.keys(), 'test': ('loss', 'acc1', 'acc5'), 'test_ema': ('loss', 'acc1', 'acc5')}
     row = {f'{split}_{key}': values[key] for split, values in rows.items() for key in kept[split]}
     parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
-    keeper.save({**row, 'epoch': state.epoch, 'n_parameters': parameters}, best)
+    manager.save({**row, 'epoch': state.epoch, 'n_parameters': parameters}, best)
 
 
 def report_bad_images(device: torch.device, *loaders: DataLoader, again: bool = False) -> None:
@@ -1272,7 +1151,7 @@ def main(argv: list[str] | None = None) -> None:
             _stop(error if utils.get_rank() == 0 else '', 128 + error.signum)
         except RuntimeError as error:
             if stopping.is_peer_failure(error):  # which has said why
-                _stop(f'rank {utils.get_rank()} stops, for another rank has gone', 1)
+                _stop(f'rank {utils.get_rank()} exiting: another rank failed', 1)
             if not str(error).startswith('DataLoader worker'):
                 raise
             _stop(f'{str(error).rstrip(". ")}; was there memory enough for --num_workers?', 1)

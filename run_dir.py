@@ -1,49 +1,65 @@
-"""The folder of a run: its training state, when it is saved, and which files it leaves."""
+"""The output folder of a run: its training state, when it is saved, which files it has, and what a resume checks."""
 
 import json
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
 import checkpoints
+import models
 import utils
+from checkpoints import BEST, EARLIER, FORMAT, KEPT, LAST, LOG
 from loggers import log_rank0
 from stopping import RankConsensus, StoppedError
+from utils import UsageError, usage_error_context
 
-RETRY = 60.0  # seconds after which a write that failed is tried again
-LAST_TRIES = (1.0, 2.0, 4.0)  # seconds between the tries of a run that is about to end
+RETRY = 60.0  # seconds until a failed write is tried again
+LAST_TRIES = (1.0, 2.0, 4.0)  # seconds between the last attempts of a run that is about to end
 
-# The state ------------------------------------------------------------------------------------------------------------
+# A resumed run must have the same values of these flags as its checkpoint.
+RESUME_MUST_MATCH = ('model', 'model_kwargs', 'seed', 'opt')
+# Changes of these flags are not shown, because they do not change what is trained.
+RESUME_MAY_DIFFER = (
+    'output_dir', 'resume', 'eval', 'eval_ema', 'eval_teacher', 'start_epoch', 'data_path', 'num_workers',
+    'pin_mem', 'device', 'dist_url', 'dist_eval', 'print_freq', 'keep', 'save_interval_steps', 'save_interval_minutes',
+    'distributed', 'local_rank', 'world_size', 'cooldown_epochs', 'patience_epochs', 'resplit', 'log_grad_share',
+    'list_blocks', 'num_classes',
+)  # fmt: skip
+
+# Training state -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class TrainingState:
-    """Everything a run needs to go on where it stopped. The teacher is no part of it.
+    """Everything that a run needs in order to continue. The teacher is not part of it.
 
-    Random numbers are counted, not carried along: `epoch`, `position` and `step` determine all that follow.
+    No state of a random generator is saved: all random numbers are functions of `epoch`, `position` and `step`.
 
     Attributes:
         model: the student, a plain timm model.
-        ema: its moving average, if any.
+        ema: EMA of the model, if any.
         epoch: the last finished epoch, −1 before the first.
-        position: images of the epoch after it that all ranks have taken together.
+        position: images of the next epoch that all ranks together have processed.
         step: training steps so far.
         best_acc1: best accuracy of the raw model so far, in percent.
-        meters: means of the epoch that is not finished.
-        data: what tells the training data from others, see `datasets.fingerprint`.
-        repeated_aug: whether the order of training is that of repeated augmentation.
+        meters: means of the unfinished epoch.
+        data: identifies the training data, see `datasets.fingerprint`.
+        repeated_aug: whether the training order is that of repeated augmentation.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    lr_scheduler: object
+    lr_scheduler: Scheduler
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
     epoch: int = -1
@@ -51,15 +67,15 @@ class TrainingState:
     step: int = 0
     best_acc1: float = 0.0
     meters: utils.Meters = field(default_factory=utils.Meters)
-    data: dict = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
     repeated_aug: bool = False
 
-    def state_dict(self, args: dict, meters: dict) -> dict:
-        """The checkpoint, with the keys of the 2022 release and plain types only.
+    def state_dict(self, args: dict[str, Any], meters: dict[str, Any]) -> dict[str, Any]:
+        """Returns the checkpoint: the keys of the 2022 release and more, plain types only.
 
         Args:
-            args: the flags of the run.
-            meters: those of all ranks, by `Meters.state_dict`.
+            args: flags of the run.
+            meters: `Meters.state_dict()`, which holds the values of all ranks.
         """
         state = {
             'model': self.model.state_dict(),
@@ -75,34 +91,32 @@ class TrainingState:
             'data': self.data,
             'repeated_aug': self.repeated_aug,
             'ranks': utils.get_world_size(),
-            'format': checkpoints.FORMAT,
+            'format': FORMAT,
             'versions': {'torch': str(torch.__version__), 'timm': timm.__version__},
         }
         return state | ({'model_ema': self.ema.module.state_dict()} if self.ema else {})
 
-    def load_progress(self, checkpoint: dict, device: torch.device) -> None:
-        """Takes over all that is not weights; those are loaded elsewhere.
+    def load_progress(self, checkpoint: dict[str, Any], device: torch.device) -> None:
+        """Loads everything but the weights, which are loaded elsewhere.
 
-        The learning rate and the optimizer's options come from the flags, the moments from the file: the schedule is
-        a function of the epoch. A file of the release has no `step`: it stays as it is.
+        The optimizer's moments come from the checkpoint. Its options and learning rate come from the flags, because the
+        schedule is a function of the epoch. A checkpoint of the release has no `step`, so the step is then 0.
 
         Args:
-            checkpoint: what `has_progress`.
+            checkpoint: one for which `has_progress` holds.
             device: where the meters are kept.
 
         Raises:
-            ValueError: the optimizer belongs to another model, or a value cannot be.
+            ValueError: the optimizer belongs to another model, or a value is invalid.
         """
         if not isinstance(checkpoint['epoch'], int) or checkpoint['epoch'] < -1:
-            raise ValueError(f'its epoch is {checkpoint["epoch"]!r}, no number of an epoch')
-        if checkpoint.get('format', 0) > checkpoints.FORMAT:
-            raise ValueError(
-                f'its format {checkpoint["format"]} is newer than this program, which knows {checkpoints.FORMAT}'
-            )
+            raise ValueError(f'epoch is {checkpoint["epoch"]!r}, not the number of an epoch')
+        if checkpoint.get('format', 0) > FORMAT:
+            raise ValueError(f'format {checkpoint["format"]} is newer than this program, which reads up to {FORMAT}')
         counts = {name: checkpoint.get(name, 0) for name in ('position', 'step')}
         for name, value in counts.items():
             if not isinstance(value, int) or value < 0:
-                raise ValueError(f'its {name} is {value!r}, no count')
+                raise ValueError(f'{name} is {value!r}, not a count')
         self._load_optimizer(checkpoint['optimizer'])
         if checkpoint.get('scaler'):
             self.scaler.load_state_dict(checkpoint['scaler'])
@@ -111,213 +125,107 @@ class TrainingState:
         self.meters.load_state_dict(checkpoint.get('meters') or {}, device)
         self.start_after(checkpoint['epoch'])
 
-    def _load_optimizer(self, saved: dict) -> None:
+    def _load_optimizer(self, saved: dict[str, Any]) -> None:
         own = self.optimizer.state_dict()
-        if _signature(own) != _signature(saved):
-            raise ValueError("its optimizer's parameter groups are not those of this model, --opt and --weight-decay")
+        if _group_layout(own) != _group_layout(saved):
+            raise ValueError(
+                "the optimizer's parameter groups do not match those of this model with --opt and --weight-decay"
+            )
         parameters = [p for group in self.optimizer.param_groups for p in group['params']]
         for index, moments in saved['state'].items():
             for name, value in moments.items():
-                # Some optimizers keep a number, a row or a column per matrix; a matrix must be one of the same size.
+                # Some optimizers keep a number, a row or a column per matrix. A matrix must have the parameter's shape.
                 if getattr(value, 'ndim', 0) == parameters[index].ndim and value.shape != parameters[index].shape:
-                    raise ValueError(f"its optimizer's {name} number {index} has another shape than its parameter")
-        # Options are those of the flags; but LAMB, Adan and lookahead count their steps among them.
+                    raise ValueError(f"the optimizer's {name} number {index} has another shape than its parameter")
+        # Options come from the flags. LAMB, Adan and Lookahead keep their step counters among the options.
         groups = [mine | {name: old[name] for name in ('step', 'lookahead_step') if name in old}
                   for mine, old in zip(own['param_groups'], saved['param_groups'], strict=True)]  # fmt: skip
         self.optimizer.load_state_dict({**saved, 'param_groups': groups})
 
     def start_after(self, epoch: int) -> None:
-        """Goes on after an epoch, with the learning rate the schedule then has."""
+        """Continues after an epoch, with the learning rate of the schedule."""
         self.epoch = epoch
         if epoch >= 0:
             self.lr_scheduler.step(epoch)
 
     def describe(self) -> str:
-        """How far it has come, in words."""
-        within = f', {self.position:,} images into the next' if self.position else ''
+        """Says how far the run has come."""
+        within = f', {self.position:,} images of the next epoch' if self.position else ''
         return (f'epoch {self.epoch} done' if self.epoch >= 0 else 'no epoch done') + within
 
     def finish_epoch(self) -> None:
-        """Counts the epoch as done; the schedule lags one epoch, as in the published runs."""
+        """Counts the epoch as done. The schedule lags one epoch, as in the published runs."""
         self.start_after(self.epoch + 1)
         self.position, self.meters = 0, utils.Meters()
 
 
-def _signature(optimizer: dict) -> object:
-    """What two states of one optimizer have in common, whatever version of torch wrote them."""
+def _group_layout(optimizer: object) -> object:
+    """What two states of the same optimizer have in common, whatever version of torch wrote them."""
     groups = optimizer.get('param_groups') if isinstance(optimizer, dict) else None
     if not isinstance(groups, list):
         return None
     return [(len(group['params']), {'betas', 'momentum'} & group.keys()) for group in groups]
 
 
-# The folder of a run --------------------------------------------------------------------------------------------------
+# Saving ---------------------------------------------------------------------------------------------------------------
 
 
 class NotSavedError(Exception):
     """The last state of a run could not be written."""
 
 
-class RunFolder:
-    """The only place that writes what a run leaves. A write that fails is told and tried again; training goes on.
+@dataclass(eq=False)
+class CheckpointManager:
+    """Counts the steps of a run, saves it when a save is due, and stops it after a signal.
 
-    All ranks call its methods, the first one writes.
+    All ranks call its methods equally often; the first rank writes. A failed write is reported and tried again, and
+    training continues. This is the only place that writes to the folder of a run.
 
-    Args:
-        path: the folder; None keeps nothing.
-        keep: how many checkpoints before the last one stay.
-        interval: seconds after which a save is due.
-        last_step: the step of the `checkpoint.pth` in the folder, None if there is none that is whole.
-    """
-
-    def __init__(self, path: Path | None, keep: int = 1, interval: float = math.inf, last_step: int | None = None):
-        self.path = path if utils.get_rank() == 0 else None
-        self.keep = keep
-        self.interval = interval
-        self.saves, self.seconds = 0, 0.0  # how many, and what they cost
-        self._last_step = last_step
-        self._pending: dict[str, bytes | memoryview] = {}
-        self._pending_step = 0
-        self._saved = self._tried = time.monotonic()
-        if self.path:
-            self._rows = checkpoints.read_log(self.path / checkpoints.LOG)
-            self._remove_strays()
-
-    def _remove_strays(self) -> None:
-        """What a kill left half written."""
-        for path in self.path.glob('.*.tmp'):
-            name = path.name[1:-4]
-            if name in checkpoints.KEPT or checkpoints.EARLIER.fullmatch(name):
-                path.unlink(missing_ok=True)
-
-    def describe(self) -> str:
-        """Where the run can be resumed from, in words."""
-        return f'saved in {self.path / checkpoints.LAST}' if self.path else 'not saved, for there is no --output_dir'
-
-    def due(self) -> bool:
-        """Whether it is time to save, by the clock of the rank that writes."""
-        now = time.monotonic()
-        waits_again = bool(self._pending) and now - self._tried >= RETRY
-        return self.path is not None and (waits_again or now - self._saved >= self.interval)
-
-    def save(self, state: TrainingState, args: dict, row: dict | None = None, best: bool = False) -> None:
-        """Writes the state; at the end of an epoch its row of the log too, and the best checkpoint.
-
-        Args:
-            state: of the run.
-            args: its flags.
-            row: of the log; rows of its epoch and of later ones give way.
-            best: the state is the best so far.
-        """
-        meters = state.meters.state_dict()  # of all ranks
-        if not self.path:
-            return
-        start = time.monotonic()
-        if row is not None:
-            self._rows = [old for old in self._rows if old['epoch'] < row['epoch']] + [row]
-            self._pending[checkpoints.LOG] = ''.join(json.dumps(each) + '\n' for each in self._rows).encode()
-        data = checkpoints.serialize(state.state_dict(args, meters))
-        self._pending |= {checkpoints.LAST: data, checkpoints.BEST: data} if best else {checkpoints.LAST: data}
-        self._pending_step = state.step
-        self._saved = start
-        fault = self._write_pending()
-        if fault:
-            log_rank0(
-                f'warning: not saved: {fault}; training goes on, the next try is in {RETRY:.0f} s or with the next save'
-            )
-        self.saves += 1
-        self.seconds += time.monotonic() - start
-
-    def finish(self) -> None:
-        """Tries for the last time to write what could not be written.
-
-        Raises:
-            NotSavedError: in vain.
-        """
-        for pause in LAST_TRIES:
-            if not self._pending:
-                return
-            time.sleep(pause)
-            fault = self._write_pending()
-        if self._pending:
-            raise NotSavedError(f'not saved: {fault}')
-
-    def _write_pending(self) -> str:
-        """Writes what is owed, in order, each file if it can be; says what went wrong first, '' if nothing did."""
-        self._tried = time.monotonic()
-        faults = [self._write(name) for name in checkpoints.KEPT if name in self._pending]
-        return next(filter(None, faults), '')
-
-    def _write(self, name: str) -> str:
-        path = self.path / name
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
-            checkpoints.write_durably(path, self._pending[name], self._rotate if name == checkpoints.LAST else None)
-        except OSError as error:
-            return f'{path}: {error.strerror or error}'
-        del self._pending[name]
-        if name == checkpoints.LAST:
-            self._last_step = self._pending_step
-        return ''
-
-    def _rotate(self) -> None:
-        """Gives the checkpoint that was the last until now a second name, and drops the oldest ones."""
-        if self._last_step is None:
-            return  # a damaged one must not drive out a good one
-        name = self.path / f'checkpoint-{self._last_step:08d}.pth'
-        others = [
-            path
-            for path in checkpoints.find_checkpoints(self.path)
-            if checkpoints.EARLIER.fullmatch(path.name) and path != name
-        ]
-        # Steps beyond this one are from before the run went back to an earlier state.
-        others.sort(key=lambda path: checkpoints.step_of(path) <= self._last_step, reverse=True)
-        for path in others[max(self.keep - 1, 0) :]:
-            path.unlink()
-        if self.keep:
-            name.unlink(missing_ok=True)
-            try:
-                os.link(self.path / checkpoints.LAST, name)
-            except OSError:  # file systems without hard links; for a moment there is no file of the last name
-                os.replace(self.path / checkpoints.LAST, name)
-        self._last_step = None  # until the new one is there
-
-
-class Keeper:
-    """Counts the steps of a run, saves it when it is time, and ends it where a signal asked for that.
-
-    All ranks call its methods equally often.
-
-    Args:
+    Attributes:
         state: of the run.
-        folder: where it is written.
-        agreement: among the ranks.
-        watch: over what is not finite; asked before each save, so that nothing unsound is kept.
-        args: the flags.
-        global_batch: images that all ranks together take in a step.
-        every: steps between saves beside those of the clock; 0 for none.
+        folder: where the files are written; None: nothing is saved.
+        consensus: of the ranks, about stopping and saving.
+        args: flags of the run, stored in each checkpoint.
+        global_batch: images per step, over all ranks.
+        keep: number of older checkpoints to keep.
+        interval: seconds between saves.
+        every: steps between saves; 0: by time only.
+        last_step: step of the undamaged `checkpoint.pth` in the folder; None: there is none.
+        before_save: called before each save; an exception means that nothing is saved.
+        saves: number of saves so far.
+        seconds: time they took.
     """
 
-    def __init__(
-        self,
-        state: TrainingState,
-        folder: RunFolder,
-        consensus: RankConsensus,
-        watch,
-        args: dict,
-        global_batch: int,
-        every: int = 0,
-    ) -> None:
-        self.state = state
-        self.folder = folder
-        self.consensus = consensus
-        self.watch = watch
-        self.args = args
-        self.global_batch = global_batch
-        self.every = every
+    state: TrainingState
+    folder: Path | None
+    consensus: RankConsensus
+    args: dict[str, Any]
+    _: KW_ONLY
+    global_batch: int
+    keep: int = 1
+    interval: float = math.inf
+    every: int = 0
+    last_step: int | None = None
+    before_save: Callable[[], object] = lambda: None
+    saves: int = field(default=0, init=False)
+    seconds: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self._pending: dict[str, bytes | memoryview] = {}  # files that are not written yet, by name
+        self._pending_step = 0
+        self._last_save = self._last_attempt = time.monotonic()
+        self._rows: list[dict[str, Any]] = []
+        if utils.get_rank() > 0:
+            self.folder = None
+        if self.folder is not None:
+            self._rows = checkpoints.read_log(self.folder / LOG)
+            for path in self.folder.glob('.*.tmp'):  # unfinished writes of a run that was killed
+                name = path.name[1:-4]
+                if name in KEPT or EARLIER.fullmatch(name):
+                    path.unlink(missing_ok=True)
 
     def after_step(self) -> None:
-        """Counts a training step.
+        """Counts a training step, and saves if a save is due.
 
         Raises:
             StoppedError: as for `poll`.
@@ -327,12 +235,12 @@ class Keeper:
         self.poll(due=self.every > 0 and self.state.step % self.every == 0)
 
     def poll(self, due: bool = False) -> None:
-        """Saves if it is due for this reason or by the clock.
+        """Saves if `due`, or if the time has come.
 
         Raises:
-            StoppedError: a rank was told to stop, and the state is saved.
+            StoppedError: a rank has received a signal. The state is saved.
         """
-        signum, agreed = self.consensus.poll(self.folder.due())
+        signum, agreed = self.consensus.poll(self.is_due())
         if signum:
             self._stop(signum)
         if due or agreed:
@@ -348,24 +256,280 @@ class Keeper:
         if signum:
             self._stop(signum)
 
-    def save(self, row: dict | None = None, best: bool = False) -> None:
-        """Writes the state, see `RunFolder.save`."""
-        self.watch.look()
-        self.folder.save(self.state, self.args, row, best)
+    def is_due(self) -> bool:
+        """Whether it is time to save or to try a failed write again. Always False on ranks that do not write."""
+        now = time.monotonic()
+        retry = bool(self._pending) and now - self._last_attempt >= RETRY
+        return self.folder is not None and (retry or now - self._last_save >= self.interval)
+
+    def save(self, row: dict[str, Any] | None = None, best: bool = False) -> None:
+        """Writes the state; at the end of an epoch also its log row, and the best checkpoint.
+
+        Args:
+            row: of the log; replaces the rows of its epoch and of later ones.
+            best: whether the state is the best so far.
+        """
+        self.before_save()
+        meters = self.state.meters.state_dict()  # gathers those of all ranks
+        if self.folder is None:
+            return
+        start = time.monotonic()
+        if row is not None:
+            self._rows = [old for old in self._rows if old['epoch'] < row['epoch']] + [row]
+            self._pending[LOG] = ''.join(json.dumps(each) + '\n' for each in self._rows).encode()
+        data = checkpoints.serialize(self.state.state_dict(self.args, meters))
+        self._pending |= {LAST: data, BEST: data} if best else {LAST: data}
+        self._pending_step = self.state.step
+        self._last_save = start
+        error = self.write_pending()
+        if error:
+            log_rank0(
+                f'warning: not saved: {error}; training continues, the next attempt is in {RETRY:.0f} s or with the '
+                'next save'
+            )
+        self.saves += 1
+        self.seconds += time.monotonic() - start
+
+    def write_pending(self) -> str:
+        """Writes the pending files in order, each one that can be written; returns the first error, '' if none."""
+        self._last_attempt = time.monotonic()
+        errors = [self._write(name) for name in KEPT if name in self._pending]
+        return next(filter(None, errors), '')
+
+    def _write(self, name: str) -> str:
+        assert self.folder is not None
+        path = self.folder / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # the folder may have been removed during the run
+            checkpoints.write_durably(path, self._pending[name], self._rotate if name == LAST else None)
+        except OSError as error:
+            return f'{path}: {error.strerror or error}'
+        del self._pending[name]
+        if name == LAST:
+            self.last_step = self._pending_step
+        return ''
+
+    def _rotate(self) -> None:
+        """Gives the present `checkpoint.pth` a second name with its step, and removes the oldest ones."""
+        if self.last_step is None or self.folder is None:
+            return  # a damaged checkpoint must not replace a good one
+        name = self.folder / f'checkpoint-{self.last_step:08d}.pth'
+        others = [path for path in checkpoints.find_checkpoints(self.folder) if EARLIER.fullmatch(path.name)]
+        others = [path for path in others if path != name]
+        # Larger steps are from before the run was resumed from an earlier checkpoint.
+        others.sort(key=lambda path: checkpoints.step_of(path) <= (self.last_step or 0), reverse=True)
+        for path in others[max(self.keep - 1, 0) :]:
+            path.unlink()
+        if self.keep:
+            name.unlink(missing_ok=True)
+            try:
+                os.link(self.folder / LAST, name)
+            except OSError:  # a file system without hard links: for a moment there is no checkpoint.pth
+                os.replace(self.folder / LAST, name)
+        self.last_step = None  # until the new file is in place
 
     def finish(self) -> None:
-        """Sees to it that all is written.
+        """Makes sure that everything is written.
 
         Raises:
-            NotSavedError: it cannot be.
+            NotSavedError: a file cannot be written.
             StoppedError: as for `poll`.
         """
-        self.folder.finish()
+        self._finish_writing()
         self.drain()
+
+    def _finish_writing(self) -> None:
+        error = ''
+        for pause in LAST_TRIES:
+            if not self._pending:
+                return
+            time.sleep(pause)
+            error = self.write_pending()
+        if self._pending:
+            raise NotSavedError(f'not saved: {error}')
 
     def _stop(self, signum: int) -> None:
         self.save()
-        self.folder.finish()
-        # A launcher kills all ranks once one has left: the one that writes must be done.
+        self._finish_writing()
+        # A launcher kills all ranks once one has exited, so the rank that writes must be done before.
         self.consensus.wait_for_all()
-        raise StoppedError(signum, f'{self.state.describe()}, {self.folder.describe()}')
+        where = (
+            'not saved, because there is no --output_dir' if self.folder is None else f'saved in {self.folder / LAST}'
+        )
+        raise StoppedError(signum, f'{self.state.describe()}, {where}')
+
+
+# Resuming -------------------------------------------------------------------------------------------------------------
+
+
+def read_resume(resume: str, output_dir: str, evaluate: bool) -> tuple[dict[str, Any], Path | None]:
+    """Reads the checkpoint that --resume names.
+
+    A run that continues in its own folder falls back to the previous checkpoint if the newest one is damaged.
+
+    Args:
+        resume: the value of --resume: a file, a URL, 'auto' or ''.
+        output_dir: the value of --output_dir.
+        evaluate: the value of --eval.
+
+    Returns:
+        The checkpoint, {} if there is none, and its path if it is a checkpoint of the run in `output_dir`.
+
+    Raises:
+        UsageError: there is no such checkpoint, or none that can be read.
+    """
+    folder = Path(output_dir)
+    if not resume:
+        return {}, None
+    last = folder / LAST
+    own = bool(output_dir) and not evaluate and Path(resume).resolve() == last.resolve() and last.exists()
+    # All ranks do what the first rank finds.
+    if resume == 'auto' and not utils.gather_objects(bool(checkpoints.find_checkpoints(folder)))[0]:
+        if evaluate:
+            raise UsageError(f'--resume auto: there is no checkpoint in --output_dir {folder} to evaluate')
+        log_rank0(f'resume      auto: no checkpoint in {folder}, starting a new run')
+        return {}, None
+    with usage_error_context('--resume', resume):
+        if resume != 'auto' and not own:
+            return checkpoints.read_checkpoint(resume), None
+        path, checkpoint, errors = checkpoints.read_newest(folder)
+        first = Path(utils.gather_objects(str(path))[0])
+        if first != path:
+            path, checkpoint = first, checkpoints.read_checkpoint(first)
+    for error in errors:
+        log_rank0(f'warning: --resume {resume}: {error}; falling back to {path.name}')
+    return checkpoint, path if checkpoints.has_progress(checkpoint) else None
+
+
+def check_same_flags(resume: str, flags: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+    """Refuses flags that would make this another run, and shows a table of the other flags that have changed.
+
+    Args:
+        resume: the value of --resume.
+        flags: of this run.
+        checkpoint: to continue from.
+
+    Raises:
+        UsageError: a flag of RESUME_MUST_MATCH has changed.
+    """
+    saved = checkpoints.flags_of(checkpoint)
+    from_release = 'format' not in checkpoint  # only the optimizer must fit then
+    for name in ('opt',) if from_release else RESUME_MUST_MATCH:
+        if name in saved and saved[name] != flags[name]:
+            raise UsageError(
+                f'--resume {resume}: was trained with {_flag(name)} {_format(saved[name])}, '
+                f'now it is {_format(flags[name])}'
+            )
+    if from_release:
+        return
+    shown = [name for name in saved if name in flags and name not in RESUME_MUST_MATCH + RESUME_MAY_DIFFER]
+    rows = [(_flag(name), _format(saved[name]), _format(flags[name])) for name in shown if saved[name] != flags[name]]
+    if checkpoint.get('ranks', utils.get_world_size()) != utils.get_world_size():
+        rows.append(('(ranks)', str(checkpoint['ranks']), str(utils.get_world_size())))
+    if rows:
+        log_rank0(f'resume      {resume}: arguments changed since the checkpoint; using the new values')
+        for row in [('', 'was', 'now'), *rows]:
+            log_rank0('            {:<24} {:<24} {}'.format(*row))
+
+
+def check_same_data(data_path: str, resume: str, state: TrainingState, checkpoint: dict[str, Any]) -> None:
+    """Refuses other training data than the checkpoint was trained on.
+
+    Args:
+        data_path: the value of --data-path.
+        resume: the value of --resume.
+        state: of this run.
+        checkpoint: to continue from.
+
+    Raises:
+        UsageError: the number of images, the number of classes or their names have changed.
+    """
+    was, now = checkpoint.get('data'), state.data
+    if isinstance(was, dict) and was != now:
+        kind = 'classes with other names' if {**was, 'names': now['names']} == now else (
+            f'{was.get("images")} images of {was.get("classes")} classes, '
+            f'now there are {now["images"]} of {now["classes"]}'
+        )  # fmt: skip
+        raise UsageError(f'--data-path {data_path}: --resume {resume} was trained on {kind}')
+
+
+def _flag(name: str) -> str:
+    return '--' + name.replace('_', '-')
+
+
+def _format(value: object) -> str:
+    text = ' '.join(map(str, value)) if isinstance(value, list) else str(value)
+    return '(none)' if text in ('', '{}') else text
+
+
+def restore(state: TrainingState, checkpoint: dict[str, Any], resume: str, start_epoch: int, steps: int) -> None:
+    """Loads everything but the weights of the model from a checkpoint, and reports what that was.
+
+    Args:
+        state: of this run; its model has its weights already.
+        checkpoint: to continue from; {} starts a new run, weights alone start one with these weights.
+        resume: the value of --resume.
+        start_epoch: the value of --start_epoch, for a checkpoint that does not tell its epoch.
+        steps: of a whole epoch.
+
+    Raises:
+        UsageError: the checkpoint does not fit the run.
+    """
+    if not checkpoints.has_progress(checkpoint):
+        if checkpoint:
+            ema = ', EMA starts from these weights' if state.ema else ''
+            log_rank0(f'resume      {resume}: weights only; epoch {start_epoch}, new optimizer state{ema}')
+        state.start_after(start_epoch - 1)
+        state.step = start_epoch * steps
+        return
+    has_ema = bool(checkpoint.get('model_ema'))
+    with usage_error_context('--resume', resume, AttributeError, IndexError, KeyError, RuntimeError, TypeError):
+        state.load_progress(checkpoint, next(state.model.parameters()).device)
+        if state.ema is not None and has_ema:
+            models.load_weights(state.ema.module, models.named_weights(checkpoint, ema=True))
+    if 'step' not in checkpoint:
+        state.step = (state.epoch + 1) * steps
+    ema = 'no EMA' if state.ema is None else 'EMA of the checkpoint' if has_ema else 'EMA starts from its weights'
+    log_rank0(f'resume      {resume}: {state.describe()}, {ema}, best Acc@1 {state.best_acc1:.3f}')
+
+
+def prepare_folder(
+    output_dir: str, resume: str, start_epoch: int, checkpoint: dict[str, Any], own: Path | None
+) -> int | None:
+    """Creates --output_dir. Only a run that continues from its newest checkpoint may write to a folder that has a run.
+
+    Args:
+        output_dir: the value of --output_dir; '' for none.
+        resume: the value of --resume.
+        start_epoch: the value of --start_epoch.
+        checkpoint: to continue from, {} for none.
+        own: its path, if it is a checkpoint of the run in this folder.
+
+    Returns:
+        The step of the `checkpoint.pth` in the folder, None if there is none or if it is damaged.
+
+    Raises:
+        UsageError: the folder cannot be written to, or contains another run.
+    """
+    if not output_dir:
+        log_rank0('warning: no --output_dir: no checkpoints and no log.txt are written')
+        return None
+    folder = Path(output_dir)
+    with usage_error_context('--output_dir', output_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise ValueError('is not writable')
+        # Read here so that a damaged log is noticed now and not after the first epoch.
+        epochs = [row['epoch'] for row in checkpoints.read_log(folder / LOG)]
+        found = [name for name in KEPT if (folder / name).exists()]
+        # A run that was killed between the first row of its log and its first checkpoint may start again.
+        restart = resume == 'auto' and found == [LOG] and epochs in ([], [start_epoch])
+        if found and not own and not restart:
+            can_resume = LAST in found and resume != 'auto'
+            advice = (
+                'pass --resume auto to continue' if can_resume else f'move {"it" if len(found) == 1 else "them"} away'
+            )
+            raise ValueError(f'already contains {" and ".join(found)}; {advice}, or choose another folder')
+    if checkpoints.has_progress(checkpoint) and not own:
+        log_rank0(f'note        {folder}: new run; its log.txt and best_checkpoint.pth do not include earlier epochs')
+    return checkpoint.get('step', 0) if own is not None and own.name == LAST else None

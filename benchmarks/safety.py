@@ -64,7 +64,7 @@ def measure(steps: int, batch_size: int, amp_dtype: str, folder: Path) -> tuple[
     for name in ('factor', 'judge', 'look'):
         clock.watch('flags', engine.NonFiniteGuard, name)
     clock.watch('flags', engine, '_gradient_norm')
-    clock.watch('saves', run_dir.RunFolder, 'save')
+    clock.watch('saves', run_dir.CheckpointManager, 'save')
     seed_step = utils.seed_step
 
     def mark(*args) -> None:

@@ -50,7 +50,7 @@ def test_accumulated_sample_relations_see_one_micro_batch(run, tmp_path):
 def test_accumulated_run_resumes_to_the_bit(run, tmp_path, monkeypatch):
     flags = {'batch_size': 4, 'accum_steps': 2, 'epochs': 2, 'drop_path': 0.2, 'save_interval_steps': 1}
     run(**flags, output_dir=tmp_path / 'whole')
-    after_step, steps = main.Keeper.after_step, []
+    after_step, steps = main.CheckpointManager.after_step, []
 
     def killed(self):
         after_step(self)
@@ -59,7 +59,7 @@ def test_accumulated_run_resumes_to_the_bit(run, tmp_path, monkeypatch):
             raise toys.KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(main.Keeper, 'after_step', killed)
+        patch.setattr(main.CheckpointManager, 'after_step', killed)
         with pytest.raises(toys.KilledError):
             run(**flags, output_dir=tmp_path / 'parts')
     assert toys.load(tmp_path / 'parts' / 'checkpoint.pth')['position'] == 8

@@ -99,7 +99,7 @@ def test_weights_only_file_starts_a_new_run(run, files, tmp_path, capsys, epochs
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('resume'))
     assert 'weights only' in line
     assert f'epoch {start or 0}' in line
-    assert 'average from these weights' in line
+    assert 'EMA starts from these weights' in line
     assert epochs[0].optimizer['state'] == {}
     weights = toys.load(files / 'student.pth')['model']
     toys.assert_same(epochs[0].student.model.state_dict(), weights)

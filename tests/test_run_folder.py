@@ -45,7 +45,7 @@ def test_finished_run_is_not_overwritten(run, tmp_path, capsys, resumed):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     resume = str(tmp_path / resumed) if resumed else None
     error = toys.refused(capsys, **toys.ALONE, epochs=2, output_dir=tmp_path, resume=resume)
-    assert f'--output_dir {tmp_path}: holds log.txt and best_checkpoint.pth and checkpoint.pth already' in error
+    assert f'--output_dir {tmp_path}: already contains log.txt and best_checkpoint.pth and checkpoint.pth' in error
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -92,9 +92,9 @@ def test_checkpoint_with_a_bad_value_is_refused(run, tmp_path, capsys, changes, 
 
 def test_auto_starts_or_continues(run, tmp_path, capsys, epochs):
     run(resume='auto')
-    assert f'auto: no checkpoint in {tmp_path}, the run begins' in toys.line_with(capsys, 'resume ')
+    assert f'auto: no checkpoint in {tmp_path}, starting a new run' in toys.line_with(capsys, 'resume ')
     rows = run(resume='auto', epochs=2)
-    assert 'resume      auto: epoch 0 done, its moving average, best Acc@1 ' in capsys.readouterr().out
+    assert 'resume      auto: epoch 0 done, EMA of the checkpoint, best Acc@1 ' in capsys.readouterr().out
     assert [call.epoch for call in epochs] == [0, 1]
     assert [row['epoch'] for row in rows] == [0, 1]
 
@@ -111,7 +111,7 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one(run, tmp_path, capsys
     rows = run(epochs=2, resume=resume.format(folder=tmp_path))
     warning = toys.line_with(capsys, 'warning: --resume')
     assert 'checkpoint.pth is damaged' in warning
-    assert f'going back to {earlier.name}' in warning
+    assert f'falling back to {earlier.name}' in warning
     assert [call.epoch for call in epochs] == [1]
     assert [row['epoch'] for row in rows] == [0, 1]
     assert {toys.load(path)['epoch'] for path in tmp_path.glob('checkpoint*.pth')} == {0, 1}
@@ -132,7 +132,7 @@ def test_folder_with_only_damaged_checkpoints_is_refused(run, tmp_path, capsys, 
 def test_auto_refuses_a_log_without_checkpoint(tmp_path, capsys, epochs):
     (tmp_path / 'log.txt').write_text('{"epoch": 0}\n{"epoch": 1}\n')
     error = toys.refused(capsys, **toys.ALONE, resume='auto', output_dir=tmp_path)
-    assert f'--output_dir {tmp_path}: holds log.txt already' in error
+    assert f'--output_dir {tmp_path}: already contains log.txt' in error
     assert (tmp_path / 'log.txt').read_text().count('\n') == 2
 
 
@@ -156,7 +156,7 @@ def test_changed_flags_are_shown_in_a_table(run, tmp_path, capsys, epochs):
     changed = {'lr': 0.3, 'epochs': 2, 'batch_size': 4, 's_id': '0 1 2', 'num_workers': 1, 'print_freq': 3}
     run(resume='auto', **changed)
     lines = capsys.readouterr().out.splitlines()
-    start = next(i for i, line in enumerate(lines) if 'flags that differ' in line)
+    start = next(i for i, line in enumerate(lines) if 'arguments changed since the checkpoint' in line)
     table = [line.split(maxsplit=1) for line in lines[start + 2 : start + 7]]
     assert {flag: ' '.join(values.split()) for flag, values in table} == {
         '--lr': '0.0005 0.3',
@@ -172,7 +172,7 @@ def test_changed_flags_are_shown_in_a_table(run, tmp_path, capsys, epochs):
 def test_no_table_without_changed_flags(run, capsys, epochs):
     run()
     run(resume='auto')
-    assert 'differ' not in capsys.readouterr().out
+    assert 'arguments changed' not in capsys.readouterr().out
 
 
 @pytest.mark.R13
@@ -202,7 +202,7 @@ def test_resume_refuses_another_model_seed_or_optimizer(run, files, tmp_path, ca
     ('counts', 'names', 'words'),
     [
         ([5, 4], None, 'was trained on 8 images of 2 classes, now there are 9 of 2'),
-        ([4, 4], ['c0', 'x'], 'was trained on classes of other names'),
+        ([4, 4], ['c0', 'x'], 'was trained on classes with other names'),
         ([4, 4], None, None),
     ],
     ids=['images', 'names', 'another place'],

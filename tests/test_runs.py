@@ -160,14 +160,14 @@ def test_stream_trains_and_resumes_between_epochs(run, files, tmp_path, capsys):
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_stream_resumed_in_mid_epoch_warns(run, files, tmp_path, capsys, monkeypatch):
     options = {**toys.STREAM, 'data_path': files / 'shards', 'batch_size': 4, 'save_interval_steps': 1}
-    after_step = run_dir.Keeper.after_step
+    after_step = run_dir.CheckpointManager.after_step
 
     def stop_after_two(self):
         after_step(self)
         if self.state.step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_dir.Keeper, 'after_step', stop_after_two)
+    monkeypatch.setattr(run_dir.CheckpointManager, 'after_step', stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         run(**options)
     monkeypatch.undo()
@@ -192,7 +192,7 @@ def test_auto_block_ids_are_resolved_and_saved(run, tmp_path, capsys):
     flags = toys.load(tmp_path / 'checkpoint.pth')['args']
     assert (flags['s_id'], flags['t_id']) == ([0, 1, 2, 3], [0, 1, 4, 5])  # of 4 and 6 blocks
     run(s_id='auto', t_id='auto', epochs=2, resume='auto')
-    assert 'differ' not in capsys.readouterr().out.split('--epochs')[0].split('resume')[0]
+    assert 'arguments changed' not in capsys.readouterr().out.split('--epochs')[0].split('resume')[0]
 
 
 def test_headless_teacher_gives_relations_only(run, files, capsys):

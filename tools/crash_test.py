@@ -455,7 +455,7 @@ def damage(bench: Bench) -> Row:
         if path != earlier or not any(note.startswith('checkpoint.pth is damaged') for note in notes):
             faults.append(f'{name}: {path.name} {notes}')
     life = live(folder)
-    if f'going back to {earlier.name}' not in life.out or not same(result(folder), bench.reference()):
+    if f'falling back to {earlier.name}' not in life.out or not same(result(folder), bench.reference()):
         faults.append(f'going on: {life.out[-300:]} {life.err[-300:]}')
     reached = f'{len(cases) - len(faults)} of {len(cases)}'
     return Row('R6', 'damaged file', f'{len(cases)} of {len(cases)}', reached, not faults, faults=faults)
@@ -559,7 +559,7 @@ def exceptions(bench: Bench) -> Row:
         slowest = max(slowest, life.left)
         cause = life.err.count('ArithmeticError: planted in') if where != 'worker' or not workers else (
             life.err.count('Original Traceback'))  # fmt: skip
-        followers = [line for line in life.errors if 'another rank has gone' in line]
+        followers = [line for line in life.errors if 'another rank failed' in line]
         wrong = []
         if do == 'kill' and where == 'worker':
             cause = sum('DataLoader worker' in line for line in life.errors)

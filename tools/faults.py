@@ -149,9 +149,9 @@ def _watch_files(plan: Plan) -> None:
     _before(os, 'replace', lambda *_: plan.reach('replace'))
     _after(os, 'replace', lambda *_: plan.reach('replaced'))
     _after(
-        run_dir.RunFolder,
-        '_write_pending',
-        lambda fault, folder: plan.tell(f'failed {fault}' if fault else f'saved {folder._last_step}'),
+        run_dir.CheckpointManager,
+        'write_pending',
+        lambda error, manager: plan.tell(f'failed {error}' if error else f'saved {manager.last_step}'),
     )
 
 
@@ -160,7 +160,7 @@ def _watch_steps(plan: Plan) -> None:
     _before(loggers.Progress, 'over', lambda *_: plan.reach('first batch'))
     _before(engine, '_count_correct', lambda *_: plan.reach('eval'))
     _before(datasets.TrainDataset, '__getitem__', lambda *_: plan.reach('worker'))
-    _before(run_dir.Keeper, 'after_step', lambda keeper: plan.tell(f'done {keeper.state.step + 1}'))
+    _before(run_dir.CheckpointManager, 'after_step', lambda manager: plan.tell(f'done {manager.state.step + 1}'))
 
 
 def _spoil(plan: Plan) -> None:
