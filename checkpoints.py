@@ -1,8 +1,7 @@
-"""Files of weights and of runs: read safely, written durably, found again after whatever happened.
+"""Weights files and checkpoints: read safely, write durably, find the newest.
 
-A run leaves in its folder `checkpoint.pth` (the last state), `checkpoint-<step>.pth` (the ones before it),
-`best_checkpoint.pth` and `log.txt`. Only tensors and plain types are in them; a checksum stands in the comment of the
-zip archive that torch writes, so plain `torch.load` reads them too.
+A run has in its folder `checkpoint.pth` (the newest state), `checkpoint-<step>.pth` (older ones), `best_checkpoint.pth`
+and `log.txt`. Checkpoints contain only tensors and plain types, so that `torch.load(weights_only=True)` reads them.
 """
 
 import argparse
@@ -12,12 +11,12 @@ import io
 import json
 import os
 import re
-import struct
 import warnings
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import urlparse
 
 import safetensors.torch
@@ -28,83 +27,101 @@ from torch.hub import download_url_to_file, get_dir
 
 FORMAT = 1
 LOG, BEST, LAST = 'log.txt', 'best_checkpoint.pth', 'checkpoint.pth'
-HUB_FILES = ('model.safetensors', 'pytorch_model.bin', 'model.pth', 'pytorch_model.pth')  # as timm names them
-KEPT = (LOG, BEST, LAST)  # in the order they are written: once the last one is there, all of the epoch is kept
+KEPT = (LOG, BEST, LAST)  # in the order of writing: once the last one is written, the whole epoch is saved
 EARLIER = re.compile(r'checkpoint-(\d{8,})\.pth')
-_NOT_A_CHECKPOINT = 'is damaged, or no file of weights'
-
+HUB_FILES = ('model.safetensors', 'pytorch_model.bin', 'model.pth', 'pytorch_model.pth')  # the names timm uses
+_UNREADABLE = 'is damaged or not a weights file'
 
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(source: str | Path) -> dict:
-    """The contents of a weights file, on the CPU; nothing is unpickled but tensors and plain types.
+def read_checkpoint(source: str | Path) -> dict[str, Any]:
+    """Reads a weights file on the CPU. Nothing is unpickled but tensors, plain types and `argparse.Namespace`.
 
     Args:
-        source: a path, a URL (downloaded once into torch's hub folder), `hf-hub:OWNER/NAME` or `local-dir:FOLDER` with
-            one file of weights under a usual name; `.safetensors` or torch's own format.
+        source: a path, a URL (downloaded once into torch's hub folder), `hf-hub:OWNER/NAME`, or `local-dir:FOLDER` for
+            a folder that has one of `HUB_FILES`. The file is in the format of torch or of safetensors.
 
     Raises:
-        OSError: it is not there or cannot be downloaded.
-        ValueError: it cannot be read safely, is damaged, or holds no dictionary.
+        OSError: the file does not exist or cannot be downloaded.
+        ValueError: the file is damaged, is not safe to read, or does not contain a dictionary.
     """
-    return _read(source)[0]
-
-
-def _read(source: str | Path) -> tuple[dict, bool]:
-    """The contents, and whether a checksum vouches for them."""
     kind, _, rest = str(source).partition(':')
     if kind in ('hf-hub', 'hf_hub'):
-        return _read_hub(rest), False
+        return _read_hub(rest)
     if kind == 'local-dir':
         source = _find_weights(Path(rest))
-    url = '://' in str(source)
-    path = _download(str(source)) if url else Path(source)
-    with open(path, 'rb') as file:  # what the system has to say comes first: not there, a folder, no permission
-        if path.suffix == '.safetensors':
-            return _read_safetensors(path), False
-        sealed = _check_seal(file)
+    is_url = '://' in str(source)
+    path = _download(str(source)) if is_url else Path(source)
+    with open(path, 'rb') as file:  # errors of the file system come first: not found, a folder, no permission
         try:
-            # Released files of 2020-2022 hold the flags of their run as a Namespace, a plain bag of values.
-            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # of a file it cannot read torch warns first
-                checkpoint = torch.load(file, map_location='cpu', weights_only=True)
-        except MemoryError:
-            raise
-        except Exception as error:  # torch raises a dozen kinds for one thing
-            found = re.search(r'GLOBAL (\S+)', str(error))
-            reason = f'holds {found[1]}, and only tensors and plain types are read' if found else _NOT_A_CHECKPOINT
-            raise ValueError(reason + (f' (downloaded to {path})' if url else '')) from error
+            checkpoint = _read_safetensors(path) if path.suffix == '.safetensors' else _read_torch(file)
+        except ValueError as error:
+            raise ValueError(f'{error} (downloaded to {path})' if is_url else str(error)) from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f'holds a {type(checkpoint).__name__}, not a dictionary of weights')
-    return checkpoint, sealed
+        raise ValueError(f'contains a {type(checkpoint).__name__}, not a dictionary of weights')
+    return checkpoint
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
-        raise ValueError(_NOT_A_CHECKPOINT) from error
+        raise ValueError(_UNREADABLE) from error
+
+
+def _read_torch(file: BinaryIO) -> object:
+    _check_archive(file)
+    try:
+        # Files of the release and of DeiT contain the flags of their run as a Namespace, which is plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch warns before it fails
+            return torch.load(file, map_location='cpu', weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # torch raises many types for a file that it cannot read
+        found = re.search(r'GLOBAL (\S+)', str(error))
+        reason = f'contains {found[1]}; only tensors and plain types are loaded' if found else _UNREADABLE
+        raise ValueError(reason) from error
+
+
+def _check_archive(file: BinaryIO) -> None:
+    """Compares the members of a zip archive with their checksums, which torch writes but does not check.
+
+    Raises:
+        ValueError: a member is damaged.
+    """
+    try:
+        if zipfile.is_zipfile(file):
+            archive = zipfile.ZipFile(file)
+            # torch can be told to write no checksums; they are all 0 then.
+            damaged = any(member.CRC for member in archive.infolist()) and archive.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f'wrong checksum of {damaged}')
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged header can lead to any type
+        raise ValueError(f'is damaged: {" ".join(str(error).split()) or type(error).__name__}') from error
+    file.seek(0)
 
 
 def _read_hub(name: str) -> dict[str, Tensor]:
     try:
         return load_state_dict_from_hf(name, weights_only=True)
-    except Exception as error:  # the hub's client has a dozen kinds
-        raise ValueError(f'cannot be had from the hub: {" ".join(str(error).split())}') from error
+    except Exception as error:  # the Hub's client raises many types
+        raise ValueError(f'download from the Hub failed: {" ".join(str(error).split())}') from error
 
 
 def _find_weights(folder: Path) -> Path:
-    """The file of weights in a folder that was saved for the hub."""
+    """Finds the weights file in a folder that was saved for the Hub."""
     found = [folder / name for name in HUB_FILES if (folder / name).exists()]
     if not found:
-        raise ValueError(f'there is none of {", ".join(HUB_FILES)} in it')
+        raise ValueError(f'contains none of {", ".join(HUB_FILES)}')
     return found[0]
 
 
 def _download(url: str) -> Path:
-    # torch.hub.load_state_dict_from_url would unpickle whatever the file asks for; only its download is used.
-    # The hash tells two files of one name apart.
+    # The hash keeps files of the same name apart. torch downloads under a temporary name.
     name = f'{hashlib.sha256(url.encode()).hexdigest()[:8]}-{Path(urlparse(url).path).name}'
     path = Path(get_dir()) / 'checkpoints' / name
     if not path.exists():
@@ -113,49 +130,13 @@ def _download(url: str) -> Path:
     return path
 
 
-# A zip archive ends with the length of its comment, two bytes, and the comment.
-_SEAL = b'sha256:'
-_SEAL_BYTES = len(_SEAL) + hashlib.sha256().digest_size * 2
-
-
-def _seal(archive: bytes | memoryview) -> bytes:
-    """The last bytes of the archive with its checksum as its comment; they take the place of the last two."""
-    return struct.pack('<H', _SEAL_BYTES) + _SEAL + hashlib.sha256(archive[:-2]).hexdigest().encode()
-
-
-def _check_seal(file: BinaryIO) -> bool:
-    """Whether a file has a checksum; it is rewound.
-
-    Raises:
-        ValueError: the checksum does not hold.
-    """
-    size = file.seek(0, os.SEEK_END) - 2 - _SEAL_BYTES
-    file.seek(max(size, 0))
-    end = file.read()
-    file.seek(0)
-    if size < 0 or not end.startswith(struct.pack('<H', _SEAL_BYTES) + _SEAL):
-        return False
-    digest = hashlib.sha256()
-    while size:
-        chunk = file.read(min(size, 1 << 20))
-        digest.update(chunk)
-        size -= len(chunk)
-    file.seek(0)
-    if end[-digest.digest_size * 2 :] != digest.hexdigest().encode():
-        raise ValueError('is damaged: its checksum does not hold')
-    return True
-
-
-# Contents -------------------------------------------------------------------------------------------------------------
-
-
-def has_progress(checkpoint: dict) -> bool:
-    """Whether a checkpoint tells how far its run had come, or holds weights alone."""
+def has_progress(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint contains the progress of its run, and not weights alone."""
     return {'optimizer', 'lr_scheduler', 'epoch'} <= checkpoint.keys()
 
 
-def flags_of(checkpoint: dict) -> dict:
-    """The flags of the run that wrote a checkpoint, none if it does not tell them."""
+def flags_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The flags of the run that wrote a checkpoint, {} if they are not in it."""
     flags = checkpoint.get('args')
     return vars(flags) if isinstance(flags, argparse.Namespace) else flags if isinstance(flags, dict) else {}
 
@@ -163,50 +144,52 @@ def flags_of(checkpoint: dict) -> dict:
 # Finding --------------------------------------------------------------------------------------------------------------
 
 
-def find_checkpoints(folder: Path) -> list[Path]:
-    """The states of a run that are there, newest first, the best one as the last resort."""
-    found = [path for path in (folder.iterdir() if folder.is_dir() else ()) if EARLIER.fullmatch(path.name)]
-    earlier = sorted(found, key=step_of, reverse=True)
-    return [path for path in (folder / LAST, *earlier, folder / BEST) if path.exists()]
-
-
 def step_of(path: Path) -> int:
-    return int(EARLIER.fullmatch(path.name)[1])
+    """The step in the name of a `checkpoint-<step>.pth`."""
+    return int(path.stem.removeprefix('checkpoint-'))
 
 
-def read_newest(folder: Path) -> tuple[Path, dict, list[str]]:
-    """The newest state in a run's folder that is whole.
+def find_earlier(folder: Path) -> list[Path]:
+    """The `checkpoint-<step>.pth` of a run, newest first."""
+    found = [path for path in (folder.iterdir() if folder.is_dir() else ()) if EARLIER.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints of a run, newest first, the best one last."""
+    return [path for path in (folder / LAST, *find_earlier(folder), folder / BEST) if path.exists()]
+
+
+def read_newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """Reads the newest checkpoint in the folder of a run that is not damaged.
 
     Returns:
-        Its path, its contents, and what is wrong with the newer ones, a line each.
+        Its path, its contents, and an error message for each newer one.
 
     Raises:
-        ValueError: none is whole; says what is wrong with each.
+        ValueError: none can be read; the message gives the reason for each.
     """
-    faults = []
+    errors: list[str] = []
     for path in find_checkpoints(folder):
         try:
-            checkpoint, sealed = _read(path)
-            if 'format' in checkpoint and not sealed:
-                raise ValueError('is damaged: its checksum is gone')
-            return path, checkpoint, faults
+            return path, read_checkpoint(path), errors
         except (OSError, ValueError) as error:
-            faults.append(f'{path.name} {getattr(error, "strerror", None) or error}')
-    raise ValueError(f'{folder} holds no checkpoint that can be read: {"; ".join(faults) or "there is none"}')
+            errors.append(f'{path.name} {getattr(error, "strerror", None) or error}')
+    raise ValueError(f'no checkpoint in {folder} can be read: {"; ".join(errors) or "there is none"}')
 
 
-def read_log(path: Path) -> list[dict]:
-    """The rows of a log, none if there is no file.
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Reads the rows of a log; none if the file does not exist.
 
     Raises:
-        ValueError: a line is no JSON object with an epoch.
+        ValueError: a line is not a JSON object with an epoch.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), start=1):
         with suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
         if len(rows) < number or not isinstance(rows[-1], dict) or not isinstance(rows[-1].get('epoch'), int):
-            raise ValueError(f'line {number} of {path} is no row of a log of epochs')
+            raise ValueError(f'line {number} of {path} is not a log row: it must be a JSON object with an epoch')
     return rows
 
 
@@ -214,15 +197,15 @@ def read_log(path: Path) -> list[dict]:
 
 
 def write_durably(path: Path, data: bytes | memoryview, before_replace: Callable[[], None] | None = None) -> None:
-    """Replaces a file in one step: whatever happens, the old or the new one is there, whole, and nothing else.
+    """Replaces a file in one step. Whatever happens, either the old or the new file is there, complete.
 
     Args:
         path: of the file.
         data: its new contents.
-        before_replace: called once the new contents are on the disk, under another name.
+        before_replace: called when the new contents are on the disk under a temporary name.
 
     Raises:
-        OSError: the disk is full or broken; the old file is as it was.
+        OSError: the disk is full or broken. The old file is unchanged.
     """
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
@@ -241,22 +224,19 @@ def write_durably(path: Path, data: bytes | memoryview, before_replace: Callable
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the new name of a file as lasting as its contents."""
+    """Makes the new name of a file survive a power failure, like its contents."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that know no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system supports it
             raise
     finally:
         os.close(handle)
 
 
-def serialize(contents: dict) -> memoryview:
-    """A checkpoint as the bytes of its file, sealed with their checksum."""
+def serialize(contents: dict[str, Any]) -> memoryview:
+    """Returns the bytes of a checkpoint file."""
     buffer = io.BytesIO()
     torch.save(contents, buffer)
-    seal = _seal(buffer.getbuffer())
-    buffer.seek(-2, os.SEEK_END)
-    buffer.write(seal)
     return buffer.getbuffer()

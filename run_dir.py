@@ -314,8 +314,7 @@ class CheckpointManager:
         if self.last_step is None or self.folder is None:
             return  # a damaged checkpoint must not replace a good one
         name = self.folder / f'checkpoint-{self.last_step:08d}.pth'
-        others = [path for path in checkpoints.find_checkpoints(self.folder) if EARLIER.fullmatch(path.name)]
-        others = [path for path in others if path != name]
+        others = [path for path in checkpoints.find_earlier(self.folder) if path != name]
         # Larger steps are from before the run was resumed from an earlier checkpoint.
         others.sort(key=lambda path: checkpoints.step_of(path) <= (self.last_step or 0), reverse=True)
         for path in others[max(self.keep - 1, 0) :]:

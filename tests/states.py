@@ -23,7 +23,7 @@ def make_state(
     scaled: bool = False,
     opt: str = 'adamw',
 ) -> TrainingState:
-    """A state whose optimizer has made one step, and whose moving average differs from the weights."""
+    """A state after one optimizer step. Its EMA weights differ from the raw ones."""
     if model is None:
         torch.manual_seed(0)
         model = toys.student()
@@ -52,11 +52,12 @@ def full_disk(*_):
 
 
 class Disk:
-    """Breaks in one of seven ways, until it is mended.
+    """Makes writes of checkpoints.py fail in one of seven ways.
 
     Attributes:
-        fault: the share of a file's bytes after which writing fails, or the call that does.
-        name: of the file whose writing fails, any if empty.
+        fault: the part of a file's bytes after which writing fails, or the call that fails; None: nothing fails.
+        name: of the file that cannot be written; '': any file.
+        code: errno of the failure.
     """
 
     FAULTS = (0.0, 0.01, 0.5, 0.99, 1.0, 'fsync', 'replace')
@@ -94,7 +95,3 @@ class Disk:
             return open(path, mode)
         self._writing = path.name.removeprefix('.').removesuffix('.tmp')
         return File(path, mode)
-
-
-def listing(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import toys
-from states import Disk, full_disk, listing, make_state, small_state
+from states import Disk, full_disk, make_state, small_state
 
 import checkpoints
 import main
@@ -250,12 +250,12 @@ def test_log_row_replaces_its_epoch_and_later_ones(tmp_path):
 def test_failed_save_is_reported_and_retried(tmp_path, disk, clock, capsys, fault):
     manager = make_manager(tmp_path)
     save(manager, 1, epoch=0, best=True)
-    before = listing(tmp_path)
+    before = toys.listing(tmp_path)
     disk.fault = fault
     save(manager, 2, epoch=1, best=True)
     if fault == 'replace':  # the previous checkpoint has its second name by then
         before['checkpoint-00000001.pth'] = before['checkpoint.pth']
-    assert listing(tmp_path) == before
+    assert toys.listing(tmp_path) == before
     line = f'warning: not saved: {tmp_path / "log.txt"}: No space left on device; training continues, '
     assert capsys.readouterr().out == f'{line}the next attempt is in 60 s or with the next save\n'
     assert not manager.is_due()
@@ -264,7 +264,7 @@ def test_failed_save_is_reported_and_retried(tmp_path, disk, clock, capsys, faul
     clock.now += 1
     assert manager.is_due()
     save(manager, 3)  # the disk is still full
-    assert listing(tmp_path) == before
+    assert toys.listing(tmp_path) == before
     clock.now += 59
     assert not manager.is_due()
     disk.fault = None
@@ -274,7 +274,7 @@ def test_failed_save_is_reported_and_retried(tmp_path, disk, clock, capsys, faul
     assert not manager.is_due()
     assert toys.log_rows(tmp_path) == [{'epoch': 0}, {'epoch': 1}]
     steps = {'checkpoint.pth': 4, 'best_checkpoint.pth': 2, 'checkpoint-00000001.pth': 1}
-    assert listing(tmp_path).keys() == steps.keys() | {'log.txt'}
+    assert toys.listing(tmp_path).keys() == steps.keys() | {'log.txt'}
     assert {name: step_of(tmp_path / name) for name in steps} == steps
 
 
@@ -308,7 +308,7 @@ def test_finish_fails_if_the_last_state_cannot_be_written(tmp_path, disk, clock)
     with pytest.raises(run_dir.NotSavedError, match=r'checkpoint\.pth: Input/output error'):
         manager.finish()
     assert clock.slept == [1.0, 2.0, 4.0]
-    assert {name: step_of(tmp_path / name) for name in listing(tmp_path)} == {'checkpoint.pth': 1}
+    assert {name: step_of(tmp_path / name) for name in toys.listing(tmp_path)} == {'checkpoint.pth': 1}
 
 
 def test_files_are_written_in_order(tmp_path, monkeypatch):
@@ -337,7 +337,7 @@ def test_no_more_files_than_last_best_and_history(tmp_path, monkeypatch, keep, l
         save(manager, step, epoch=step, best=step == 2)
     assert step_of(tmp_path / 'best_checkpoint.pth') == 2
     earlier = {f'checkpoint-{step:08d}.pth' for step in range(7 - keep, 7)}
-    assert listing(tmp_path).keys() == {'log.txt', 'best_checkpoint.pth', 'checkpoint.pth'} | earlier
+    assert toys.listing(tmp_path).keys() == {'log.txt', 'best_checkpoint.pth', 'checkpoint.pth'} | earlier
     assert all(step_of(tmp_path / name) == int(name[11:19]) for name in earlier)
     for names in seen:
         assert len(names - {'log.txt', 'best_checkpoint.pth', 'checkpoint.pth'}) <= keep + 1
@@ -354,7 +354,7 @@ def test_damaged_checkpoint_never_replaces_a_good_one(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'replace', lambda *names: found.append(read_newest(tmp_path)[0]) or replace(*names))
     save(make_manager(tmp_path, last_step=None), 3)
     assert [path.name for path in found] == ['checkpoint-00000001.pth']
-    assert {name: step_of(tmp_path / name) for name in listing(tmp_path)} == {
+    assert {name: step_of(tmp_path / name) for name in toys.listing(tmp_path)} == {
         'checkpoint.pth': 3,
         'checkpoint-00000001.pth': 1,
     }
@@ -363,7 +363,7 @@ def test_damaged_checkpoint_never_replaces_a_good_one(tmp_path, monkeypatch):
 def test_existing_checkpoint_becomes_the_previous_one(tmp_path):
     save(make_manager(tmp_path), 5)
     save(make_manager(tmp_path, last_step=5), 6)
-    assert {name: step_of(tmp_path / name) for name in listing(tmp_path)} == {
+    assert {name: step_of(tmp_path / name) for name in toys.listing(tmp_path)} == {
         'checkpoint.pth': 6,
         'checkpoint-00000005.pth': 5,
     }
@@ -375,7 +375,7 @@ def test_only_unfinished_writes_are_removed(tmp_path):
     for name in ours + others:
         (tmp_path / name).write_text('x')
     make_manager(tmp_path)
-    assert listing(tmp_path).keys() == set(others)
+    assert toys.listing(tmp_path).keys() == set(others)
 
 
 def test_save_is_due_by_the_clock(tmp_path, clock):
@@ -423,7 +423,7 @@ def test_failed_check_before_a_save_keeps_the_files(tmp_path):
     manager = make_manager(tmp_path, every=1, before_save=check)
     with pytest.raises(FloatingPointError):
         manager.after_step()
-    assert listing(tmp_path) == {}
+    assert toys.listing(tmp_path) == {}
 
 
 @pytest.mark.parametrize('when', ['after_step', 'poll', 'drain', 'finish'])
