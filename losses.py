@@ -1,20 +1,21 @@
 """The method: relations between patch tokens, logit distillation, and their weighted sum.
 
-Fine-grained manifold distillation (Hao et al., NeurIPS 2022, https://arxiv.org/abs/2107.01378) asks the student's
-patch tokens to stand to each other as the teacher's do. The relation map of a set of tokens X is X Xᵀ after every
-token is L2-normalised: a table of cosine similarities. It has no width, so teacher and student need no projector.
+Fine-grained manifold distillation (Hao et al., NeurIPS 2022, https://arxiv.org/abs/2107.01378) trains the student to
+reproduce the relations between the teacher's patch tokens. The relation map of a set of tokens X is X Xᵀ after every
+token is L2-normalised: a table of cosine similarities. It does not depend on the width, so no projector is needed.
 
-With `over_ranks` a term relates the images of all ranks, of which each holds B, as one process would that holds them
-all. Image i of them is image i // W of rank i % W: the order in which the sampler deals them out. All ranks find the
-same value, and the gradient at their own tokens times W, for DistributedDataParallel divides by W.
+The definition comes first, the fast path below it. With `over_ranks` a term connects the images of all ranks, of which
+each holds B, as one process with all images would. Image i of them is image i // W of rank i % W, as the sampler deals
+them out. All ranks get the same value, and the gradient at their own tokens times W: DistributedDataParallel divides
+by W.
 
 Letters: B images, N patch tokens per image, D channels (D_s student, D_t teacher), L layer pairs, K sampled tokens,
-C classes, M tokens of any set, W ranks.
+C classes, M tokens of any set, G sets, W ranks.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,30 +25,16 @@ from torch.autograd.function import once_differentiable
 
 DISTILLATION_TYPES = ('none', 'soft', 'hard')
 RELATIONS = ('rank', 'global')
-RELATION_SCALES = ('mean', 'paper')
-
-# Tokens whose products the full term adds at once: enough for a fast product, 19 MB at the recipe's widths.
-CHUNK = 4096
-# Numbers, of tokens or of their maps, that a relation term works on at once: on a CPU about what its caches hold, 18
-# images at the recipe's widths; elsewhere many, for each call of a kernel costs too.
-CPU_CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 1 << 21, 1 << 25
 RELATION_DTYPES = ('float32', 'bfloat16')
 
+# Tokens whose products the full term adds in one go: enough for a fast product, 19 MB at the recipe's widths.
+CHUNK = 4096
+# Elements, of tokens or of their maps, that a relation term works on in one go: on a CPU what its caches hold, 18
+# images at the recipe's widths; on a GPU many more, because each kernel launch has a cost.
+CPU_CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 1 << 21, 1 << 25
 
-def _full_precision(x: Tensor) -> Tensor:
-    """float32 at least; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
-
-def _check_pair(student: Tensor, teacher: Tensor) -> None:
-    if student.dim() != 3 or teacher.dim() != 3:
-        raise ValueError(f'tokens must be (B, N, D): student {tuple(student.shape)}, teacher {tuple(teacher.shape)}')
-    # Without this check broadcasting would compare unlike tokens and give finite, wrong numbers.
-    if student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
-            f'student and teacher differ in images or patch tokens: (B, N) is {tuple(student.shape[:2])} '
-            f'for the student, {tuple(teacher.shape[:2])} for the teacher'
-        )
+# The definition -------------------------------------------------------------------------------------------------------
 
 
 def relation_map(tokens: Tensor) -> Tensor:
@@ -57,79 +44,129 @@ def relation_map(tokens: Tensor) -> Tensor:
 
 
 def plain_map_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of two relation maps by its definition: (…, M, D_s) and (…, M, D_t) → scalar.
+    """Mean squared difference of two relation maps by the definition: (…, M, D_s) and (…, M, D_t) → scalar.
 
-    What the terms are compared with. It keeps maps for the backward pass and is differentiable any number of times.
+    The reference for all terms. It keeps maps for the backward pass and can be differentiated any number of times.
     """
-    # Most differences are below 1e-2: their squares vanish in float16 and lose three digits in bfloat16.
+    # Most differences are below 1e-2: their squares underflow in float16 and lose three digits in bfloat16.
     with torch.autocast(student.device.type, enabled=False):
         return (relation_map(student) - relation_map(teacher)).square().mean()
 
 
+def plain_full_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """`full_loss` by the definition, with maps of (B·N)² entries."""
+    _check_pair(student, teacher)
+    return plain_map_distance(student.flatten(0, 1), teacher.flatten(0, 1))
+
+
+def soft_distillation_loss(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
+    """τ²·KL(teacher ‖ student) of softened logits, divided by B; DeiT's own soft loss divides by B·C.
+
+    Args:
+        student: logits (B, C).
+        teacher: logits (B, C).
+        tau: temperature τ that divides both.
+    """
+    student = F.log_softmax(student / tau, dim=-1)
+    teacher = F.log_softmax(teacher / tau, dim=-1)
+    return F.kl_div(student, teacher, reduction='batchmean', log_target=True) * tau**2
+
+
+def hard_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy with the teacher's most likely class; logits (B, C) both."""
+    return F.cross_entropy(student, teacher.argmax(dim=-1))
+
+
+def _full_precision(x: Tensor) -> Tensor:
+    """At least float32; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check_pair(student: Tensor, teacher: Tensor) -> None:
+    if student.dim() != 3 or teacher.dim() != 3:
+        raise ValueError(f'tokens must be (B, N, D): student {tuple(student.shape)}, teacher {tuple(teacher.shape)}')
+    # Without this check broadcasting would compare the wrong tokens and give finite, wrong numbers.
+    if student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            f'student and teacher differ in images or patch tokens: (B, N) is {tuple(student.shape[:2])} '
+            f'for the student, {tuple(teacher.shape[:2])} for the teacher'
+        )
+
+
+# The fast path: values and gradients together -------------------------------------------------------------------------
+
+
 class PrecomputedGrad(torch.autograd.Function):
-    """A value and its gradient, both computed already: nothing else has to be kept for the backward pass."""
+    """A value whose gradient is known already: nothing else has to be kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, student: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, student: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
         ctx.dtype = student.dtype
         return value.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, factor: Tensor):
-        # Rounded after it is scaled: before, what the scaler of float16 is to save would be lost.
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None, None]:
+        # Rounded after scaling: before it, the values that float16's loss scale preserves would underflow.
         return (factor * ctx.saved_tensors[0]).to(ctx.dtype), None, None
 
 
+def _known(student: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    return PrecomputedGrad.apply(student, value, gradient)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def _normalize(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (…, D) of length 1 and the lengths (…, 1) they had, as `F.normalize` has them."""
+    """Tokens (…, D) divided by their lengths, and these lengths (…, 1), as in `F.normalize`."""
     length = tokens.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     return tokens / length, length
 
 
 def _normalize_backward(grad_unit: Tensor, unit: Tensor, length: Tensor) -> Tensor:
-    """Gradient at the tokens of a loss whose gradient at the unit tokens is `pull`, (…, D), in its place."""
-    # A length has no influence, so its direction is taken out.
+    """Gradient at the tokens from the gradient at the normalised tokens, (…, D), in its place."""
+    # The length has no effect on the loss, so the component along the token is removed.
     along = torch.linalg.vecdot(grad_unit, unit).unsqueeze(-1)
     return grad_unit.addcmul_(along, unit, value=-1).div_(length)
 
 
-def _map_distance(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`plain_map_distance` of G maps, (G, M, D_s) and (G, M, D_t), with its gradient at once.
+def map_distance(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`plain_map_distance` of G maps, (G, M, D_s) and (G, M, D_t), computed together with its gradient.
 
-    For maps are symmetric, the gradient at the unit tokens S is 4·(SSᵀ − TTᵀ)·S: one product, where autograd needs two
-    and keeps the maps for them.
+    Because maps are symmetric, the gradient at the normalised tokens S is 4·(SSᵀ − TTᵀ)·S: one product, where autograd
+    needs two and keeps the maps for them.
 
     Args:
         student: tokens (G, M, D_s).
         teacher: tokens (G, M, D_t).
-        dtype: of the products' factors and of the maps; tokens of float64 stay what they are.
+        dtype: of the factors of the products and of the maps; float64 tokens stay float64.
     """
     (G, M), width = student.shape[:2], student.shape[2] + teacher.shape[2]
-    sets = max(1, (CPU_CHUNK_ELEMENTS if student.device.type == 'cpu' else GPU_CHUNK_ELEMENTS) // (M * max(M, width)))
+    elements = CPU_CHUNK_ELEMENTS if student.device.type == 'cpu' else GPU_CHUNK_ELEMENTS
+    sets = max(1, elements // (M * max(M, width)))
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         exact = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-        value, gradient = 0.0, torch.empty_like(student, dtype=exact)
+        value: Tensor | float = 0.0
+        gradient = torch.empty_like(student, dtype=exact)
         for s, t, g in zip(student.split(sets), teacher.split(sets), gradient.split(sets), strict=True):
             unit, length = _normalize(s.to(exact))
-            S, T = (_factor(x, dtype) for x in (unit, _normalize(t.to(exact))[0]))
-            # The student's product is added up on top of the teacher's map: of bfloat16 only this one is rounded.
+            S, T = (_as_factor(x, dtype) for x in (unit, _normalize(t.to(exact))[0]))
+            # The student's product is added to the teacher's map: in bfloat16 only the difference is rounded.
             difference = torch.bmm(T, T.mT).baddbmm_(S, S.mT, beta=-1)
             value = value + _sum_of_squares(difference) / (G * M**2)
             g.copy_(_normalize_backward((difference @ S).to(exact), unit, length * (G * M**2 / 4)))
-    return PrecomputedGrad.apply(student, value, gradient)
+    assert isinstance(value, Tensor)
+    return _known(student, value, gradient)
 
 
 def _sum_of_squares(maps: Tensor) -> Tensor:
     """Of all entries, in float32 or better."""
-    # Row by row: millions of squares in one go lose digits.
+    # Row by row: one sum over millions of squares loses digits.
     dtype = torch.promote_types(maps.dtype, torch.float32)
     return torch.linalg.vector_norm(maps, dim=-1, dtype=dtype).square().sum()
 
 
-def _factor(unit: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unit tokens as the factors of a product."""
+def _as_factor(unit: Tensor, dtype: torch.dtype) -> Tensor:
+    """Normalised tokens as factors of a product."""
     return unit if unit.dtype == torch.float64 else unit.to(dtype)
 
 
@@ -138,65 +175,68 @@ def _sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+# The terms ------------------------------------------------------------------------------------------------------------
+
+
 def sample_loss(
     student: Tensor, teacher: Tensor, over_ranks: bool = False, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Relations across images, one B×B map per patch position (the paper's inter-image term).
+    """Relations across images: one B×B map per patch position (the paper's inter-image term).
 
     Args:
         student: tokens (B, N, D_s).
         teacher: tokens (B, N, D_t).
-        over_ranks: maps of the images of all ranks, W·B×W·B. Each rank gathers W·B·N unit tokens of either side in
-            `dtype`, one side at a time, and computes B rows of each map.
-        dtype: of the products' factors.
+        over_ranks: maps over the images of all ranks, W·B×W·B. Each rank gathers the W·B·N normalised tokens of one
+            side after the other in `dtype`, and computes B rows of each map.
+        dtype: of the factors of the products.
 
     Returns:
-        Mean of squared differences over the N maps, a scalar, differentiable once, with respect to the student; the
-        paper writes a Frobenius sum divided by N.
+        Mean of the squared differences over the N maps, a scalar that can be differentiated once, with respect to the
+        student; the paper writes a Frobenius sum divided by N.
 
     Raises:
         ValueError: B or N differ.
     """
     _check_pair(student, teacher)
     if not over_ranks:
-        return _map_distance(student.transpose(0, 1), teacher.transpose(0, 1), dtype)
+        return map_distance(student.transpose(0, 1), teacher.transpose(0, 1), dtype)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        maps = _rows_over_ranks(_factor(_normalize(_full_precision(teacher))[0], dtype))[0]
+        maps = _map_rows_over_ranks(_as_factor(_normalize(_full_precision(teacher))[0], dtype))[0]
         unit, length = _normalize(_full_precision(student))
-        rows, gathered = _rows_over_ranks(_factor(unit, dtype))
+        rows, gathered = _map_rows_over_ranks(_as_factor(unit, dtype))
         difference = rows - maps  # (N, B, W·B)
         entries = len(difference) * gathered.shape[1] ** 2
         value = _sum_over_ranks(_sum_of_squares(difference)) / entries
-        # Each token stands in a row and in a column of its map.
+        # Each token is in a row and in a column of its map.
         grad_unit = 4 / entries * (difference.to(gathered.dtype) @ gathered).to(unit.dtype).transpose(0, 1)
         gradient = dist.get_world_size() * _normalize_backward(grad_unit, unit, length)
-    return PrecomputedGrad.apply(student, value, gradient)
+    return _known(student, value, gradient)
 
 
-def _rows_over_ranks(unit: Tensor) -> tuple[Tensor, Tensor]:
+def _map_rows_over_ranks(unit: Tensor) -> tuple[Tensor, Tensor]:
     """This rank's rows of the maps across images, and the tokens of all: (B, N, D) → (N, B, W·B), (N, W·B, D)."""
     B, N, D = unit.shape
-    gathered = unit.new_empty(dist.get_world_size() * B, N, D)  # gathered in place, or it would be there twice
+    gathered = unit.new_empty(dist.get_world_size() * B, N, D)  # gathered in place, or it would exist twice
     dist.all_gather(list(gathered.split(B)), unit.contiguous())
-    # The order of the images has no influence on rows of all of them.
+    # The order of the images does not matter for rows over all of them.
     gathered = gathered.transpose(0, 1)
     return unit.transpose(0, 1) @ gathered.mT, gathered
 
 
 def patch_loss(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Relations inside an image, one N×N map per image (the paper's intra-image term).
+    """Relations within an image: one N×N map per image (the paper's intra-image term).
 
-    The maps are made as long as they are small. With many more tokens than channels (N > 4·(D_s + D_t)), as in the
-    first stage of hierarchical models, products of channels take their place, as `full_loss` has them for a batch.
+    Maps are used while they are small. With many more tokens than channels (N > 4·(D_s + D_t)), as in the first stage
+    of hierarchical models, products of channels replace them, as in `full_loss`.
 
     Args:
         student: tokens (B, N, D_s).
         teacher: tokens (B, N, D_t).
-        dtype: of the products' factors, where maps are made; without them all is in float64.
+        dtype: of the factors of the products where maps are used; without maps everything is float64.
 
     Returns:
-        Mean of squared differences over the B maps, a scalar, differentiable once, with respect to the student; the
-        paper writes a Frobenius sum divided by B.
+        Mean of the squared differences over the B maps, a scalar that can be differentiated once, with respect to the
+        student; the paper writes a Frobenius sum divided by B.
 
     Raises:
         ValueError: B or N differ.
@@ -205,85 +245,80 @@ def patch_loss(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.floa
     B, N, D_s = student.shape
     channels = D_s + teacher.shape[-1]
     if 4 * channels >= N:
-        return _map_distance(student, teacher, dtype)
+        return map_distance(student, teacher, dtype)
     images = max(1, CHUNK // N)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        parts = [
-            _by_channels(s, t, B * N**2) for s, t in zip(student.split(images), teacher.split(images), strict=True)
-        ]
-        value, gradient = sum(value for value, _ in parts), torch.cat([gradient for _, gradient in parts])
-    return PrecomputedGrad.apply(student, value.to(gradient.dtype), gradient)
+        chunks = zip(student.split(images), teacher.split(images), strict=True)
+        values, gradients = zip(*(_by_channels(s, t, B * N**2) for s, t in chunks), strict=True)
+        gradient = torch.cat(gradients)
+    return _known(student, sum(values).to(gradient.dtype), gradient)
 
 
 def random_loss(
     student: Tensor,
     teacher: Tensor,
-    K: int,
+    K: int = 192,
     generator: torch.Generator | None = None,
     over_ranks: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Relations of min(K, B·N) tokens drawn without replacement from the batch (the paper's random term).
+    """Relations of min(K, B·N) tokens drawn without replacement from the batch (the paper's random-sampled term).
 
     Args:
         student: tokens (B, N, D_s).
         teacher: tokens (B, N, D_t), sampled at the same places.
         K: number of tokens to draw.
-        generator: source of the draw, best on the tokens' device; torch's global one if None.
-        over_ranks: draw from the W·B images of all ranks, whose generators must be in the same state. What was drawn,
-            K·(D_s + D_t) numbers of float32, is sent to all.
-        dtype: of the products' factors.
+        generator: of the draw, best on the device of the tokens; torch's global one if None.
+        over_ranks: draw from the W·B images of all ranks, whose generators must be in the same state. The drawn tokens,
+            K·(D_s + D_t) numbers of float32, are sent to all ranks.
+        dtype: of the factors of the products.
 
     Returns:
-        Mean of squared differences of the two K×K maps, a scalar, differentiable once, with respect to the student.
+        Mean of the squared differences of the two K×K maps, a scalar that can be differentiated once, with respect to
+        the student.
 
     Raises:
-        ValueError: B or N differ; `over_ranks` without a generator, for each rank would draw other tokens.
+        ValueError: B or N differ; `over_ranks` without a generator, because each rank would draw other tokens.
     """
     _check_pair(student, teacher)
     if over_ranks and generator is None:
-        raise ValueError('tokens of all ranks are drawn from a generator they share; there is none')
+        raise ValueError('over_ranks needs a generator, which is in the same state on all ranks')
     B, N = student.shape[:2]
     W, rank = (dist.get_world_size(), dist.get_rank()) if over_ranks else (1, 0)
-    # Drawn where the generator lives: on the tokens' device nothing has to be copied.
+    # Drawn on the device of the generator: if it is that of the tokens, nothing has to be copied.
     device = student.device if generator is None else generator.device
     chosen = torch.randperm(W * B * N, generator=generator, device=device)[:K].to(student.device)
     if not over_ranks:
-        return _map_distance(student.flatten(0, 1)[chosen][None], teacher.flatten(0, 1)[chosen][None], dtype)
+        return map_distance(student.flatten(0, 1)[chosen][None], teacher.flatten(0, 1)[chosen][None], dtype)
     image, place = chosen // N, chosen % N
-    mine = (image % W == rank)[:, None]
-    # As many tokens on each rank, and zeros for those of others: how many are its own the host need not know.
-    own = [torch.where(mine, _full_precision(tokens[image // W, place]), 0.0) for tokens in (student, teacher)]
+    is_own = (image % W == rank)[:, None]
+    # The same number of tokens on each rank, zeros for those of others: the host need not know how many are its own.
+    own = [torch.where(is_own, _full_precision(tokens[image // W, place]), 0.0) for tokens in (student, teacher)]
     gathered = _sum_over_ranks(torch.cat([tokens.detach() for tokens in own], dim=1))
-    gathered = gathered.split([tokens.shape[1] for tokens in own], dim=1)
-    value = _map_distance(*(torch.where(mine, *pair)[None] for pair in zip(own, gathered, strict=True)), dtype)
+    sides = zip(own, gathered.split([tokens.shape[1] for tokens in own], dim=1), strict=True)
+    s, t = (torch.where(is_own, *pair)[None] for pair in sides)
+    value = map_distance(s, t, dtype)
     return value.detach() + W * (value - value.detach())
-
-
-def plain_full_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """`full_loss` by its definition, with maps of (B·N)² entries: what the other is compared with."""
-    _check_pair(student, teacher)
-    return plain_map_distance(student.flatten(0, 1), teacher.flatten(0, 1))
 
 
 def full_loss(student: Tensor, teacher: Tensor, over_ranks: bool = False) -> Tensor:
     """Relations between all tokens of the batch, the paper's undecoupled loss, without its maps of (B·N)² entries.
 
-    With the unit tokens as rows of S and T, ‖SSᵀ − TTᵀ‖² = ‖SᵀS‖² − 2‖SᵀT‖² + ‖TᵀT‖²: the factors of a trace may be
-    moved round, tr(SSᵀ·TTᵀ) = tr(TᵀS·SᵀT), which leads from D×D products of channels to the same number as the
-    products of tokens. The gradient at S is 4(S·SᵀS − T·TᵀS). The D×D products are sums over tokens, so over ranks too.
+    With the normalised tokens as rows of S and T, ‖SSᵀ − TTᵀ‖² = ‖SᵀS‖² − 2‖SᵀT‖² + ‖TᵀT‖², because factors may be
+    rotated within a trace: tr(SSᵀ·TTᵀ) = tr(TᵀS·SᵀT). So D×D products of channels give the same number as products of
+    tokens. The gradient at S is 4(S·SᵀS − T·TᵀS). The D×D products are sums over tokens, and so over ranks.
 
-    Near the end of training the three norms cancel, and so do the two products of the gradient: all is in float64. The
-    gradient keeps its digits; of the value about 1e-16 is lost, which is 1e-6 of a value of 1e-10.
+    Near the end of training the three norms cancel, and so do the two products of the gradient. Therefore everything is
+    in float64: the gradient keeps its digits, the value loses about 1e-16, which is 1e-6 of a value of 1e-10.
 
     Args:
         student: tokens (B, N, D_s).
         teacher: tokens (B, N, D_t).
-        over_ranks: relations between the tokens of all ranks, which add up D_s² + D_s·D_t + D_t² numbers of float64.
+        over_ranks: connect the tokens of all ranks, which sum D_s² + D_s·D_t + D_t² numbers of float64.
 
     Returns:
-        Mean of squared differences over the (B·N)² pairs of tokens, a scalar, never negative; differentiable once,
-        with respect to the student.
+        Mean of the squared differences over the (B·N)² pairs of tokens, a scalar, never negative, that can be
+        differentiated once, with respect to the student.
 
     Raises:
         ValueError: B or N differ.
@@ -293,11 +328,11 @@ def full_loss(student: Tensor, teacher: Tensor, over_ranks: bool = False) -> Ten
     S, T = student.flatten(0, 1)[None], teacher.flatten(0, 1)[None]
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         value, gradient = _by_channels(S, T, (W * S.shape[1]) ** 2, over_ranks)
-    return PrecomputedGrad.apply(student, value.to(gradient.dtype), W * gradient.view_as(student))
+    return _known(student, value.to(gradient.dtype), W * gradient.view_as(student))
 
 
 def _by_channels(student: Tensor, teacher: Tensor, entries: int, over_ranks: bool = False) -> tuple[Tensor, Tensor]:
-    """‖SSᵀ − TTᵀ‖²/entries, added up over sets of tokens (G, M, D_s), (G, M, D_t), and its gradient (G, M, D_s)."""
+    """Sum of ‖SSᵀ − TTᵀ‖²/entries over sets of tokens (G, M, D_s), (G, M, D_t), and its gradient (G, M, D_s)."""
     chunks = list(zip(student.split(CHUNK, dim=1), teacher.split(CHUNK, dim=1), strict=True))
     gram_s, TT = _channel_products(chunks, over_ranks)
     SS, ST = gram_s.split([student.shape[-1], teacher.shape[-1]], dim=2)
@@ -308,79 +343,115 @@ def _by_channels(student: Tensor, teacher: Tensor, entries: int, over_ranks: boo
 
 def _channel_products(chunks: Sequence[tuple[Tensor, Tensor]], over_ranks: bool) -> tuple[Tensor, Tensor]:
     """[SᵀS SᵀT], (G, D_s, D_s + D_t), and TᵀT, (G, D_t, D_t), of tokens in pairs of chunks (G, M, D_s), (G, M, D_t)."""
-    G, D_s, D_t = len(chunks[0][0]), *(tokens.shape[2] for tokens in chunks[0])
+    G, D_s, D_t = len(chunks[0][0]), chunks[0][0].shape[2], chunks[0][1].shape[2]
     sums = torch.zeros(G, D_s * (D_s + D_t) + D_t**2, dtype=torch.float64, device=chunks[0][0].device)
-    gram_s, of_teacher = sums.split([D_s * (D_s + D_t), D_t**2], dim=1)
-    gram_s, of_teacher = gram_s.unflatten(1, (D_s, D_s + D_t)), of_teacher.unflatten(1, (D_t, D_t))
+    gram_s, gram_t = sums.split([D_s * (D_s + D_t), D_t**2], dim=1)
+    gram_s, gram_t = gram_s.unflatten(1, (D_s, D_s + D_t)), gram_t.unflatten(1, (D_t, D_t))
     for student, teacher in chunks:
         s, t = _normalize(student.double())[0], _normalize(teacher.double())[0]
         gram_s.baddbmm_(s.mT, torch.cat([s, t], dim=2))
-        of_teacher.baddbmm_(t.mT, t)
+        gram_t.baddbmm_(t.mT, t)
     if over_ranks:
         _sum_over_ranks(sums)
-    return gram_s, of_teacher
+    return gram_s, gram_t
 
 
 def _channel_gradient(student: Tensor, teacher: Tensor, SS: Tensor, ST: Tensor, factor: float) -> Tensor:
-    """factor·(S·SᵀS − T·TᵀS), led back from unit tokens to a chunk of the student's, (G, M, D_s), float32 or better."""
+    """factor·(S·SᵀS − T·TᵀS) as a gradient at the student's tokens, (G, M, D_s), in float32 or better."""
     unit, length = _normalize(student.double())
     grad_unit = unit @ SS - _normalize(teacher.double())[0] @ ST.mT
     return _normalize_backward(factor * grad_unit, unit, length).to(torch.promote_types(student.dtype, torch.float32))
 
 
-def soft_distillation_loss(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
-    """τ²·KL(teacher ‖ student) of softened logits, divided by B; DeiT's own soft loss divides by B·C.
+# The weighted sum -----------------------------------------------------------------------------------------------------
 
-    Args:
-        student: logits (B, C).
-        teacher: logits (B, C).
-        tau: temperature τ both are divided by.
+
+@dataclass(frozen=True)
+class RelationOptions:
+    """What the relation terms can be told.
+
+    Attributes:
+        K: number of random tokens.
+        generator: of random tokens.
+        over_ranks: connect the images of all ranks.
+        dtype: of the factors of the products.
     """
-    student = F.log_softmax(student / tau, dim=-1)
-    teacher = F.log_softmax(teacher / tau, dim=-1)
-    return F.kl_div(student, teacher, reduction='batchmean', log_target=True) * tau**2
+
+    K: int = 192
+    generator: torch.Generator | None = None
+    over_ranks: bool = False
+    dtype: torch.dtype = torch.float32
 
 
-def hard_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Cross-entropy with the class the teacher holds most likely, logits (B, C) both."""
-    return F.cross_entropy(student, teacher.argmax(dim=-1))
+@dataclass(frozen=True)
+class RelationTerm:
+    """A relation term of the loss. Its flag is `--w-<name>`, its key in the log `mf_<name>`.
+
+    Attributes:
+        distance: (student tokens (B, N, D_s), teacher tokens (B, N, D_t), options) → scalar.
+        default_weight: of its flag.
+        help: of its flag.
+        label: what the start-up summary calls it.
+        reads: which of the flags K, relations and relation_dtype have an effect on it.
+    """
+
+    distance: Callable[[Tensor, Tensor, RelationOptions], Tensor]
+    default_weight: float
+    help: str
+    label: str
+    reads: tuple[str, ...] = ()
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f'{name} must be one of {choices}, not {value!r}')
-
-
-class _Term(NamedTuple):
-    """A relation term: its weight, its function of two token tensors, and of how many tokens (B, N) make a map."""
-
-    weight: float
-    distance: Callable[[Tensor, Tensor], Tensor]
-    tokens: Callable[[int, int], int]
+RELATION_TERMS: dict[str, RelationTerm] = {
+    'sample': RelationTerm(
+        lambda s, t, options: sample_loss(s, t, options.over_ranks, options.dtype),
+        default_weight=1.0,
+        help='weight of relations across images, at one patch position',
+        label='sample',
+        reads=('relations', 'relation_dtype'),
+    ),
+    'patch': RelationTerm(
+        lambda s, t, options: patch_loss(s, t, options.dtype),
+        default_weight=1.0,
+        help='weight of relations within an image',
+        label='patch',
+        reads=('relation_dtype',),
+    ),
+    'rand': RelationTerm(
+        lambda s, t, options: random_loss(s, t, options.K, options.generator, options.over_ranks, options.dtype),
+        default_weight=1.0,
+        help='weight of relations between random tokens of the batch',
+        label='random',
+        reads=('K', 'relations', 'relation_dtype'),
+    ),
+    'full': RelationTerm(
+        lambda s, t, options: full_loss(s, t, options.over_ranks),
+        default_weight=0.0,
+        help='weight of relations between all tokens of the batch, undecoupled',
+        label='full',
+        reads=('relations',),
+    ),
+}
 
 
 class ManifoldDistillationLoss(nn.Module):
     """(1−α)·CE + α·KD + β·(w_sample·sample + w_patch·patch + w_rand·random + w_full·full), term by term.
 
-    The terms are the release's means over the entries of a map, the maps and the layer pairs, and its weights (0.1, 4,
-    0.2, 0) belong to them. The paper's are sums over entries and layer pairs and means over maps: larger by L times the
-    entries of a map. With `distillation_type` 'none' there is no teacher: `base` is the plain CE, every other term 0.
+    The terms are means over the entries of a map, the maps and the layer pairs, as in the release; its weights (0.1, 4,
+    0.2, 0) belong to them. The paper writes sums over entries and layer pairs, which are larger by L times the entries
+    of a map. With `distillation_type` 'none' there is no teacher: `base` is the plain CE, every other term is 0.
 
     Args:
         base_criterion: loss of logits (B, C) and targets, class indices (B,) or soft labels (B, C).
         distillation_type: 'none', 'soft' or 'hard': how the logits are distilled.
         alpha: weight α of KD; CE has 1 − α.
         tau: temperature of soft distillation.
-        beta: weight β common to the relation terms.
-        w_sample: weight of the relations across images.
-        w_patch: weight of the relations inside an image.
-        w_rand: weight of the relations of random tokens.
+        beta: multiplier β on all relation terms.
         K: number of random tokens per layer pair.
-        w_full: weight of the relations between all tokens of the batch.
-        relations: whose images sample, random and full relate, 'rank' or 'global': a rank's own, or those of all ranks.
-        relation_scale: 'mean' or 'paper': the release's means or the paper's sums.
-        relation_dtype: 'float32' or 'bfloat16': of the factors and maps of sample, patch and random; the latter leave
-            about 1e-6 of tokens that are equal.
+        relations: 'rank' or 'global': sample, random and full connect the images of one rank or of all ranks.
+        relation_dtype: 'float32' or 'bfloat16': dtype of the factors and maps of sample, patch and random. With
+            bfloat16 about 1e-6 remains of a term whose tokens are equal.
+        weights: `w_<name>` of the terms in `RELATION_TERMS`.
     """
 
     def __init__(
@@ -390,73 +461,67 @@ class ManifoldDistillationLoss(nn.Module):
         alpha: float = 0.5,
         tau: float = 1.0,
         beta: float = 1.0,
-        w_sample: float = 1.0,
-        w_patch: float = 1.0,
-        w_rand: float = 1.0,
         K: int = 192,
-        w_full: float = 0.0,
         relations: str = 'rank',
-        relation_scale: str = 'mean',
         relation_dtype: str = 'float32',
+        **weights: float,
     ) -> None:
         super().__init__()
         _check_choice('distillation_type', distillation_type, DISTILLATION_TYPES)
         _check_choice('relations', relations, RELATIONS)
-        _check_choice('relation_scale', relation_scale, RELATION_SCALES)
         _check_choice('relation_dtype', relation_dtype, RELATION_DTYPES)
         if K < 1:
             raise ValueError(f'K must be at least 1, not {K}')
+        unknown = weights.keys() - {f'w_{name}' for name in RELATION_TERMS}
+        if unknown:
+            raise TypeError(f'{min(unknown)}: no relation term has this weight')
         self.base_criterion = base_criterion
         self.distillation_type = distillation_type
-        self.alpha = alpha
-        self.tau = tau
-        self.beta = beta
-        self.w_sample = w_sample
-        self.w_patch = w_patch
-        self.w_rand = w_rand
-        self.K = K
-        self.w_full = w_full
+        self.alpha, self.tau, self.beta, self.K = alpha, tau, beta, K
         self.relations = relations
-        self.relation_scale = relation_scale
-        self.relation_dtype = getattr(torch, relation_dtype)
+        self.relation_dtype: torch.dtype = getattr(torch, relation_dtype)
+        self.weights = {name: weights.get(f'w_{name}', term.default_weight) for name, term in RELATION_TERMS.items()}
 
-    def forward(self, student_out, teacher_out, targets: Tensor, generator=None) -> dict[str, Tensor]:
+    def forward(
+        self,
+        student_out: Sequence[Any],
+        teacher_out: Sequence[Any] | None,
+        targets: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
         """Weighted scalars by name; the training loss is their sum.
 
         Args:
-            student_out: (logits (B, C), kd_logits (B, C), tokens: L of (B, N, D_s)).
+            student_out: (logits (B, C), kd_logits (B, C), tokens: L of (B, N, D_s)), see `models.Output`.
             teacher_out: (logits (B, C), …, tokens: L of (B, N, D_t)); not read with distillation type 'none'. With α 0
-                the logits may be None: a teacher without a head, or of other classes.
+                the logits may be None: a teacher without a head, or with other classes.
             targets: classes (B,) or soft labels (B, C), as `base_criterion` takes them.
-            generator: source of the random tokens, advanced by one draw per layer pair; with relations 'global' in the
-                same state on all ranks.
+            generator: of the random tokens, advanced by one draw per layer pair; with relations 'global' in the same
+                state on all ranks.
 
         Returns:
-            `base`, `dist`, `mf_sample`, `mf_patch`, `mf_rand`, `mf_full`; an absent term is 0.
+            `base`, `dist`, and `mf_<name>` for each term in `RELATION_TERMS`; a term that is not used is 0.
 
         Raises:
-            ValueError: the two sides differ in classes, layers, images or patch tokens.
+            ValueError: student and teacher differ in classes, layers, images or patch tokens.
         """
-        logits, kd_logits, student_tokens = student_out[:3]
-        # The loss owns its precision whatever the models ran in.
+        logits, kd_logits, tokens = student_out[:3]
+        # The loss chooses its precision, whatever the models ran in.
         with torch.autocast(logits.device.type, enabled=False):
             base = self.base_criterion(_full_precision(logits), targets)
             if self.distillation_type == 'none':
-                return {'base': base} | dict.fromkeys(['dist', *self._relation_terms(None)], base.new_zeros(()))
+                return {'base': base, 'dist': base.new_zeros(())} | self._relations((), (), generator, base)
             if teacher_out is None:
                 raise ValueError(f'distillation type {self.distillation_type!r} needs the output of a teacher')
-            # Both stay in the graph at weight 0: a head without gradient stops DistributedDataParallel.
-            losses = {
-                'base': (1 - self.alpha) * base,
-                'dist': self.alpha * self._distill(kd_logits, teacher_out[0]),
-            }
-            return losses | self._relate(student_tokens, teacher_out[2], generator, zero=base.new_zeros(()))
+            # Both stay in the graph at weight 0: DistributedDataParallel fails on a head without gradient.
+            losses = {'base': (1 - self.alpha) * base, 'dist': self.alpha * self._distill(kd_logits, teacher_out[0])}
+            return losses | self._relations(tokens, teacher_out[2], generator, base)
 
     def _distill(self, student: Tensor, teacher: Tensor | None) -> Tensor:
         if teacher is None and self.alpha == 0:
             return 0 * _full_precision(student).square().sum()
         if teacher is None:
-            raise ValueError(f'α {self.alpha:g} weighs the distillation of logits, and the teacher gave none')
+            raise ValueError(f'α {self.alpha:g} needs the logits of the teacher, which has none')
         if student.shape != teacher.shape:
             raise ValueError(
                 f'logits differ: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}; '
@@ -467,33 +532,24 @@ class ManifoldDistillationLoss(nn.Module):
             return soft_distillation_loss(student, teacher, self.tau)
         return hard_distillation_loss(student, teacher)
 
-    def _relation_terms(self, generator) -> dict[str, _Term]:
-        """One row per relation term, by its key."""
-        over_ranks = self.relations == 'global' and dist.is_initialized()
-        W, K, dtype = dist.get_world_size() if over_ranks else 1, self.K, self.relation_dtype
-        sample = partial(sample_loss, over_ranks=over_ranks, dtype=dtype)
-        patch = partial(patch_loss, dtype=dtype)
-        random = partial(random_loss, K=K, generator=generator, over_ranks=over_ranks, dtype=dtype)
-        return {
-            'mf_sample': _Term(self.w_sample, sample, lambda B, N: W * B),
-            'mf_patch': _Term(self.w_patch, patch, lambda B, N: N),
-            'mf_rand': _Term(self.w_rand, random, lambda B, N: min(K, W * B * N)),
-            'mf_full': _Term(self.w_full, partial(full_loss, over_ranks=over_ranks), lambda B, N: W * B * N),
-        }
-
-    def _relate(self, student: Sequence, teacher: Sequence, generator, zero: Tensor) -> dict[str, Tensor]:
+    def _relations(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], generator: torch.Generator | None, base: Tensor
+    ) -> dict[str, Tensor]:
         if len(student) != len(teacher):
             raise ValueError(f'layers differ: {len(student)} of the student, {len(teacher)} of the teacher')
+        over_ranks = self.relations == 'global' and dist.is_initialized()
+        options = RelationOptions(self.K, generator, over_ranks, self.relation_dtype)
         losses = {}
-        for name, term in self._relation_terms(generator).items():
-            weight = self.beta * term.weight
-            # A relation of weight 0 is not computed: no head or block depends on it alone.
-            losses[name] = weight * self._over_pairs(term, student, teacher) if weight and student else zero
+        for name, term in RELATION_TERMS.items():
+            weight, value = self.beta * self.weights.get(name, 0.0), base.new_zeros(())
+            # A term of weight 0 is not computed: no head and no block depends on it alone.
+            if weight and student:
+                pairs = zip(student, teacher, strict=True)
+                value = weight * torch.stack([term.distance(s, t, options) for s, t in pairs]).mean()
+            losses[f'mf_{name}'] = value
         return losses
 
-    def _over_pairs(self, term: _Term, student: Sequence, teacher: Sequence) -> Tensor:
-        values = [term.distance(s, t) for s, t in zip(student, teacher, strict=True)]
-        if self.relation_scale == 'mean':
-            return torch.stack(values).mean()
-        entries = [term.tokens(*s.shape[:2]) ** 2 for s in student]
-        return torch.stack([count * value for count, value in zip(entries, values, strict=True)]).sum()
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f'{name} must be one of {choices}, not {value!r}')

@@ -47,7 +47,7 @@ from augment import DevicePreprocess
 from datasets import EvalDataset, TrainDataset
 from engine import NonFiniteGuard, evaluate, train_one_epoch
 from loggers import log_rank0
-from losses import DISTILLATION_TYPES, RELATION_DTYPES, RELATION_SCALES, RELATIONS, ManifoldDistillationLoss
+from losses import DISTILLATION_TYPES, RELATION_DTYPES, RELATION_TERMS, RELATIONS, ManifoldDistillationLoss
 from run_dir import CheckpointManager, TrainingState
 from samplers import build_train_sampler, distinct_images
 from utils import UsageError, usage_error_context
@@ -158,18 +158,13 @@ def _add_method_flags(parser: Parser) -> None:
     add('--distillation-alpha', type=FRACTION, default=0.5, help='weight of KD; cross-entropy has 1 − this')
     add('--distillation-tau', type=POSITIVE, default=1.0, help='temperature of soft KD')
     add('--distillation-beta', type=AMOUNT, default=1.0, help='weight common to all relation terms')
-    add('--w-sample', type=AMOUNT, default=1.0, help='weight of relations across images, position by position')
-    add('--w-patch', type=AMOUNT, default=1.0, help='weight of relations inside an image')
-    add('--w-rand', type=AMOUNT, default=1.0, help='weight of relations between random tokens of the batch')
+    for name, term in RELATION_TERMS.items():
+        add(f'--w-{name}', type=AMOUNT, default=term.default_weight, help=term.help)
     add('--K', type=COUNT, default=192, help='random tokens per layer pair')
-    add('--w-full', type=AMOUNT, default=0.0, help='weight of relations between all tokens of the batch, undecoupled')
     add('--relations', default='rank', choices=RELATIONS, help="images that sample, random and full relate: a rank's "
         'own or those of all ranks. Bytes in per rank, step and layer pair: full 8·(D_s²+D_s·D_t+D_t²), random '
         '4·K·(D_s+D_t), sample 4·(D_s+D_t) times the tokens of all ranks, of which it holds one side at a time, twice '
         "while it gathers: with 8 × 64 images of the recipe's models 2 MB, 0.4 MB, 231 MB and 154 MB")  # fmt: skip
-    add('--relation-scale', default='mean', choices=RELATION_SCALES, help='terms as means over entries and layer '
-        "pairs, the release's, or as the paper's sums, larger by L times the entries of a map: N²·L for patch, B²·L "
-        'for sample, min(K, B·N)²·L for random, (B·N)²·L for full; B of all ranks with --relations global')  # fmt: skip
     add(
         '--relation-dtype',
         default='float32',
@@ -550,14 +545,10 @@ def build_criterion(args: argparse.Namespace) -> ManifoldDistillationLoss:
         alpha=args.distillation_alpha,
         tau=args.distillation_tau,
         beta=args.distillation_beta,
-        w_sample=args.w_sample,
-        w_patch=args.w_patch,
-        w_rand=args.w_rand,
         K=args.K,
-        w_full=args.w_full,
         relations=args.relations,
-        relation_scale=args.relation_scale,
         relation_dtype=args.relation_dtype,
+        **{f'w_{name}': getattr(args, f'w_{name}') for name in RELATION_TERMS},
     )
 
 
@@ -824,7 +815,7 @@ def _relates(args: argparse.Namespace) -> bool:
 
 
 # Flags that act under a condition: which they are, its words, whether it is met. The first that is not is told.
-_RELATIONS = ('w_sample', 'w_patch', 'w_rand', 'K', 'w_full', 'relations', 'relation_scale', 'distillation_beta',
+_RELATIONS = ('w_sample', 'w_patch', 'w_rand', 'K', 'w_full', 'relations', 'distillation_beta',
               'relation_dtype', 'token_align', 'max_patches')  # fmt: skip
 _CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[argparse.Namespace], object]], ...] = (
     (('s_id', *_RELATIONS, 'distillation_alpha', 'distillation_tau'), 'a teacher', _taught),
@@ -877,12 +868,15 @@ def describe_loss(args: argparse.Namespace, criterion: ManifoldDistillationLoss)
     text = text if criterion.alpha else 'CE, no KD'
     if not args.s_id:
         return text + '; no relation terms, for there are no --s-id and --t-id'
-    weights = f'{criterion.w_sample:g}·sample + {criterion.w_patch:g}·patch + {criterion.w_rand:g}·random'
-    weights += f' of {criterion.K} tokens' + (f' + {criterion.w_full:g}·full' if criterion.w_full else '')
-    kind = "the paper's sums" if criterion.relation_scale == 'paper' else 'means'
+    terms = []
+    for name, term in RELATION_TERMS.items():
+        if criterion.weights[name] or term.default_weight:
+            tokens = f' of {criterion.K} tokens' if 'K' in term.reads else ''
+            terms.append(f'{criterion.weights[name]:g}·{term.label}{tokens}')
+    weights = ' + '.join(terms)
     ranks = utils.get_world_size() if criterion.relations == 'global' else 1
     whose = 'a rank' if criterion.relations == 'rank' else _count(ranks, 'rank')
-    return f'{text} + {criterion.beta:g}·({weights}), {kind} over the {ranks * args.batch_size} images of {whose}'
+    return f'{text} + {criterion.beta:g}·({weights}), means over the {ranks * args.batch_size} images of {whose}'
 
 
 def _count(number: int, noun: str) -> str:

@@ -166,7 +166,6 @@ WRONG = [
     ({'w_rand': 'nan'},),
     ({'w_full': -1},),
     ({'relations': 'all'},),
-    ({'relation_scale': 'sum'},),
     ({'relation_dtype': 'float16'},),
     ({'teacher_dtype': 'float16'},),
     ({'accum_steps': 0},),

@@ -349,7 +349,7 @@ def test_patch_term_of_many_tokens_is_its_definition_without_maps(images_at_once
     monkeypatch.setattr(losses, 'CHUNK', 60 * images_at_once)
     student, teacher = torch.randn(5, 60, 6).to(dtype), torch.randn(5, 60, 8).to(dtype)
     made = []
-    monkeypatch.setattr(losses, '_map_distance', lambda *args: made.append(args))
+    monkeypatch.setattr(losses, 'map_distance', lambda *args: made.append(args))
     value, gradient = value_and_gradient(patch_loss, student, teacher)
     monkeypatch.undo()
     assert not made
@@ -573,10 +573,10 @@ def test_a_teacher_without_logits_leaves_the_relations_and_the_second_head_in_th
     classes, weightless = torch.zeros(B, dtype=torch.long), build(kind, alpha=0)
     found = weightless((logits, kd_logits, [student]), (None, None, [teacher]), classes)
     assert found['dist'] == 0
-    assert found['mf_patch'] == build(kind).beta * build(kind).w_patch * patch_loss(student, teacher)
+    assert found['mf_patch'] == build(kind).beta * build(kind).weights['patch'] * patch_loss(student, teacher)
     sum(found.values()).backward()
     assert torch.equal(kd_logits.grad, torch.zeros(B, C))
-    with pytest.raises(ValueError, match=r'α 0\.5 weighs the distillation of logits, and the teacher gave none'):
+    with pytest.raises(ValueError, match=r'α 0\.5 needs the logits of the teacher, which has none'):
         build(kind, alpha=0.5)((logits, kd_logits, [student]), (None, None, [teacher]), classes)
 
 
@@ -603,34 +603,38 @@ def test_fewer_than_one_random_token_is_refused(K):
         build(K=K)
 
 
-@pytest.mark.parametrize('name', ['distillation_type', 'relations', 'relation_scale'])
+@pytest.mark.parametrize('name', ['distillation_type', 'relations', 'relation_dtype'])
 def test_an_unknown_choice_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be one of .*, not 'medium'"):
         ManifoldDistillationLoss(nn.CrossEntropyLoss(), **{name: 'medium'})
 
 
-def test_the_paper_s_sums_are_the_means_times_layer_pairs_and_entries():
-    # Blocks of hierarchical models differ in their tokens: each pair has entries of its own.
+def test_terms_are_means_over_layer_pairs_and_relate_to_the_paper_s_sums():
+    # Blocks of hierarchical models differ in their numbers of tokens.
     student = [tokens(D_S), tokens(D_S)[:, :2], tokens(D_S)]
     teacher = [tokens(D_T), tokens(D_T)[:, :2], tokens(D_T)]
     options = {'w_sample': 0.1, 'w_patch': 4, 'w_rand': 0.2, 'w_full': 0.7, 'beta': 0.5, 'K': 5}
-    found = forward(build(**options, relation_scale='paper'), student, teacher, torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(0)
-    expected = dict.fromkeys(KEYS[2:], 0.0)
-    for s, t in zip(student, teacher, strict=True):
-        M = s.shape[1]
-        expected['mf_sample'] += 0.05 * B**2 * sample_loss(s, t).item()
-        expected['mf_patch'] += 2 * M**2 * patch_loss(s, t).item()
-        expected['mf_rand'] += 0.1 * 5**2 * random_loss(s, t, 5, generator).item()
-        expected['mf_full'] += 0.35 * (B * M) ** 2 * full_loss(s, t).item()
+    found = forward(build(**options), student, teacher, torch.Generator().manual_seed(0))
+    generator, pairs = torch.Generator().manual_seed(0), list(zip(student, teacher, strict=True))
+    expected = {
+        'mf_sample': 0.05 * sum(sample_loss(s, t).item() for s, t in pairs) / 3,
+        'mf_patch': 2 * sum(patch_loss(s, t).item() for s, t in pairs) / 3,
+        'mf_rand': 0.1 * sum(random_loss(s, t, 5, generator).item() for s, t in pairs) / 3,
+        'mf_full': 0.35 * sum(full_loss(s, t).item() for s, t in pairs) / 3,
+    }
     assert {key: found[key].item() for key in KEYS[2:]} == pytest.approx(expected, rel=1e-12)
-    every_token = forward(build(relation_scale='paper', K=100), student, teacher)
+    every_token = forward(build(K=100), student, teacher)
     assert every_token['mf_rand'].item() == pytest.approx(every_token['mf_full'].item(), rel=1e-12)
-    # The terms of the paper: Frobenius sums, of maps of one kind their mean.
+    # The paper's terms are Frobenius sums, of maps of one kind their mean: larger by the entries of a map.
     S, T = (F.normalize(x, dim=-1) for x in (student[0], teacher[0]))
     frobenius = (S @ S.mT - T @ T.mT).square().sum(dim=(1, 2)).mean()
-    alone = forward(build(relation_scale='paper', w_patch=1), student[:1], teacher[:1])
-    assert alone['mf_patch'].item() == pytest.approx(frobenius.item(), rel=1e-12)
+    alone = forward(build(w_patch=1), student[:1], teacher[:1])
+    assert alone['mf_patch'].item() * S.shape[1] ** 2 == pytest.approx(frobenius.item(), rel=1e-12)
+
+
+def test_an_unknown_weight_is_refused():
+    with pytest.raises(TypeError, match=r'^w_smaple: no relation term has this weight$'):
+        ManifoldDistillationLoss(nn.CrossEntropyLoss(), w_smaple=1.0)
 
 
 def test_the_criterion_has_nothing_to_save():
@@ -687,7 +691,7 @@ def test_terms_over_ranks_take_sides_of_two_precisions(tmp_path, ours, theirs):
 def test_relations_of_all_ranks_without_a_generator_they_share_are_refused(tmp_path):
     dist.init_process_group('gloo', init_method=f'file://{tmp_path}/meet', rank=0, world_size=1)
     try:
-        with pytest.raises(ValueError, match='a generator they share'):
+        with pytest.raises(ValueError, match='needs a generator'):
             forward(build(relations='global'), [tokens(D_S)], [tokens(D_T)])
     finally:
         dist.destroy_process_group()

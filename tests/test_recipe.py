@@ -69,10 +69,12 @@ def test_criterion_gets_the_weights_of_the_flags(run, monkeypatch):
     seen = []
     build = main.build_criterion
     monkeypatch.setattr(main, 'build_criterion', lambda args: seen.append(build(args)) or seen[-1])
-    names = ['alpha', 'tau', 'beta', 'w_sample', 'w_patch', 'w_rand', 'K', 'w_full', 'relations', 'relation_scale']
-    values = [0.25, 2.0, 3.0, 0.1, 4.0, 0.2, 7, 0.5, 'global', 'paper']
-    run(**{f'distillation_{name}' if i < 3 else name: values[i] for i, name in enumerate(names)})
+    names = ['alpha', 'tau', 'beta', 'K', 'relations']
+    values, weights = [0.25, 2.0, 3.0, 7, 'global'], {'sample': 0.1, 'patch': 4.0, 'rand': 0.2, 'full': 0.5}
+    options = {f'distillation_{name}' if i < 3 else name: values[i] for i, name in enumerate(names)}
+    run(**options, **{f'w_{name}': weight for name, weight in weights.items()})
     assert [getattr(seen[0], name) for name in names] == values
+    assert seen[0].weights == weights
 
 
 def test_no_block_lists_means_no_relation_terms(run, capsys):
@@ -91,16 +93,6 @@ def test_full_term_is_off_by_default(run):
 def test_global_relations_of_one_process_equal_rank_relations(run, tmp_path):
     one, other = (run(relations=relations, output_dir=tmp_path / relations) for relations in ('rank', 'global'))
     assert one == other
-
-
-def test_paper_scale_is_the_mean_times_its_entries(run, tmp_path):
-    options = {'lr': 1e-12, 'warmup_epochs': 0, 'K': 5}  # so low that the weights do not move
-    (mean,), (paper,) = (run(relation_scale=s, output_dir=tmp_path / s, **options) for s in ('mean', 'paper'))
-    B, N, K, L = 8, 16, 5, 3
-    for term, entries in {'sample': B**2, 'patch': N**2, 'rand': K**2, 'full': (B * N) ** 2}.items():
-        key = f'train_loss_mf_{term}'
-        assert paper[key] == pytest.approx(mean[key] * entries * L, rel=1e-4)
-    assert paper['train_loss_dist'] == pytest.approx(mean['train_loss_dist'], rel=1e-4)
 
 
 @pytest.mark.parametrize(('typed', 'said'), [(True, 'repeated augmentation: 3 distinct'), (None, 'without repeats')])

@@ -78,7 +78,6 @@ def test_run_with_these_flags_trains(run, tmp_path, changes):
         ({'w_full': None}, '1·sample + 1·patch + 1·random of 192 tokens), means over the 8 images of a rank'),
         ({'w_full': 0.5}, '1·random of 192 tokens + 0.5·full), means over the 8 images of a rank'),
         ({'relations': 'global'}, 'means over the 8 images of 1 rank'),
-        ({'relation_scale': 'paper'}, "the paper's sums over the 8 images of a rank"),
     ],
 )
 def test_summary_describes_the_relations(run, capsys, changes, words):
