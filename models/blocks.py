@@ -3,12 +3,15 @@
 Letters: B images, N patch tokens, D channels, h×w the grid: rows and columns of patches.
 """
 
+import copy
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +63,11 @@ FAMILIES = (
     Family('layer*.*'),  # ResNet
     Family('s*.b*'),  # RegNet
 )
+
+
+# Parameters times pixels from which the meta device is faster than computing on one CPU core. There, torch finds shapes
+# in Python, which takes 0.1 to 0.3 seconds for a model of any size.
+META_MIN_WORK = 1e12
 
 
 @dataclass(frozen=True)
@@ -114,9 +122,43 @@ def find_modules(model: nn.Module) -> tuple[Family, dict[str, nn.Module]]:
     raise ValueError('it has no blocks at a place that is known, such as blocks.* or stages.*.blocks.*')
 
 
+def trace_shapes(model: nn.Module, size: tuple[int, int], names: Iterable[str] = ()) -> dict[str, Any]:
+    """Runs two blank images through a copy of a model in eval mode and returns the outputs of the named modules.
+
+    The copy of a large model is on the meta device, where tensors have a shape but no values and nothing is computed. A
+    small model, or one that the meta device cannot run, runs on the CPU. The model itself is not changed.
+
+    Args:
+        model: a timm model, on the CPU.
+        size: height and width of the images in pixels.
+        names: names of modules of the model.
+
+    Returns:
+        The outputs by name, in the order of computation.
+    """
+    if sum(p.numel() for p in model.parameters()) * size[0] * size[1] > META_MIN_WORK:
+        with suppress(Exception):  # the model reads values, or it refuses the images: then the CPU raises the error
+            return _run_copy(model, size, names, 'meta')
+    return _run_copy(model, size, names, 'cpu')
+
+
 @torch.no_grad()
+def _run_copy(model: nn.Module, size: tuple[int, int], names: Iterable[str], device: str) -> dict[str, Any]:
+    # A copy on the CPU shares the model's tensors, but not the caches that some models fill in eval mode.
+    tensors = {id(tensor): tensor.to(device) for tensor in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, tensors).eval()
+    outputs: dict[str, Any] = {}
+    for name in names:
+        copied.get_submodule(name).register_forward_hook(
+            lambda _, __, output, name=name: outputs.__setitem__(name, output)
+        )
+    with torch.device(device):  # also for tensors that the model creates without naming a device
+        copied(torch.zeros(2, 3, *size))
+    return outputs
+
+
 def list_blocks(model: nn.Module, input_size: int | tuple[int, int]) -> list[Block]:
-    """All blocks of a model in the order of computation, measured: two blank images go through it.
+    """All blocks of a model in the order of computation, as two blank images find them, see `trace_shapes`.
 
     Args:
         model: a timm model, on the CPU.
@@ -127,24 +169,11 @@ def list_blocks(model: nn.Module, input_size: int | tuple[int, int]) -> list[Blo
     """
     size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
     family, modules = find_modules(model)
-    outputs: dict[str, object] = {}  # in the order in which the blocks are done
-    handles = [
-        module.register_forward_hook(lambda _, __, output, name=name: outputs.__setitem__(name, output))
-        for name, module in modules.items()
-    ]
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()(torch.zeros(2, 3, *size))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    return _describe(model, family, modules, outputs, size)
+    return _describe(model, family, modules, trace_shapes(model, size, modules), size)
 
 
 def _describe(
-    model: nn.Module, family: Family, modules: dict[str, nn.Module], outputs: dict[str, object], size: tuple[int, int]
+    model: nn.Module, family: Family, modules: dict[str, nn.Module], outputs: dict[str, Any], size: tuple[int, int]
 ) -> list[Block]:
     found = []
     for i, (name, output) in enumerate(outputs.items()):
@@ -169,7 +198,7 @@ def _describe(
     return blocks
 
 
-def _pick(name: str, output: object) -> tuple[int | None, Tensor]:
+def _pick(name: str, output: Any) -> tuple[int | None, Tensor]:
     """Where the tokens are among the outputs of a block, and they: the first tensor of the images as a whole."""
     if isinstance(output, Tensor):
         return None, output

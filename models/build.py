@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import timm
-import torch
 from timm.data import resolve_data_config
 from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict, load_model_config_from_hf
 from torch import Tensor, nn
+
+from models.blocks import trace_shapes
 
 # Where the weights of a checkpoint lie, first match first; a bare state dict has none of these keys.
 WEIGHT_KEYS = ('model', 'state_dict')
@@ -38,13 +39,12 @@ def build(
     kwargs = {'img_size': input_size, 'num_classes': num_classes, **(kwargs or {})}
     try:
         model = _create(name, pretrained, kwargs)
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, input_size, input_size))
+        trace_shapes(model, (input_size, input_size))
     except Exception as error:  # whatever a constructor or a download of somebody else's raises
         raise ValueError(f'timm cannot build or run it: {first_line(error)}') from error
     if num_classes is not None and model.num_classes != num_classes:
         raise ValueError(f'its head has num_classes={model.num_classes}, the data {num_classes}')
-    return model.train()
+    return model
 
 
 def has_source(name: str) -> bool:

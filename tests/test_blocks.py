@@ -1,5 +1,7 @@
 """What holds for the models of every family: one row each. The slow tests hold it against torch.compile, too."""
 
+import copy
+import dataclasses
 import math
 
 import pytest
@@ -103,10 +105,10 @@ def test_tapping_changes_no_logit_and_gives_tokens_in_the_order_asked_for_with_r
     plain, images = make(family).eval(), some_images()
     depth = len(FAMILIES[family][2].split())
     ids = [depth - 1, 0, -1, 0, depth // 2]
+    found = models.list_blocks(plain, SIZE)
     tapped = models.tap(make(family).eval(), ids, SIZE)
     out = tapped(images)
     assert torch.equal(out.logits, plain(images))
-    found = models.list_blocks(plain, SIZE)
     for i, tokens in zip(ids, out.tokens, strict=True):
         assert tokens.shape == (2, math.prod(found[i].grid), found[i].width)
     assert torch.equal(out.tokens[0], out.tokens[2])
@@ -274,10 +276,42 @@ def test_a_model_without_blocks_at_a_known_place_is_refused(name):
         models.tap(timm.create_model(name, num_classes=C), [0], 96)
 
 
-def test_listing_leaves_the_mode_of_every_module_and_no_hook_behind():
-    model = make('ConvNeXt').train()
+def listed_blocks(model: nn.Module, monkeypatch, min_work: float) -> tuple[list[models.Block], list[str]]:
+    """The blocks, without functions, and the devices of the images that were run to list them."""
+    devices = []
+    monkeypatch.setattr(models.blocks, 'META_MIN_WORK', min_work)
+    with model.register_forward_pre_hook(lambda _, inputs: devices.append(inputs[0].device.type)):
+        blocks = models.list_blocks(model, SIZE)
+    return [dataclasses.replace(block, to_plain_layout=None) for block in blocks], devices
+
+
+@each_family
+def test_blocks_listed_on_the_meta_device_equal_those_on_the_cpu(family, monkeypatch):
+    model = make(family)
+    state = copy.deepcopy(model.state_dict())
+    computed, devices = listed_blocks(model, monkeypatch, math.inf)
+    assert devices == ['cpu']
+    traced, devices = listed_blocks(model, monkeypatch, 0)
+    assert devices == ['meta']
+    assert traced == computed
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {'cpu'}
+
+
+def test_a_model_that_reads_values_is_listed_on_the_cpu(monkeypatch):
+    model = make('ConvNeXt')
+    expected, _ = listed_blocks(model, monkeypatch, math.inf)
+    model.stem.register_forward_hook(lambda _, __, output: output * (1 + output.sum().item()))
+    assert listed_blocks(model, monkeypatch, 0) == (expected, ['meta', 'cpu'])
+
+
+@pytest.mark.parametrize('min_work', [0, math.inf], ids=['meta', 'cpu'])
+def test_listing_leaves_modes_and_caches_alone_and_no_hook_behind(min_work, monkeypatch):
+    monkeypatch.setattr(models.blocks, 'META_MIN_WORK', min_work)
+    model = make('LeViT').train()
     model.stages[1].eval()
     modes = [module.training for module in model.modules()]
     models.list_blocks(model, SIZE)
     assert [module.training for module in model.modules()] == modes
     assert not any(module._forward_hooks for module in model.modules())
+    assert not any(getattr(module, 'attention_bias_cache', None) for module in model.modules())
