@@ -35,7 +35,7 @@ def fixed_seeds():
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def toy():
     """A function that builds a small timm model of a family. Its weights are the same at every call."""
 

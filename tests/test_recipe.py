@@ -96,16 +96,16 @@ def test_global_relations_of_one_process_equal_rank_relations(run, tmp_path):
 
 
 @pytest.mark.parametrize(('typed', 'said'), [(True, 'repeated augmentation: 3 distinct'), (None, 'without repeats')])
-def test_one_process_repeats_images_only_on_request(run, capsys, typed, said):
+def test_one_process_repeats_images_only_on_request(run, epochs, capsys, typed, said):
     run(repeated_aug=typed)
     assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ('decay', 'epochs', 'warns'), [(0.5, 2, True), (0.5, 3, False), (0.99996, 3, True), (0, 2, False)]
+    ('decay', 'count', 'warns'), [(0.5, 2, True), (0.5, 3, False), (0.99996, 3, True), (0, 2, False)]
 )
-def test_ema_slower_than_the_run_gives_a_warning(run, capsys, decay, epochs, warns):
-    run(model_ema_decay=decay, epochs=epochs)  # two steps an epoch
+def test_ema_slower_than_the_run_gives_a_warning(run, epochs, capsys, decay, count, warns):
+    run(model_ema_decay=decay, epochs=count)  # two steps an epoch
     assert ('--model-ema-decay' in capsys.readouterr().out) is warns
 
 

@@ -80,7 +80,7 @@ def test_run_with_these_flags_trains(run, tmp_path, changes):
         ({'relations': 'global'}, 'means over the 8 images of 1 rank'),
     ],
 )
-def test_summary_describes_the_relations(run, capsys, changes, words):
+def test_summary_describes_the_relations(run, epochs, capsys, changes, words):
     run(**changes)
     assert words in capsys.readouterr().out
 
@@ -121,7 +121,7 @@ def test_summary_describes_the_run(run, capsys):
     assert all(f'loss_{term}: ' in training for term in toys.TERMS)
 
 
-def test_missing_gpu_falls_back_to_cpu(run, capsys):
+def test_missing_gpu_falls_back_to_cpu(run, epochs, capsys):
     run(device='cuda:3')
     assert '--device cuda:3' in capsys.readouterr().out
 
