@@ -30,6 +30,7 @@ LOG, BEST, LAST = 'log.txt', 'best_checkpoint.pth', 'checkpoint.pth'
 KEPT = (LOG, BEST, LAST)  # in the order of writing: once the last one is written, the whole epoch is saved
 EARLIER = re.compile(r'checkpoint-(\d{8,})\.pth')
 HUB_FILES = ('model.safetensors', 'pytorch_model.bin', 'model.pth', 'pytorch_model.pth')  # the names timm uses
+FOLDER_BIT = 0x10  # of a zip member's attributes; torch then reads nothing and returns uninitialized memory
 _UNREADABLE = 'is damaged or not a weights file'
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -53,11 +54,12 @@ def read_checkpoint(source: str | Path) -> dict[str, Any]:
         source = _find_weights(Path(rest))
     is_url = '://' in str(source)
     path = _download(str(source)) if is_url else Path(source)
+    cached = f' (downloaded to {path}; delete it to download it again)' if is_url else ''
     with open(path, 'rb') as file:  # errors of the file system come first: not found, a folder, no permission
         try:
             checkpoint = _read_safetensors(path) if path.suffix == '.safetensors' else _read_torch(file)
         except ValueError as error:
-            raise ValueError(f'{error} (downloaded to {path})' if is_url else str(error)) from error
+            raise ValueError(f'{error}{cached}') from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f'contains a {type(checkpoint).__name__}, not a dictionary of weights')
     return checkpoint
@@ -94,12 +96,13 @@ def _check_archive(file: BinaryIO) -> None:
     try:
         if zipfile.is_zipfile(file):
             archive = zipfile.ZipFile(file)
+            members = archive.infolist()
             # torch can be told to write no checksums; they are all 0 then.
-            damaged = any(member.CRC for member in archive.infolist()) and archive.testzip()
+            damaged = any(member.CRC for member in members) and archive.testzip()
             if damaged:
                 raise zipfile.BadZipFile(f'wrong checksum of {damaged}')
-    except MemoryError:
-        raise
+            if any(member.external_attr & FOLDER_BIT for member in members):
+                raise zipfile.BadZipFile('a member is marked as a folder')
     except Exception as error:  # a damaged header can lead to any type
         raise ValueError(f'is damaged: {" ".join(str(error).split()) or type(error).__name__}') from error
     file.seek(0)
@@ -121,7 +124,8 @@ def _find_weights(folder: Path) -> Path:
 
 
 def _download(url: str) -> Path:
-    # The hash keeps files of the same name apart. torch downloads under a temporary name.
+    # Not torch.hub.load_state_dict_from_url: it reads no safetensors, and it unpacks other archives next to the file.
+    # The hash keeps files of the same name apart.
     name = f'{hashlib.sha256(url.encode()).hexdigest()[:8]}-{Path(urlparse(url).path).name}'
     path = Path(get_dir()) / 'checkpoints' / name
     if not path.exists():

@@ -1,6 +1,7 @@
 """checkpoints.py: files are read safely, written durably and found again."""
 
 import argparse
+import email.message
 import errno
 import hashlib
 import io
@@ -39,6 +40,65 @@ def test_url_loads(toy, tmp_path, hub):
     checkpoint = read_checkpoint((tmp_path / 'released.pth').as_uri())
     toys.assert_same(dict(models.named_weights(checkpoint)), dict(toy().state_dict()))
     assert list(hub.rglob('*.pth'))
+
+
+@pytest.mark.R7
+def test_url_of_safetensors_loads(toy, tmp_path, hub):
+    state = toy().state_dict()
+    safetensors.torch.save_file(state, tmp_path / 'model.safetensors')
+    toys.assert_same(read_checkpoint((tmp_path / 'model.safetensors').as_uri()), dict(state))
+
+
+def test_urls_with_the_same_file_name_do_not_collide(tmp_path, hub):
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+        torch.save({'name': name}, tmp_path / name / 'model.pth')
+    for _ in range(2):
+        assert [read_checkpoint((tmp_path / name / 'model.pth').as_uri())['name'] for name in 'ab'] == ['a', 'b']
+
+
+def test_url_is_downloaded_once(tmp_path, hub):
+    file = tmp_path / 'model.pth'
+    torch.save({'weight': 1}, file)
+    read_checkpoint(file.as_uri())
+    file.unlink()
+    assert read_checkpoint(file.as_uri()) == {'weight': 1}
+
+
+def test_interrupted_download_leaves_nothing(tmp_path, hub, monkeypatch):
+    file = tmp_path / 'model.pth'
+    torch.save({'weight': torch.ones(100)}, file)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.hub, 'urlopen', lambda _: Interrupted(file.read_bytes()[:200]))
+        with pytest.raises(ConnectionResetError):
+            read_checkpoint(file.as_uri())
+    assert [path for path in hub.rglob('*') if path.is_file()] == []
+    toys.assert_same(read_checkpoint(file.as_uri()), {'weight': torch.ones(100)})
+
+
+def test_damaged_download_says_how_to_repeat_it(tmp_path, hub):
+    file = broken(tmp_path, 'half zip')
+    with pytest.raises(
+        ValueError, match=r'not a weights file \(downloaded to .*broken.pth; delete it to download it again'
+    ):
+        read_checkpoint(file.as_uri())
+    (cached,) = hub.rglob('*.pth')
+    torch.save({'weight': 1}, file)
+    cached.unlink()
+    assert read_checkpoint(file.as_uri()) == {'weight': 1}
+
+
+class Interrupted(io.BytesIO):
+    """A connection that breaks after some bytes."""
+
+    def info(self) -> email.message.Message:
+        return email.message.Message()
+
+    def read(self, *size) -> bytes:
+        data = super().read(*size)
+        if not data:
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+        return data
 
 
 @pytest.fixture
@@ -247,6 +307,12 @@ def test_flipped_bit_in_any_record_is_detected(damage):
         first = 8 * (start + 30 + name + extra)
         for bit in (0, 4 * member.file_size, 8 * member.file_size - 1):
             assert damage.is_detected(flipped(damage.whole, first + bit)), member.filename
+
+
+def test_member_marked_as_a_folder_is_detected(damage):
+    start = 8 * (damage.whole.index(b'PK\1\2') + 38)  # external attributes of the first member
+    assert zipfile.ZipFile(io.BytesIO(flipped(damage.whole, start + 4))).testzip() is None
+    assert damage.is_detected(flipped(damage.whole, start + 4))
 
 
 HTML = b'<!DOCTYPE html>\n<html>\n<body>503: Service Unavailable</body>\n</html>\n'
