@@ -3,10 +3,10 @@
 import os
 import random
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,53 +14,50 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-# Distributed set-up ---------------------------------------------------------------------------------------------------
+T = TypeVar('T')
 
-
-# The last tensors reduced. torch 2.6 joins gloo's threads while it holds the interpreter's lock; a thread that then
-# lets go of a tensor nobody else holds waits for that lock, and both wait for ever. Held here, none is the last holder.
-_reduced: deque[torch.Tensor] = deque(maxlen=8)
-hold_tensor = _reduced.append
+# Process groups -------------------------------------------------------------------------------------------------------
 
 
 class UsageError(Exception):
-    """The user asked for what cannot be done; says so in one line that names the flag and the value."""
+    """The user asked for something impossible. The message is one line that names the flag and its value."""
 
 
 @contextmanager
 def usage_error_context(flag: str, value: object, *kinds: type[Exception]) -> Iterator[None]:
-    """Turns an error about bad input into a UsageError that names the flag it came in by.
+    """Turns an error about bad input into a UsageError that names the flag.
 
     Args:
-        flag: as it is typed, `--teacher-path`.
-        value: what was typed.
-        kinds: errors that mean bad input beside OSError and ValueError.
+        flag: such as `--teacher-path`.
+        value: of the flag.
+        kinds: types of errors about bad input, besides OSError and ValueError.
     """
+    bad_input: tuple[type[Exception], ...] = (ValueError, *kinds)
     try:
         yield
     except OSError as error:
         where = f'{error.filename}: ' if error.filename not in (None, value) else ''
         raise UsageError(f'{flag} {value}: {where}{error.strerror or " ".join(str(error).split())}') from error
-    except (ValueError, *kinds) as error:
+    except bad_input as error:
         raise UsageError(f'{flag} {value}: {" ".join(str(error).split())}') from error
 
 
 def init_distributed(device: str, dist_url: str) -> torch.device:
-    """Joins the process group a launcher announced in the environment, if any, and returns this rank's device.
+    """Joins the process group that a launcher announces in the environment, if any; returns this rank's device.
 
     Args:
         device: 'cuda', 'cuda:N' or 'cpu'; without a GPU 'cuda' becomes 'cpu'.
-        dist_url: where the ranks meet, 'env://' for MASTER_ADDR and MASTER_PORT.
+        dist_url: init URL of the process group, 'env://' for MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        UsageError: this machine has no such GPU, or fewer than ranks.
+        UsageError: this machine does not have this GPU, or has fewer GPUs than ranks.
     """
-    ranks = _launched()
+    ranks = _ranks_from_environment()
     cuda = device.startswith('cuda') and torch.cuda.is_available()
     chosen = torch.device('cpu')
     if cuda:
         index = ranks[2] if ranks else torch.device(device).index or 0
-        # Asked by all ranks of a machine alike, so that all stop: the others would wait for a surplus one.
+        # All ranks of a machine compute the same, so that all stop: they would wait for a rank without a GPU.
         needed = int(os.environ.get('LOCAL_WORLD_SIZE', index + 1)) if ranks else index + 1
         if needed > torch.cuda.device_count():
             raise UsageError(
@@ -72,7 +69,7 @@ def init_distributed(device: str, dist_url: str) -> torch.device:
         store, rank, world_size = next(rendezvous(dist_url, *ranks[:2]))
         dist.init_process_group(
             'nccl' if cuda else 'gloo',
-            # After a restart by torchrun some versions of torch meet at the old store, where dead ranks' addresses are.
+            # torchrun keeps its store when it restarts the ranks, and the addresses of dead ranks are still in it.
             store=dist.PrefixStore(f'attempt {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store),
             rank=rank,
             world_size=world_size,
@@ -86,11 +83,10 @@ def destroy_distributed() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-        _reduced.clear()
 
 
-def _launched() -> tuple[int, int, int] | None:
-    """(rank, world size, rank on this machine) as torchrun and torch.distributed.launch tell them."""
+def _ranks_from_environment() -> tuple[int, int, int] | None:
+    """(rank, world size, rank on this machine) as torchrun and torch.distributed.launch set them."""
     env = os.environ
     if 'RANK' in env and 'WORLD_SIZE' in env:
         return int(env['RANK']), int(env['WORLD_SIZE']), int(env.get('LOCAL_RANK', 0))
@@ -106,34 +102,32 @@ def get_world_size() -> int:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The values (n,) added up over all ranks, in place, on the same device."""
+    """Adds up the values (n,) over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
-        _reduced.append(values)
     return values
 
 
 def gather_over_ranks(values: Tensor) -> list[Tensor]:
-    """The values (n,) of every rank, in the order of the ranks."""
+    """Returns the values (n,) of every rank, in the order of the ranks."""
     if not dist.is_initialized():
         return [values]
     gathered = [torch.empty_like(values) for _ in range(get_world_size())]
     dist.all_gather(gathered, values)
-    _reduced.extend(gathered)
     return gathered
 
 
-def gather_objects(value: object) -> list:
-    """A plain value of every rank, in the order of the ranks. Waits for the device."""
+def gather_objects(value: Any) -> list[Any]:
+    """Returns a plain value of every rank, in the order of the ranks. Waits for the device."""
     if not dist.is_initialized():
         return [value]
-    gathered = [None] * get_world_size()
+    gathered: list[Any] = [None] * get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
 
 
-def main_process_first(call: Callable[[], object]) -> object:
-    """What `call` returns, on the first rank before the others: it may leave an index on the disk for these."""
+def main_process_first(call: Callable[[], T]) -> T:
+    """Returns what `call` returns. The first rank calls it before the others, and may leave an index on the disk."""
     if get_rank() > 0:
         gather_objects(None)
     try:
@@ -146,28 +140,36 @@ def main_process_first(call: Callable[[], object]) -> object:
 # Meters ---------------------------------------------------------------------------------------------------------------
 
 
-class Meters:
-    """Running means over images of named scalars; the host reads them only when a line is printed or an epoch ends.
+class SizedIterable(Protocol):
+    """The batches of an epoch: a DataLoader or a list."""
 
-    A row that is not finite counts for nothing: it is the business of `engine.Watch`.
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class Meters:
+    """Running means of named scalars over images. The host reads them only when a line is printed or an epoch ends.
+
+    A step with a value that is not finite is left out; `engine.NonFiniteGuard` deals with it.
     """
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.total: Tensor | None = None  # float64: sums over images of each name, and their number
+        self.total: Tensor | None = None  # float64: for each name a sum over images, then the number of images
         self._printed: np.ndarray | None = None
 
     def update(self, values: dict[str, Tensor], images: int) -> None:
-        """Adds one step's means over so many images, whatever their names; no host sync."""
+        """Adds the means of one step over so many images, by name. No host sync."""
         row = torch.stack([value.detach().float() for value in values.values()])
-        # Weighed by images: a run may go on with larger batches on fewer ranks.
+        # Weighted by images, because a resumed run may have larger batches on fewer ranks.
         row = torch.cat([row.sum()[None], row, row.new_ones(1)]).double() * images
         row = torch.where(torch.isfinite(row).all(), row, torch.zeros_like(row))
-        self._take_names(['loss', *(f'loss_{name}' for name in values)])
+        self._set_names(['loss', *(f'loss_{name}' for name in values)])
         self.total = row if self.total is None else self.total + row
 
-    def _take_names(self, names: list[str]) -> None:
-        """Goes on with these names; an epoch may have been begun by a version that knew fewer terms."""
+    def _set_names(self, names: list[str]) -> None:
+        """Continues with these names. An epoch may have been started by a version with fewer terms."""
         if self.total is not None and names != self.names:
             *sums, count = self.total.tolist()
             known = dict(zip(self.names, sums, strict=True))
@@ -176,7 +178,9 @@ class Meters:
         self.names = names
 
     def line(self) -> str:
-        """Means since the last line, and since the start of the epoch in brackets. Waits for the device."""
+        """Means since the previous line, and since the start of the epoch in brackets. Waits for the device."""
+        if self.total is None:
+            return ''
         total = np.array(self.total.tolist())
         recent = total if self._printed is None else total - self._printed
         self._printed = total
@@ -185,22 +189,24 @@ class Meters:
 
     def means(self) -> dict[str, float]:
         """Means over all images of all ranks. Waits for the device."""
+        if self.total is None:
+            return {}
         *total, count = sum_over_ranks(self.total.clone()).tolist()
         return {name: value / max(count, 1) for name, value in zip(self.names, total, strict=True)}
 
-    def state_dict(self) -> dict:
-        """Plain numbers; those of every rank for itself, or sums would be added in another order after a resume."""
+    def state_dict(self) -> dict[str, Any]:
+        """Returns plain numbers, separately for each rank: a sum over the ranks would be rounded in another order."""
         if self.total is None:
             return {}
         return {'names': self.names, 'totals': [row.tolist() for row in gather_over_ranks(self.total)]}
 
-    def load_state_dict(self, state: dict, device: torch.device) -> None:
-        """Takes over this rank's numbers; with another number of ranks than they are of, the first takes all."""
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Loads the numbers of this rank. If the number of ranks has changed, the first rank takes all."""
         if not state:
             return
         totals = torch.tensor(state['totals'], dtype=torch.float64, device=device)
         if totals.shape[1:] != (len(state['names']) + 1,):
-            raise ValueError('its meters have not as many values as names')
+            raise ValueError('the meters do not have as many values as names')
         if len(totals) != get_world_size():
             totals = torch.cat([totals.sum(0, keepdim=True), totals.new_zeros(get_world_size() - 1, totals.shape[1])])
         self.names, self.total = list(state['names']), totals[get_rank()]
@@ -211,16 +217,16 @@ class Meters:
 
 
 def counter_seed(*counter: int | str) -> int:
-    """A 63-bit seed that is a function of its counter alone, e.g. (seed, 'augment', epoch, position).
+    """Returns a 63-bit seed that depends on its arguments alone, e.g. (seed, 'augment', epoch, position).
 
-    Words keep the streams apart; numbers are non-negative.
+    Strings separate the streams. Numbers must not be negative.
     """
     numbers = [zlib.crc32(c.encode()) if isinstance(c, str) else c for c in counter]
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def seed_step(generator: torch.Generator, seed: int, step: int, rank: int, shared_draw: bool = False) -> None:
-    """Starts a training step's random numbers: mixup and drop-path (global generators), random tokens (`generator`).
+    """Seeds a training step: mixup and drop-path use the global generators, random tokens use `generator`.
 
     With `shared_draw` all ranks draw the same random tokens.
     """

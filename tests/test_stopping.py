@@ -18,12 +18,12 @@ each_signal = pytest.mark.parametrize('number', stopping.StopSignals.NUMBERS, id
 
 def send(number: int) -> None:
     os.kill(os.getpid(), number)
-    time.sleep(0)  # Python's handlers run between two of its instructions
+    time.sleep(0)  # Python runs its handlers between two instructions
 
 
 @pytest.fixture
 def handlers():
-    """Those of the process, which each test must leave as they were."""
+    """A function that returns the signal handlers. Each test must leave them as they were."""
     kinds = (*stopping.StopSignals.NUMBERS, signal.SIGALRM)
     before = [signal.getsignal(number) for number in kinds]
     yield lambda: [signal.getsignal(number) for number in kinds]
@@ -32,7 +32,7 @@ def handlers():
 
 
 @each_signal
-def test_a_signal_ends_at_once_what_has_nothing_to_save(handlers, number):
+def test_signal_stops_at_once_without_anything_to_save(handlers, number):
     with pytest.raises(stopping.StoppedError, match=f'stopped by {number.name}: nothing was trained') as stopped:  # noqa: SIM117
         with stopping.StopSignals():
             send(number)
@@ -40,7 +40,7 @@ def test_a_signal_ends_at_once_what_has_nothing_to_save(handlers, number):
 
 
 @each_signal
-def test_a_deferred_signal_is_noted_and_later_ones_change_nothing(handlers, number):
+def test_deferred_signal_is_recorded_once(handlers, number):
     with stopping.StopSignals() as signals:
         assert signals.received == 0
         signals.defer()
@@ -50,7 +50,7 @@ def test_a_deferred_signal_is_noted_and_later_ones_change_nothing(handlers, numb
         for other in stopping.StopSignals.NUMBERS:
             send(other)
         assert signals.received == number
-        signals.agreed()
+        signals.protect_save()
         assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
         assert handlers()[:3] == [signal.SIG_IGN] * 3
         for other in stopping.StopSignals.NUMBERS:
@@ -58,7 +58,7 @@ def test_a_deferred_signal_is_noted_and_later_ones_change_nothing(handlers, numb
         assert signals.received == number
 
 
-def test_a_run_that_does_not_get_to_a_step_stops_without_saving(handlers, monkeypatch):
+def test_run_without_a_step_in_time_stops_unsaved(handlers, monkeypatch):
     def wait(signals: stopping.StopSignals) -> None:
         signals.defer()
         send(signal.SIGTERM)
@@ -66,14 +66,14 @@ def test_a_run_that_does_not_get_to_a_step_stops_without_saving(handlers, monkey
 
     monkeypatch.setattr(stopping.StopSignals, 'PATIENCE', 0.05)
     with (
-        pytest.raises(stopping.StoppedError, match='there was no step after which to save') as stopped,
+        pytest.raises(stopping.StoppedError, match='no step ended within') as stopped,
         stopping.StopSignals() as s,
     ):
         wait(s)
     assert stopped.value.signum == signal.SIGTERM
 
 
-def test_outside_the_main_thread_signals_stay_as_they_are(handlers):
+def test_other_threads_leave_signals_alone(handlers):
     found = []
 
     def inside() -> None:
@@ -81,7 +81,7 @@ def test_outside_the_main_thread_signals_stay_as_they_are(handlers):
         with stopping.StopSignals() as signals:
             signals.defer()
             signals.set_alarm(60)
-            signals.agreed()
+            signals.protect_save()
             found.append(handlers() == before)
 
     thread = threading.Thread(target=inside)
@@ -91,7 +91,7 @@ def test_outside_the_main_thread_signals_stay_as_they_are(handlers):
 
 
 @pytest.mark.parametrize('due', [False, True])
-def test_one_process_agrees_with_itself_at_once(handlers, due):
+def test_one_process_agrees_at_once(handlers, due):
     with stopping.StopSignals() as signals:
         signals.defer()
         consensus = stopping.RankConsensus(signals)
@@ -99,13 +99,13 @@ def test_one_process_agrees_with_itself_at_once(handlers, due):
         assert consensus.drain() == 0
         send(signal.SIGUSR1)
         assert consensus.poll(due) == (signal.SIGUSR1, due)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # nothing disturbs the save
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # nothing interrupts the save
         assert consensus.drain() == signal.SIGUSR1
         consensus.wait_for_all()
 
 
 class Signalled(torch.utils.data.Dataset):
-    """Its items are numbers; the loader process that makes the third one is told to stop."""
+    """Numbers. The loader process that makes the third one receives a signal."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -124,7 +124,7 @@ forks = pytest.mark.filterwarnings('ignore:.*multi-threaded.*fork:DeprecationWar
 
 @forks
 @each_signal
-def test_loader_processes_go_on_whatever_signal_they_get(number):
+def test_loader_processes_survive_signals(number):
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     loader = torch.utils.data.DataLoader(Signalled(number), batch_size=None, num_workers=1)
     assert list(stopping.iter_with_signals_blocked(loader)) == list(range(6))
@@ -132,14 +132,14 @@ def test_loader_processes_go_on_whatever_signal_they_get(number):
 
 
 @forks
-def test_without_that_they_die_of_it():
+def test_loader_processes_die_of_unblocked_signals():
     loader = torch.utils.data.DataLoader(Signalled(signal.SIGUSR1), batch_size=None, num_workers=1)
     with pytest.raises(RuntimeError, match=r'killed by signal|exited unexpectedly'):
         list(loader)
 
 
 @forks
-def test_loader_processes_are_ended_without_a_word():
+def test_loader_processes_are_killed_silently():
     loader = torch.utils.data.DataLoader(range(100), num_workers=2, persistent_workers=True)
     batches = stopping.iter_with_signals_blocked(loader)
     next(batches)
@@ -152,7 +152,7 @@ def test_loader_processes_are_ended_without_a_word():
     time.sleep(0)
 
 
-def test_a_rank_whose_launcher_has_died_asks_all_to_stop(monkeypatch):
+def test_dead_launcher_stops_all_ranks(monkeypatch):
     monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'x')
     with stopping.StopSignals() as signals:
         consensus = stopping.RankConsensus(signals)
@@ -161,13 +161,13 @@ def test_a_rank_whose_launcher_has_died_asks_all_to_stop(monkeypatch):
         assert consensus.poll() == (signal.SIGTERM, False)
 
 
-def test_a_process_that_is_stuck_where_no_python_runs_is_ended(tmp_path):
+def test_process_stuck_outside_python_is_ended(tmp_path):
     code = """
 import ctypes, os, signal, stopping
 stopping.StopSignals.PATIENCE, stopping.StopSignals.STUCK = 0.2, 0.2
 with stopping.StopSignals() as signals:
     signals.defer()
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])  # nothing in the main thread is reached any more
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])  # the main thread receives nothing any more
     os.kill(os.getpid(), signal.SIGTERM)
     while True:
         ctypes.CDLL(None).sleep(60)

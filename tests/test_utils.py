@@ -23,10 +23,10 @@ CPU = torch.device('cpu')
     [
         (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), 'x.pth'), 'x.pth: No such file or directory'),
         (ValueError('of two\n  lines'), 'of two lines'),
-        (KeyError('a kind that was named'), 'a kind that was named'),
+        (KeyError('a type that was named'), 'a type that was named'),
     ],
 )
-def test_bad_input_is_blamed_on_its_flag_in_one_line(error, words):
+def test_bad_input_names_its_flag_in_one_line(error, words):
     with (
         pytest.raises(utils.UsageError, match=rf"^--flag value: '?{words}'?$"),
         utils.usage_error_context('--flag', 'value', KeyError),
@@ -34,7 +34,7 @@ def test_bad_input_is_blamed_on_its_flag_in_one_line(error, words):
         raise error
 
 
-def test_an_error_of_a_kind_that_was_not_named_is_no_bad_input():
+def test_other_errors_are_not_bad_input():
     with pytest.raises(ZeroDivisionError), utils.usage_error_context('--flag', 'value', KeyError):
         raise ZeroDivisionError
 
@@ -47,8 +47,8 @@ def feed(meters: utils.Meters, images: int = 4, **columns) -> None:
         meters.update({name: torch.tensor(float(value)) for name, value in zip(columns, row, strict=True)}, images)
 
 
-@pytest.mark.parametrize('names', [('base',), ('base', 'dist', 'a_term_nobody_knew')])
-def test_means_are_those_of_all_steps_and_the_loss_is_the_sum_of_the_terms(names):
+@pytest.mark.parametrize('names', [('base',), ('base', 'dist', 'unknown_term')])
+def test_means_over_steps_and_loss_as_sum_of_terms(names):
     table = np.random.default_rng(0).normal(size=(5, len(names)))
     meters = utils.Meters()
     feed(meters, **dict(zip(names, table.T, strict=True)))
@@ -57,7 +57,7 @@ def test_means_are_those_of_all_steps_and_the_loss_is_the_sum_of_the_terms(names
     np.testing.assert_allclose(list(means.values()), [table.sum(1).mean(), *table.mean(0)], rtol=1e-6)
 
 
-def test_a_line_tells_the_mean_since_the_last_one_and_that_of_the_epoch():
+def test_line_has_recent_and_epoch_means():
     meters = utils.Meters()
     feed(meters, a=[1, 2], b=[10, 20])
     assert meters.line() == 'loss: 16.5000 (16.5000)  loss_a: 1.5000 (1.5000)  loss_b: 15.0000 (15.0000)'
@@ -65,7 +65,7 @@ def test_a_line_tells_the_mean_since_the_last_one_and_that_of_the_epoch():
     assert meters.line() == 'loss: 6.0000 (13.0000)  loss_a: 6.0000 (3.0000)  loss_b: 0.0000 (10.0000)'
 
 
-def test_means_are_over_images_whatever_the_size_of_their_batches():
+def test_means_are_over_images():
     meters = utils.Meters()
     feed(meters, images=6, a=[1])
     feed(meters, images=2, a=[5])
@@ -74,7 +74,7 @@ def test_means_are_over_images_whatever_the_size_of_their_batches():
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
-def test_a_row_that_is_not_finite_counts_for_nothing(value):
+def test_non_finite_step_is_left_out(value):
     with_it, without = utils.Meters(), utils.Meters()
     feed(with_it, good=[1, 2, 4], bad=[1, value, 3])
     feed(without, good=[1, 4], bad=[1, 3])
@@ -82,7 +82,7 @@ def test_a_row_that_is_not_finite_counts_for_nothing(value):
     assert with_it.means() == without.means() == {'loss': 4.5, 'loss_good': 2.5, 'loss_bad': 2}
 
 
-def test_a_line_after_nothing_but_such_rows_is_a_line_all_the_same():
+def test_line_after_only_non_finite_steps():
     meters = utils.Meters()
     feed(meters, a=[math.nan])
     assert meters.line() == 'loss: 0.0000 (0.0000)  loss_a: 0.0000 (0.0000)'
@@ -93,7 +93,7 @@ def ranks(monkeypatch, world: int, rank: int) -> None:
     monkeypatch.setattr(utils, 'get_rank', lambda: rank)
 
 
-def test_meters_come_back_to_the_bit_and_count_on():
+def test_meters_resume_exactly():
     meters, again = utils.Meters(), utils.Meters()
     feed(meters, a=[0.1, 0.2], b=[0.3, 0.7])
     again.load_state_dict(meters.state_dict(), CPU)
@@ -101,7 +101,7 @@ def test_meters_come_back_to_the_bit_and_count_on():
     for each in (meters, again):
         feed(each, a=[0.7], b=[0.9])
     assert again.means() == meters.means()
-    assert again.line() == meters.line()  # its first part is of what came after the resume
+    assert again.line() == meters.line()  # the recent means are of the steps after the resume
     empty = utils.Meters()
     empty.load_state_dict(utils.Meters().state_dict(), CPU)
     assert empty.total is None
@@ -109,7 +109,7 @@ def test_meters_come_back_to_the_bit_and_count_on():
 
 @pytest.mark.parametrize(('rank', 'order'), [(0, ['call', 'meet']), (1, ['meet', 'call'])])
 @pytest.mark.parametrize('fails', [False, True])
-def test_the_first_rank_goes_first_and_keeps_nobody_waiting_when_it_fails(monkeypatch, rank, order, fails):
+def test_main_process_first_does_not_block_on_failure(monkeypatch, rank, order, fails):
     done = []
     ranks(monkeypatch, 2, rank)
     monkeypatch.setattr(utils, 'gather_objects', lambda value: done.append('meet'))
@@ -128,7 +128,7 @@ def test_the_first_rank_goes_first_and_keeps_nobody_waiting_when_it_fails(monkey
 
 @pytest.mark.parametrize('saved_by', [1, 2, 3])
 @pytest.mark.parametrize('world', [1, 2, 3])
-def test_meters_of_some_ranks_go_on_among_others_with_the_same_sums(monkeypatch, saved_by, world):
+def test_meters_keep_their_sums_on_other_ranks(monkeypatch, saved_by, world):
     state = {'names': ['loss', 'loss_a'], 'totals': [[1.0 + rank, 10.0 * rank, 2.0] for rank in range(saved_by)]}
     rows = []
     for rank in range(world):
@@ -138,10 +138,10 @@ def test_meters_of_some_ranks_go_on_among_others_with_the_same_sums(monkeypatch,
         rows.append(meters.total.tolist())
     assert np.sum(rows, axis=0).tolist() == np.sum(state['totals'], axis=0).tolist()
     if saved_by == world:
-        assert rows == state['totals']  # each rank its own: another order of adding would round otherwise
+        assert rows == state['totals']  # each rank keeps its own, because another order of adding rounds differently
 
 
-def test_an_epoch_begun_without_a_term_goes_on_with_it():
+def test_meters_accept_a_new_term_in_mid_epoch():
     meters, again = utils.Meters(), utils.Meters()
     feed(meters, a=[2, 4])
     again.load_state_dict(meters.state_dict(), CPU)
@@ -151,20 +151,20 @@ def test_an_epoch_begun_without_a_term_goes_on_with_it():
 
 
 def test_meters_with_more_names_than_values_are_refused():
-    with pytest.raises(ValueError, match='not as many values as names'):
+    with pytest.raises(ValueError, match='as many values as names'):
         utils.Meters().load_state_dict({'names': ['loss', 'loss_a', 'loss_b'], 'totals': [[1.0, 2.0, 3.0]]}, CPU)
 
 
 # Random numbers -------------------------------------------------------------------------------------------------------
 
 
-def test_seeds_are_the_published_ones():
-    # Stated, not recomputed: another value would make another run of every seed, on any Python and any PYTHONHASHSEED.
+def test_seeds_never_change():
+    # Written down, because another value would change every run. It does not depend on Python or PYTHONHASHSEED.
     assert utils.counter_seed(0, 'augment', 1, 2) == 2399798969184625679
     assert utils.counter_seed(2**40, 'step', 10**6, 7) == 900481060987346436
 
 
-def test_every_coordinate_and_every_stream_has_seeds_of_its_own():
+def test_seeds_differ_by_coordinate_and_stream():
     counters = list(itertools.product(range(4), ['augment', 'step', 'tokens'], range(6), range(6)))
     seeds = [utils.counter_seed(*counter) for counter in counters]
     assert len(set(seeds)) == len(counters)
@@ -179,19 +179,19 @@ def draws(seed: int, step: int, rank: int, noise: int = 0, shared_draw: bool = F
     return random.random(), np.random.rand(), torch.rand(()).item(), torch.rand((), generator=generator).item()
 
 
-def test_a_step_draws_the_same_whatever_was_drawn_before():
+def test_step_does_not_depend_on_earlier_draws():
     first = draws(1, 2, 3)
     assert draws(1, 2, 3, noise=5) == first
-    # Tokens must not hang on how many numbers drop-path takes: theirs is another stream.
+    # Tokens have a stream of their own, because they must not depend on how many numbers drop-path draws.
     assert first[2] != first[3]
 
 
 @pytest.mark.parametrize('other', [(0, 2, 3), (1, 3, 3), (1, 2, 0)])
-def test_another_seed_step_or_rank_draws_otherwise_from_all_four_generators(other):
+def test_seed_step_and_rank_change_all_four_generators(other):
     assert all(a != b for a, b in zip(draws(1, 2, 3), draws(*other), strict=True))
 
 
-def test_with_a_shared_draw_all_ranks_draw_the_tokens_of_one_process_and_all_else_for_themselves():
+def test_shared_draw_gives_all_ranks_the_same_tokens():
     first, second = (draws(1, 2, rank, shared_draw=True) for rank in (0, 3))
     assert first == draws(1, 2, 0)
     assert second == (*draws(1, 2, 3)[:3], first[3])
@@ -201,7 +201,7 @@ def test_with_a_shared_draw_all_ranks_draw_the_tokens_of_one_process_and_all_els
 
 
 @pytest.mark.parametrize('local_rank', ['0', '3'])
-def test_more_ranks_than_gpus_stop_all_ranks_of_a_machine(monkeypatch, local_rank):
+def test_more_ranks_than_gpus_is_an_error_on_all_ranks(monkeypatch, local_rank):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     for name, value in {
@@ -215,7 +215,7 @@ def test_more_ranks_than_gpus_stop_all_ranks_of_a_machine(monkeypatch, local_ran
         utils.init_distributed('cuda', 'env://')
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+def test_missing_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     with pytest.raises(utils.UsageError, match='cuda:5: 6 GPUs are needed'):

@@ -232,7 +232,7 @@ def plant(fault: Fault | None, rank: int, events: Path, record: str = '') -> Non
     _watch_files(plan)
     _watch_steps(plan)
     if fault is not None and fault.lags:
-        _after(stopping.RankConsensus, '__init__', lambda _, consensus, __: setattr(consensus, '_lags', True))
+        _after(stopping.RankConsensus, '__init__', lambda _, consensus, __: setattr(consensus, 'lagged', True))
     if record == 'images':
         _record_images(plan)
     if fault is not None and fault.do in ('nan', 'inf'):
