@@ -1,12 +1,14 @@
-"""What a run prints: lines of the first rank, and progress through an epoch."""
+"""What a run prints: log lines of the first rank, and the progress of an epoch."""
 
 import io
+import logging
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -14,15 +16,29 @@ import stopping
 import utils
 
 
+class StdoutHandler(logging.Handler):
+    """Prints each line to what is `sys.stdout` at that moment. A line that cannot be written is lost."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):  # a full disk, or a reader that has exited
+            print(self.format(record), flush=True)
+
+
+logger = logging.getLogger('manifold_distillation')
+logger.setLevel(logging.INFO)
+logger.propagate = False
+if not logger.handlers:
+    logger.addHandler(StdoutHandler())
+
+
 def log_rank0(text: str) -> None:
-    """Prints a line, on the first rank only. A full disk below it, or a reader that has gone, loses the line alone."""
+    """Logs a line, on the first rank only."""
     if utils.get_rank() == 0:
-        with suppress(OSError):
-            print(text, flush=True)
+        logger.info(text)
 
 
 def unbuffer_stdio() -> None:
-    """Prints go through no buffer: what cannot be written is lost, instead of failing anew wherever one is flushed."""
+    """Makes prints unbuffered, so that what cannot be written is lost and does not fail again at a later flush."""
     for name in ('stdout', 'stderr'):
         stream = getattr(sys, name)
         if stream is not None:
@@ -31,13 +47,16 @@ def unbuffer_stdio() -> None:
 
 
 class Progress:
-    """Walks through a loader and prints a line every so many steps: eta, times, memory, and what `line` tells.
+    """Iterates over an epoch and logs every few steps: time left, times per step, memory, and further text.
 
     Args:
-        header: begins each line.
-        print_freq: steps between lines; the first and the last step always print.
-        line: further text, asked for only when a line is printed.
-        device: whose memory is reported.
+        header: start of each line.
+        print_freq: steps between lines; the first and the last step always have one.
+        line: returns the further text; called only for a step that has a line.
+        device: its memory is reported.
+
+    Attributes:
+        due: whether the present step has a line.
     """
 
     def __init__(self, header: str, print_freq: int, line: Callable[[], str], device: torch.device) -> None:
@@ -45,10 +64,10 @@ class Progress:
         self.print_freq = print_freq
         self.line = line
         self.device = device
-        self.due = False  # a line follows the step whose batch was handed out last
+        self.due = False
 
-    def over(self, loader: Iterable, first: int = 0) -> Iterator:
-        """The batches of the rest of an epoch, of which `first` steps are done already."""
+    def over(self, loader: utils.SizedIterable, first: int = 0) -> Iterator[Any]:
+        """Yields the batches of the rest of an epoch, of which `first` steps are done."""
         steps, start = first + len(loader), time.monotonic()
         last, printed, waited = start, first, 0.0
         batches = stopping.iter_with_signals_blocked(loader)
@@ -60,7 +79,7 @@ class Progress:
             self.due = step % self.print_freq == 0 or done == steps
             yield batch
             if self.due:
-                text = self.line()  # waits for the device, so the clock below is right
+                text = self.line()  # waits for the device, so the times below are right
                 now = time.monotonic()
                 since = done - printed
                 eta = timedelta(seconds=int((now - start) / (done - first) * (steps - done)))
@@ -73,7 +92,7 @@ class Progress:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory so far in MiB: of the device's allocator, on the CPU of this process."""
+    """Peak memory in MiB: of the device's allocator, or of this process on the CPU."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) >> 20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,18 +1,46 @@
 """loggers.py: what a run prints."""
 
+import errno
+import os
+import sys
+
 import pytest
 import torch
 
 import loggers
+import utils
 
 CPU = torch.device('cpu')
+
+
+def test_lines_are_plain_text_on_the_current_stdout(capsys):
+    loggers.log_rank0('100 % of {} lines')
+    assert capsys.readouterr() == ('100 % of {} lines\n', '')
+
+
+def test_only_the_first_rank_logs(capsys, monkeypatch):
+    monkeypatch.setattr(utils, 'get_rank', lambda: 1)
+    loggers.log_rank0('a line')
+    assert capsys.readouterr() == ('', '')
+
+
+def test_lost_line_does_not_stop_the_run(capsys, monkeypatch):
+    class FullDisk:
+        def write(self, _) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, 'stdout', FullDisk())
+        loggers.log_rank0('lost')
+    loggers.log_rank0('printed')
+    assert capsys.readouterr() == ('printed\n', '')
 
 
 @pytest.mark.parametrize(
     ('steps', 'print_freq', 'printed'),
     [(7, 3, [1, 4, 7]), (6, 3, [1, 4, 6]), (1, 10, [1]), (12, 100, [1, 12]), (3, 1, [1, 2, 3])],
 )
-def test_progress_prints_the_first_every_so_many_and_the_last_step(capsys, steps, print_freq, printed):
+def test_progress_lines_at_first_every_and_last_step(capsys, steps, print_freq, printed):
     seen, asked = [], []
 
     def line() -> str:
@@ -25,8 +53,8 @@ def test_progress_prints_the_first_every_so_many_and_the_last_step(capsys, steps
         due += [batch + 1] if progress.due else []
     lines = [text for text in capsys.readouterr().out.splitlines() if 'eta' in text]
     assert seen == list(range(steps))
-    assert due == printed  # known while the step is made
-    assert asked == printed  # between the lines nobody asks, for asking waits for the device
+    assert due == printed  # known during the step
+    assert asked == printed  # never between the lines, because that waits for the device
     width = len(str(steps))
     for number, text in zip(printed, lines, strict=True):
         assert text.startswith(f'Epoch: [2] [{number:{width}}/{steps}]  eta: ')
@@ -34,7 +62,7 @@ def test_progress_prints_the_first_every_so_many_and_the_last_step(capsys, steps
 
 
 @pytest.mark.parametrize(('first', 'printed'), [(0, [1, 4, 7, 8]), (3, [4, 7, 8]), (4, [7, 8]), (7, [8]), (8, [])])
-def test_progress_of_the_rest_of_an_epoch_prints_where_that_of_the_whole_would(capsys, first, printed):
+def test_progress_of_a_resumed_epoch_keeps_its_lines(capsys, first, printed):
     assert list(loggers.Progress('Epoch: [0]', 3, str, CPU).over(range(first, 8), first)) == list(range(first, 8))
     lines = [text for text in capsys.readouterr().out.splitlines() if 'eta' in text]
     assert [text.split()[2] for text in lines] == [f'[{number}/8]' for number in printed]
