@@ -5,12 +5,9 @@ Images are bytes, (3, H, W) of dtype uint8, or PIL's; `augment.py` makes of them
 
 import io
 import json
-import logging
-import math
 import os
 import random
 import re
-import tarfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,18 +22,17 @@ from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, ImageNetInfo, create_transform
 from timm.data.auto_augment import AugmentOp
 from timm.data.random_erasing import RandomErasing
-from timm.data.readers import add_img_extensions, create_reader
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation, ToNumpy
 from torch.nn.functional import interpolate
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, FakeData, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
 
+import tars
 from augment import PolicySampler, draw_erasures
+from tars import Samples, TarSamples
 from utils import counter_seed
 
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
@@ -99,27 +95,6 @@ def _to_bytes(image: Image.Image | torch.Tensor) -> torch.Tensor:
 
 def _to_pil(image: torch.Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-
-
-class Samples(Sequence):
-    """(path, class) of each image in two arrays: of a million Python objects each loader process gets its own copies.
-
-    Args:
-        samples: the same as a list.
-    """
-
-    def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
-        names = [os.fsencode(name) for name, _ in samples]
-        self._text = b''.join(names)
-        self._ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
-        self._classes = np.array([target for _, target in samples], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._classes)
-
-    def __getitem__(self, index: int) -> tuple[str, int]:
-        index = range(len(self))[index]
-        return os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]]), int(self._classes[index])
 
 
 class INatDataset(Dataset):
@@ -205,71 +180,91 @@ class DatasetRequest:
 
 
 class TarDataset(Dataset):
-    """Images in a tar, or in a folder of tars or a tar of tars, each read where it lies.
-
-    The class of an image is the folder it is in, or its tar; timm reads the index.
+    """Images in tar files, each read where it lies.
 
     Args:
-        place: the tar or the folder.
+        samples: which images.
         transform: applied to each image.
     """
 
-    def __init__(self, place: Path, transform: Callable | None = None) -> None:
-        index = _tar_index(place)
-        self.classes = _index_classes(index)
-        names = {number: name for name, number in index.class_name_to_idx.items()}
-        number = {name: i for i, name in enumerate(self.classes)}
-        self.samples, places = [], []
-        self._archives = list(dict.fromkeys(place / archive if archive else place for _, archive, _ in index.samples))
-        archive_number = {path: i for i, path in enumerate(self._archives)}
-        for (member, archive, inner), target in zip(index.samples, index.targets, strict=True):
-            path = place / archive if archive else place
-            self.samples.append((f'{path}:{inner.name + ":" if inner else ""}{member.name}', number[names[target]]))
-            start = member.offset_data + (inner.offset_data if inner else 0)
-            places.append((archive_number[path], start, member.size))
-        self._places = np.array(places, dtype=np.int64).reshape(-1, 3)
-        self.transform = transform
+    def __init__(self, samples: TarSamples, transform: Callable | None = None) -> None:
+        self.samples, self.transform = samples, transform
+        if samples.classes is not None:
+            self.classes = samples.classes
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int):
-        (name, target), (archive, start, size) = self.samples[index], self._places[index].tolist()
-        # Opened anew for each image: an open file would be shared, with its position, by all loader processes.
-        image = load_image(name, self._archives[archive], start, size)
+        name, target = self.samples[index]
+        # Each time opened: loader processes would share an open file, with its position.
+        image = load_image(name, *self.samples.place(index))
         return (self.transform(image) if self.transform else image), target
 
 
-@lru_cache  # both splits and the size of the head ask for it, and a large tar is read from end to end
-def _tar_index(place: Path) -> ReaderImageInTar:
-    add_img_extensions(IMG_EXTENSIONS)  # a tar has the images that a tree of folders would have
-    try:
-        # Its cache of a large index is a pickle, and not told from that of other tars.
-        return ReaderImageInTar(str(place), cache_tarinfo=False)
-    except (AssertionError, ValueError, tarfile.TarError) as error:
-        raise ValueError(f'{place} is no tar of images, and no folder of such: {error}') from error
+def _tar_samples(root: Path, train: bool) -> TarSamples:
+    """The images in `train.tar` or `val.tar`, or in a folder of tars of that name."""
+    split = 'train' if train else 'val'
+    if (root / f'{split}.tar').exists():
+        paths = [root / f'{split}.tar']
+    elif (root / split).exists():
+        paths = sorted((root / split).glob('*.tar'))
+    else:
+        raise ValueError(f'there is neither {split}.tar nor a folder {split} of tars')
+    return _open_tars(paths, tars.class_folders, root / split)
 
 
-def _index_classes(index: ReaderImageInTar) -> list[str]:
-    # In the order of a tree of folders, so that a head fits both; timm counts c2 before c10.
-    return sorted(index.class_name_to_idx)
-
-
-def _tar_split(root: Path, train: bool) -> Path:
-    name = 'train' if train else 'val'
-    for place in (root / f'{name}.tar', root / name):
-        if place.exists():
-            return place
-    raise ValueError(f'there is neither {name}.tar nor a folder {name} of tars')
+def _open_tars(paths: list[Path], layout: Callable[[Sequence[Path]], tars.Arrays], place: Path) -> TarSamples:
+    samples = tars.open_index(paths, layout) if paths else ()
+    if not samples:
+        raise ValueError(f'{paths[0] if len(paths) == 1 else place}: holds no images in tar files')
+    return samples
 
 
 def _tar_classes(root: Path, inat_category: str = '') -> list[str]:
     """Class names; `val` alone is enough where there is no `train`."""
-    val = _index_classes(_tar_index(_tar_split(root, False)))
+    val = _tar_samples(root, False).classes
     has_train = any((root / name).exists() for name in ('train.tar', 'train'))
-    train = _index_classes(_tar_index(_tar_split(root, True))) if has_train else val
+    train = _tar_samples(root, True).classes if has_train else val
     _check_same_classes(train, val)
     return train
+
+
+def _find_shards(root: Path, train: bool) -> tuple[list[Path], list[int] | None]:
+    """WebDataset shards of a split and, if an info file lists them, how many images each has; ([], None) for none."""
+    for info in (root / name for name in ('_info.json', 'info.json')):
+        if info.exists():
+            with parse_errors_name_file(info):
+                splits = _read_json(info)['splits']
+                found = [splits[name] for name in (('train',) if train else ('validation', 'val')) if name in splits]
+                if not found:
+                    return [], None
+                names, lengths = found[0]['filenames'], [int(length) for length in found[0]['shard_lengths']]
+                if not names or not all(isinstance(name, str) for name in names) or len(names) != len(lengths):
+                    raise ValueError('filenames and shard_lengths must be lists of equal length, not empty')
+            return [root / name for name in names], lengths
+    split = 'train' if train else 'val'
+    return sorted([*root.glob(f'*{split}*.tar'), *root.glob(f'{split}/*.tar')]), None
+
+
+def _shard_samples(root: Path, train: bool) -> TarSamples:
+    """The images in the WebDataset shards of a split."""
+    paths, lengths = _find_shards(root, train)
+    if not paths:
+        split = 'train' if train else 'val'
+        listed = 'split "train"' if train else 'split "validation" or "val"'
+        raise ValueError(f'{root} has no _info.json with a {listed}, no *{split}*.tar and no {split}/*.tar')
+    samples = _open_tars(paths, tars.webdataset, root)
+    for path, expected, found in zip(paths, lengths or (), samples.images_by_tar(), strict=False):
+        if found != expected:
+            raise ValueError(f'{path}: holds {found} images, but the info file says {expected}')
+    return samples
+
+
+def _shard_classes(root: Path, inat_category: str = '') -> range:
+    """All numbers up to the largest class of train and val; `val` alone is enough where there is no `train`."""
+    splits = [False, True] if _find_shards(root, True)[0] else [False]
+    return range(1 + max(int(_shard_samples(root, train).targets().max()) for train in splits))
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -350,31 +345,58 @@ DATA_SETS = {
     'INAT': DatasetSpec(_open_inat(2018), partial(_inat_classes, year=2018)),
     'INAT19': DatasetSpec(_open_inat(2019), partial(_inat_classes, year=2019)),
     'TAR': DatasetSpec(
-        lambda request: TarDataset(_tar_split(request.root, request.train), request.transform), _tar_classes
+        lambda request: TarDataset(_tar_samples(request.root, request.train), request.transform), _tar_classes
+    ),
+    'wds/': DatasetSpec(
+        lambda request: TarDataset(_shard_samples(request.root, request.train), request.transform), _shard_classes
     ),
     'FAKE': DatasetSpec(_open_fake, num_classes=FAKE_CLASSES),
 }
 
 
-def count_classes(name: str, root: str, inat_category: str = 'name') -> int:
+def parse_name(text: str) -> str:
+    """Checks the name of a data set: a key of DATA_SETS, or `wds/` with the name of a folder behind it.
+
+    Raises:
+        ValueError: there is no such data set.
+    """
+    if text.startswith('hfds/'):
+        raise ValueError(
+            f'{text}: hfds/ needs a package named datasets, and so is a module of this program named; '
+            'convert the images to WebDataset shards and use wds/'
+        )
+    kind, slash, _ = text.partition('/')
+    if kind + slash not in DATA_SETS:
+        raise ValueError(f'{text} is none of {", ".join(DATA_SETS)}')
+    return text
+
+
+def _find_spec(name: str, root: str) -> tuple[DatasetSpec, Path]:
+    """The row of a data set, and the folder it lies in: `wds/NAME` lies in the folder NAME of `root`."""
+    kind, slash, folder = name.partition('/')
+    return DATA_SETS[kind + slash], Path(root) / folder
+
+
+def count_classes(name: str, root: str, inat_category: str = 'name', num_classes: int | None = None) -> int:
     """Size of the head a data set asks for, from its folder names or index files, without reading an image.
 
     Args:
-        name: a key of DATA_SETS.
+        name: as `parse_name` accepts it.
         root: where it lies.
         inat_category: level of iNaturalist's taxonomy.
+        num_classes: size of the head if that is to be larger than the classes found ask for; None: just that.
 
     Raises:
-        ValueError: it is not there, or `train/` and `val/` hold different classes.
+        ValueError: it is not there, `train/` and `val/` hold different classes, or there are more than `num_classes`.
         OSError: its files cannot be read.
     """
-    entry = DATA_SETS[name]
-    found = len(entry.classes(Path(root), inat_category)) if entry.classes else entry.num_classes
-    if entry.num_classes is None:
-        return found
-    if found > entry.num_classes:
-        raise ValueError(f'it has {found} class folders, {name} only {entry.num_classes} classes')
-    return entry.num_classes
+    spec, folder = _find_spec(name, root)
+    names = spec.classes(folder, inat_category) if spec.classes else range(spec.num_classes)
+    allowed = num_classes or spec.num_classes or len(names)
+    if len(names) > allowed:
+        limit = f'--num-classes {num_classes}' if num_classes else f'the {allowed} of {name}'
+        raise ValueError(f'it has {len(names)} classes, the last of them is {names[-1]}: more than {limit}')
+    return allowed
 
 
 def build_dataset(
@@ -385,25 +407,27 @@ def build_dataset(
     *,
     input_size: int = 224,
     inat_category: str = 'name',
+    num_classes: int | None = None,
 ) -> tuple[Dataset, int]:
     """A split of a data set and its number of classes.
 
     Args:
-        name: a key of DATA_SETS.
+        name: as `parse_name` accepts it.
         root: where it lies; for `IMNET` and `FOLDER` the folder that holds `train/` and `val/`.
         train: the training split, otherwise the validation split.
         transform: PIL image → tensor.
         input_size: height and width of the generated images of `FAKE`.
         inat_category: level of iNaturalist's taxonomy that is the class.
+        num_classes: see `count_classes`.
 
     Raises:
         ValueError: it is not there, is incomplete, or `train/` and `val/` hold different classes.
         OSError: its files cannot be read.
     """
-    num_classes = count_classes(name, root, inat_category)
-    request = DatasetRequest(Path(root), train, transform, input_size, inat_category)
+    found = count_classes(name, root, inat_category, num_classes)
+    spec, folder = _find_spec(name, root)
     try:
-        return DATA_SETS[name].open(request), num_classes
+        return spec.open(DatasetRequest(folder, train, transform, input_size, inat_category)), found
     except RuntimeError as error:  # torchvision's word for "not found or corrupted"
         raise ValueError(f'{name}: {str(error).split(".")[0]}') from error
 
@@ -540,7 +564,7 @@ class CheckedDataset(Dataset):
 
     def __init__(self, dataset: Dataset, skip_bad: bool) -> None:
         self.dataset = dataset
-        if hasattr(dataset, 'samples'):
+        if hasattr(dataset, 'samples') and not isinstance(dataset.samples, Samples):
             dataset.samples = Samples(dataset.samples)
             if isinstance(dataset, ImageFolder):  # which keeps the same in lists of its own
                 dataset.imgs, dataset.targets = dataset.samples, None
@@ -576,8 +600,9 @@ class CheckedDataset(Dataset):
 
     def _class_of(self, index: int) -> str:
         target = self.dataset.samples[index][1]
-        names = {number: name for name, number in getattr(self.dataset, 'class_to_idx', {}).items()}
-        return names[target] if names else self.dataset.classes[target]
+        if hasattr(self.dataset, 'class_to_idx'):
+            return {number: name for name, number in self.dataset.class_to_idx.items()}[target]
+        return self.dataset.classes[target] if hasattr(self.dataset, 'classes') else str(target)
 
     def list_bad(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], again: bool = False) -> list[str]:
         """File and class of the images left out on any rank, those since the last call or all.
@@ -634,178 +659,6 @@ class EvalDataset(CheckedDataset):
         return (torch.zeros_like(self.first()[0]), -1) if item is None else item
 
 
-# Streams --------------------------------------------------------------------------------------------------------------
-
-STREAM = 'wds/'  # how the name of a data set begins that is read from end to end: WebDataset
-_INFO = ('_info.json', 'info.json')
-
-
-@dataclass(frozen=True)
-class Shards:
-    """The tars of a split, relative to their root, how many images are in each, and in the whole split."""
-
-    root: Path
-    names: tuple[str, ...]
-    lengths: tuple[int, ...]
-    images: int
-
-    def share(self, rank: int, world: int) -> 'Shards':
-        """Every world-th of them, from rank on."""
-        return Shards(self.root, self.names[rank::world], self.lengths[rank::world], self.images)
-
-
-@lru_cache  # without `_info.json` all shards are gone through
-def find_shards(root: Path, train: bool) -> Shards:
-    """The shards of a split, as `_info.json` lists them; otherwise `*train*.tar` and `*val*.tar`, counted.
-
-    Raises:
-        ValueError: there are none.
-        OSError: they cannot be read.
-    """
-    for path in (root / name for name in _INFO):
-        if path.exists():
-            with parse_errors_name_file(path):
-                splits = _read_json(path)['splits']
-                found = [splits[name] for name in (('train',) if train else ('validation', 'val')) if name in splits]
-                if not found:
-                    raise ValueError(f'has no split {"train" if train else "validation"}')
-                names, lengths = found[0]['filenames'], [int(length) for length in found[0]['shard_lengths']]
-                if not names or not all(isinstance(name, str) for name in names) or len(names) != len(lengths):
-                    raise ValueError('filenames and shard_lengths must be as many, and one at least')
-            missing = [name for name in names if not (root / name).exists()]  # the reader would pass over them
-            if missing:
-                raise ValueError(f'{len(missing)} of {len(names)} shards in {path} are not there: {missing[0]} …')
-            return Shards(root, tuple(names), tuple(lengths), sum(lengths))
-    word = 'train' if train else 'val'
-    paths = sorted([*root.glob(f'*{word}*.tar'), *root.glob(f'{word}/*.tar')])
-    if not paths:
-        raise ValueError(f'{root} has no _info.json, no *{word}*.tar and no {word}/*.tar')
-    lengths = tuple(map(_count_images, paths))
-    return Shards(root, tuple(str(path.relative_to(root)) for path in paths), lengths, sum(lengths))
-
-
-def _count_images(path: Path) -> int:
-    """Images in a shard: members that tell a class."""
-    try:
-        with tarfile.open(path) as tar:
-            return sum(member.name.endswith('.cls') for member in tar)
-    except tarfile.TarError as error:
-        raise ValueError(f'{path} is no shard: {error}') from error
-
-
-class StreamDataset(IterableDataset):
-    """A split of WebDataset shards, by timm's reader: `.jpg`, `.jpeg`, `.png` or `.webp` with a number in `.cls`.
-
-    In training all loader processes take equally many images, in whole batches: one with fewer in its shards begins
-    them again, one with more leaves some out. The order of the shards is a function of (seed, epoch), that within a
-    window of 8192 images of the loader process too. Evaluation has each image of its shards once. Images that cannot be
-    decoded are left out, with a warning on stderr.
-
-    Args:
-        shards: all of the split in training, this rank's share in evaluation.
-        train: items are (image, class, number, todo) as those of `TrainDataset`, in evaluation (image, class).
-        transform: PIL image → tensor.
-        num_classes: classes there are.
-        batch_size: images of a batch.
-        workers: loader processes, 0 for none.
-        seed: the run's.
-        rank: this rank.
-        world: number of ranks.
-    """
-
-    def __init__(
-        self,
-        shards: Shards,
-        train: bool,
-        transform: Callable,
-        num_classes: int,
-        batch_size: int,
-        workers: int,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.shards, self.train, self.transform, self.num_classes = shards, train, transform, num_classes
-        self.batch_size, self.workers = batch_size, max(1, workers)
-        self.seed, self.rank, self.world = seed, rank, world
-        self.epoch = self.start = 0
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Chooses the epoch, and after how many images of all ranks it goes on: then with shards in another order."""
-        self.epoch, self.start = epoch, start
-
-    @property
-    def images(self) -> int:
-        """Of the split, on all ranks."""
-        return self.shards.images
-
-    def __len__(self) -> int:
-        """Images this rank takes; in evaluation as many as there are at most, counted in batches."""
-        if not self.train:
-            return sum(self.shards.lengths) + self.workers * self.batch_size
-        return self.workers * self._of_a_worker()
-
-    def _of_a_worker(self) -> int:
-        share = math.ceil((self.shards.images - self.start) / (self.world * self.workers))
-        return math.ceil(share / self.batch_size) * self.batch_size
-
-    def first(self) -> tuple:
-        """One image that can be read, and its class."""
-        once = StreamDataset(self.shards, False, self.transform, self.num_classes, 1, 0)
-        for item in once:
-            return item
-        raise BadImageError(f'{self.shards.root}: no image of {self.shards.names[0]} … can be read')
-
-    def __iter__(self) -> Iterator[tuple]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        counter = (self.epoch, self.start, self.rank, worker)
-        i = -1
-        for i, (image, target) in enumerate(self._reader(info, counter) if self.shards.names else ()):
-            if not 0 <= target < self.num_classes:
-                raise BadImageError(
-                    f'{self.shards.root}: an image is of class {target}, --num-classes {self.num_classes} are 0 to '
-                    f'{self.num_classes - 1}'
-                )
-            if self.train:
-                number = counter_seed(self.seed, 'augment', *counter, i)
-                _seed_augmentation(number)
-                image, aug_params = self.transform(image)
-                yield image, target, worker + workers * i, {'key': number, **aug_params}
-            else:
-                yield self.transform(image), target
-        if self.train and i + 1 < self._of_a_worker():
-            raise BadImageError(f'{self.shards.root}: no image of the shards of a loader process can be read')
-
-    def _reader(self, info: object, counter: tuple[int, ...]) -> Iterable:
-        logging.getLogger('timm.data.readers.reader_wds').addFilter(_no_word_of_info)  # once, however often
-        reader = create_reader(
-            STREAM,
-            root=str(self.shards.root),
-            split=f'{"::".join(self.shards.names)}|{self.shards.images - self.start}',
-            is_training=self.train,
-            batch_size=self.batch_size,
-            input_key='jpg;jpeg;png;webp',
-            seed=counter_seed(self.seed, 'shards', self.epoch, self.start),
-        )
-        # What it would ask the process group and torch's global generator for.
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        reader.worker_info = info or 'none'
-        reader.dist_num_replicas, reader.num_workers = self.world, workers
-        reader.global_num_workers, reader.global_worker_id = self.world * workers, self.rank * workers + worker
-        reader.worker_seed = counter_seed(self.seed, 'window', *counter)
-        return reader
-
-    def list_bad(self, sum_over_ranks: Callable, again: bool = False) -> list[str]:
-        """Nothing: the reader has warned of each already."""
-        return []
-
-
-def _no_word_of_info(record: logging.LogRecord) -> bool:
-    """Keeps the reader from missing a file it is not asked to read: `find_shards` has told it all."""
-    return 'info file not found' not in record.getMessage()
-
-
 def _seed_augmentation(number: int) -> None:
     """Starts the global generators that timm and torchvision augment with."""
     random.seed(number)
@@ -825,9 +678,4 @@ def fingerprint(dataset: Dataset, num_classes: int) -> dict:
     numbers = [*getattr(dataset, 'class_to_idx', {}).values()]
     if numbers != [*range(len(numbers))]:  # a part of ImageNet
         names += f'\n{numbers}'
-    return {'images': count_images(dataset), 'classes': num_classes, 'names': zlib.crc32(names.encode())}
-
-
-def count_images(dataset: Dataset) -> int:
-    """Of the whole split."""
-    return dataset.images if isinstance(dataset, StreamDataset) else len(dataset)
+    return {'images': len(dataset), 'classes': num_classes, 'names': zlib.crc32(names.encode())}

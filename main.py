@@ -126,13 +126,10 @@ def _block_id(text: str) -> int | str:
 
 
 def _data_set(text: str) -> str:
-    if text.startswith('hfds/'):
-        raise argparse.ArgumentTypeError(
-            f'{text}: timm reads it by a package named datasets, as a file of this program is; convert it to wds/'
-        )
-    if text not in datasets.DATA_SETS and not text.startswith(datasets.STREAM):
-        raise argparse.ArgumentTypeError(f'{text} is none of {", ".join(datasets.DATA_SETS)}, {datasets.STREAM}…')
-    return text
+    try:
+        return datasets.parse_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def get_args_parser() -> Parser:
@@ -262,11 +259,11 @@ def _add_augmentation_flags(parser: Parser) -> None:
 
 def _add_data_flags(parser: Parser) -> None:
     add = parser.add_argument_group('data').add_argument
-    add('--data-set', type=_data_set, default='IMNET', metavar='{' + ','.join(datasets.DATA_SETS) + ',wds/…}',
+    add('--data-set', type=_data_set, default='IMNET', metavar='{' + ','.join(datasets.DATA_SETS) + '…}',
         help='FOLDER: any tree of class folders; TAR: train.tar and val.tar, or folders of tars, of class folders; '
         'wds/…: WebDataset shards, in a folder of that name in --data-path, or wds/ in it itself')  # fmt: skip
     add('--data-path', default='', help='folder that holds train/ and val/, or the files of the other sets')
-    add('--num-classes', type=COUNT, help='classes of --data-set wds/…; the others tell it')
+    add('--num-classes', type=COUNT, help='classes of --data-set wds/…, if there are more than its images show')
     add('--inat-category', default='name', choices=datasets.INAT_CATEGORIES, help='level that is the class')
     add('--num_workers', '--num-workers', type=WHOLE, default=10, help='loader processes per rank')
     add('--bad-images', default='stop', choices=('stop', 'skip'), help='images that cannot be decoded; skip: train on '
@@ -368,9 +365,7 @@ def _has_weights(args: argparse.Namespace) -> bool:
 def _check_recipe(args: argparse.Namespace) -> None:
     if args.data_set != 'FAKE' and not args.data_path:
         raise UsageError(f"--data-path '': --data-set {args.data_set} needs the folder it lies in")
-    if _streams(args):
-        _check_stream(args)
-    elif args.num_classes is not None:
+    if args.num_classes is not None and not args.data_set.startswith('wds/'):
         raise UsageError(f'--num-classes {args.num_classes}: --data-set {args.data_set} tells it by itself')
     if args.device_augment and not args.eval and (args.no_aug or args.aa in ('', 'none')):
         culprit = '--no-aug' if args.no_aug else f'--aa {args.aa or repr("")}'
@@ -389,22 +384,6 @@ def _check_recipe(args: argparse.Namespace) -> None:
         )
     if args.lr_noise is not None and len(args.lr_noise) > 2:
         raise UsageError(f'--lr-noise {format_values(args.lr_noise)}: one or two numbers are needed')
-
-
-def _check_stream(args: argparse.Namespace) -> None:
-    if args.num_classes is None:
-        raise UsageError(f'--data-set {args.data_set}: shards do not tell how many classes there are, --num-classes')
-    if args.repeated_aug == 'always' and not args.eval:
-        raise UsageError(f'--repeated-aug: a stream, --data-set {args.data_set}, cannot repeat images')
-    if args.bad_images == 'stop':
-        raise UsageError(
-            f"--bad-images stop: timm's reader of --data-set {args.data_set} leaves out, with a warning, images that "
-            'cannot be decoded; say so by --bad-images skip'
-        )
-
-
-def _streams(args: argparse.Namespace) -> bool:
-    return args.data_set.startswith(datasets.STREAM)
 
 
 def _mixes(args: argparse.Namespace) -> bool:
@@ -568,23 +547,19 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
 
 
 def _open_split(args: argparse.Namespace, train: bool, transform: Callable) -> Dataset:
-    """Training or validation images; of a stream this rank's share of the latter."""
+    """Training or validation images."""
     skip_bad = args.bad_images == 'skip'
     with usage_error_context('--data-path', args.data_path):
-        if _streams(args):
-            dataset = _open_stream(args, train, transform)
-        else:
-            dataset, _ = datasets.build_dataset(
-                args.data_set,
-                args.data_path,
-                train,
-                transform,
-                input_size=args.input_size,
-                inat_category=args.inat_category,
-            )
-            dataset = TrainDataset(dataset, skip_bad, args.seed) if train else EvalDataset(dataset, skip_bad)
-    if _streams(args) and not dataset.shards.names:  # a rank without validation shards
-        return dataset
+        dataset, _ = datasets.build_dataset(
+            args.data_set,
+            args.data_path,
+            train,
+            transform,
+            input_size=args.input_size,
+            inat_category=args.inat_category,
+            num_classes=args.num_classes,
+        )
+        dataset = TrainDataset(dataset, skip_bad, args.seed) if train else EvalDataset(dataset, skip_bad)
     shape = datasets.image_size(dataset)
     if shape != (args.input_size, args.input_size):
         raise UsageError(
@@ -598,42 +573,11 @@ def _accumulated(args: argparse.Namespace) -> str:
     return f' of --accum-steps {args.accum_steps}' if args.accum_steps > 1 else ''
 
 
-def check_shards(args: argparse.Namespace) -> None:
-    """Refuses, before any work, a stream of fewer training shards or images than there is use for."""
-    world, readers = utils.get_world_size(), max(1, args.num_workers)
-    with usage_error_context('--data-path', args.data_path):
-        shards = datasets.find_shards(_stream_root(args), train=not args.eval)
-    if not args.eval and len(shards.names) < world * readers:
-        raise UsageError(
-            f'--num_workers {args.num_workers}: {world} × {readers} loader processes want a shard each, '
-            f'--data-path {args.data_path} has {_count(len(shards.names), "shard")} for training'
-        )
-    if not args.eval and shards.images < world * _images_of_a_step(args):
-        raise UsageError(
-            f'--batch-size {args.batch_size}: the {shards.images} images do not fill a batch{_accumulated(args)} on '
-            f'{_count(world, "rank")}'
-        )
-
-
-def _stream_root(args: argparse.Namespace) -> Path:
-    return Path(args.data_path) / args.data_set.removeprefix(datasets.STREAM)
-
-
-def _open_stream(args: argparse.Namespace, train: bool, transform: Callable) -> datasets.StreamDataset:
-    shards, rank, world = datasets.find_shards(_stream_root(args), train), utils.get_rank(), utils.get_world_size()
-    if not train:
-        shards, rank, world = shards.share(rank, world) if args.dist_eval else shards, 0, 1
-    batch = _images_of_a_step(args) if train else args.batch_size
-    parts = (args.num_classes, batch, args.num_workers, args.seed, rank, world)
-    return datasets.StreamDataset(shards, train, transform, *parts)
-
-
 def _loader_options(args: argparse.Namespace, device: torch.device) -> dict:
     return {
         'num_workers': args.num_workers,
         'pin_memory': args.pin_mem and device.type == 'cuda',
-        # Those of a stream begin anew, and hear of the epoch then.
-        'persistent_workers': args.num_workers > 0 and not _streams(args),
+        'persistent_workers': args.num_workers > 0,
     }
 
 
@@ -659,8 +603,6 @@ def build_train_transform(args: argparse.Namespace, mean: tuple) -> datasets.Tra
 def build_train_loader(args: argparse.Namespace, device: torch.device, repeated_aug: bool, mean: tuple) -> DataLoader:
     """Augmented training images, this rank's share, whole batches only."""
     dataset, batch = _open_split(args, True, build_train_transform(args, mean)), _images_of_a_step(args)
-    if _streams(args):
-        return DataLoader(dataset, batch, drop_last=True, **_loader_options(args, device))
     world, shuffle_seed = utils.get_world_size(), utils.counter_seed(args.seed, 'shuffle')
     sampler = build_train_sampler(dataset, world, utils.get_rank(), repeated_aug, shuffle_seed)
     loader = DataLoader(dataset, batch, sampler=sampler, drop_last=True, **_loader_options(args, device))
@@ -675,8 +617,6 @@ def build_train_loader(args: argparse.Namespace, device: torch.device, repeated_
 def build_val_loader(args: argparse.Namespace, device: torch.device) -> DataLoader:
     """This rank's share of the validation images, without padding; all of them with --no-dist-eval."""
     dataset = _open_split(args, False, datasets.build_eval_transform(args.input_size))
-    if _streams(args):
-        return DataLoader(dataset, args.batch_size, **_loader_options(args, device))
     rank, world = (utils.get_rank(), utils.get_world_size()) if args.dist_eval else (0, 1)
     return DataLoader(
         dataset, args.batch_size, sampler=range(rank, len(dataset), world), **_loader_options(args, device)
@@ -688,8 +628,6 @@ def choose_order(args: argparse.Namespace, checkpoint: dict) -> bool:
 
     A run keeps the order it began with, whatever the number of ranks, unless a flag is typed.
     """
-    if _streams(args):
-        return False
     typed = {'always': True, False: False}.get(args.repeated_aug)
     begun = checkpoint.get('repeated_aug')
     if typed is None:
@@ -782,14 +720,11 @@ def describe_training(
     args: argparse.Namespace, train: DataLoader, val: DataLoader, criterion: nn.Module, repeated_aug: bool
 ) -> None:
     """What is trained on and what on, and what may surprise."""
-    world, images = utils.get_world_size(), datasets.count_images(train.dataset)
-    validation = datasets.count_images(val.dataset)
+    world, images, validation = utils.get_world_size(), len(train.dataset), len(val.dataset)
     log_rank0(
         f'images      {images:,} for training, {validation:,} for validation, {_count(len(train), "step")} an epoch'
     )
-    if _streams(args):
-        log_rank0('sampler     a stream: shards in an order of (seed, epoch), shuffled within a window')
-    elif repeated_aug:
+    if repeated_aug:
         batch = _images_of_a_step(args)
         distinct = distinct_images(batch, world)
         log_rank0(f"sampler     repeated augmentation: {distinct} distinct images in a rank's batch of {batch}")
@@ -904,11 +839,9 @@ class Parts:
 def run(args: argparse.Namespace, device: torch.device, signals: stopping.StopSignals) -> None:
     """Builds the parts, in the order that finds faults before work is done, and evaluates or trains."""
     with usage_error_context('--data-path', args.data_path):
-        num_classes = args.num_classes or utils.main_process_first(
-            lambda: datasets.count_classes(args.data_set, args.data_path, args.inat_category)
+        num_classes = utils.main_process_first(
+            lambda: datasets.count_classes(args.data_set, args.data_path, args.inat_category, args.num_classes)
         )
-    if _streams(args):
-        check_shards(args)
     describe_run(args, device, num_classes)
     taught = _taught(args) and not args.eval
     torch.manual_seed(args.seed)
@@ -984,9 +917,6 @@ def measure(
         stats = evaluate(model, loader, device, _amp_dtype(args, device), poll)
     if not stats['images']:
         raise datasets.BadImageError(f'{args.data_path}: no validation image can be read')
-    expected = datasets.count_images(loader.dataset)
-    if _streams(args) and stats['images'] < expected * (1 if args.dist_eval else utils.get_world_size()):
-        log_rank0(f'warning: --data-path {args.data_path}: not all of the {expected} validation images can be read')
     if not math.isfinite(stats['loss']):
         log_rank0(f'warning: not finite: logits of the {what}; its accuracy means nothing')
     log_rank0(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
@@ -1003,8 +933,7 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
     criterion = build_criterion(args)
     describe_training(args, train_loader, parts.val_loader, criterion, repeated_aug)
     state = build_state(args, parts.student.model)
-    images = train_loader.dataset if _streams(args) else train_loader.dataset.dataset
-    state.data = datasets.fingerprint(images, parts.num_classes)
+    state.data = datasets.fingerprint(train_loader.dataset.dataset, parts.num_classes)
     state.repeated_aug = repeated_aug
     run_dir.check_same_data(args.data_path, args.resume, state, checkpoint)
     run_dir.restore(state, checkpoint, args.resume, args.start_epoch, len(train_loader))
@@ -1050,13 +979,7 @@ def train(args: argparse.Namespace, parts: Parts, checkpoint: dict) -> None:
     start = time.monotonic()
     manager.drain()
     for epoch in range(state.epoch + 1, args.epochs):
-        order = train_loader.dataset if _streams(args) else train_loader.sampler
-        order.set_epoch(epoch, state.position)
-        if _streams(args) and state.position:
-            log_rank0(
-                'note        a stream cannot be entered in its midst: the epoch goes on with shards in another order, '
-                'and images may come twice or not at all'
-            )
+        train_loader.sampler.set_epoch(epoch, state.position)
         progress = {'epoch': epoch, 'step': state.step, 'done': state.position // global_batch}
         models_and_loss = (wrapped, parts.teacher, criterion)
         stats = train_one_epoch(

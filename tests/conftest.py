@@ -28,6 +28,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope='session', autouse=True)
+def own_cache(tmp_path_factory):
+    """Tests keep the indexes of tars in a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     random.seed(0)

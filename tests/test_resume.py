@@ -162,6 +162,18 @@ def test_resume_in_mid_epoch_is_exact(run, through, tmp_path, kind, step):
     assert toys.differing(toys.outcome(tmp_path), toys.outcome(through[kind])) == set()
 
 
+@toys.forks
+def test_resume_in_mid_epoch_is_exact_for_shards(run, files, tmp_path, capsys):
+    flags = {**toys.LONG, **toys.SHARDS, 'data_path': files / 'shards', 'repeated_aug': True, 'num_workers': 2}
+    through, resumed = tmp_path / 'through', tmp_path / 'resumed'
+    run(**flags, output_dir=through)
+    assert 'Accuracy of the network on the 8 test images' in capsys.readouterr().out
+    resumed.mkdir()
+    interrupted(through, 6, resumed)
+    run(**flags, output_dir=resumed)
+    assert toys.differing(toys.outcome(resumed), toys.outcome(through)) == set()
+
+
 def test_checkpoint_of_a_version_with_skipped_steps_resumes(run, through, tmp_path):
     flags = toys.load(through['float32'] / 'checkpoint.pth')['args']
     interrupted(through['float32'], 6, tmp_path, skipped=2, args={**flags, 'non_finite': 'skip:3'})

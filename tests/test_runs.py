@@ -1,6 +1,5 @@
 """Toy runs on generated images: logs, the summary at the start, and pairs of models."""
 
-import gc
 import json
 import re
 
@@ -10,9 +9,7 @@ import timm
 import torch
 import toys
 
-import datasets
 import main
-import run_dir
 
 pytestmark = pytest.mark.usefixtures('few_generated_images')
 
@@ -141,41 +138,6 @@ def test_teacher_is_frozen_and_not_saved(run, files, tmp_path, monkeypatch):
     assert checkpoint['model'].keys() == checkpoint['model_ema'].keys() == toys.student().state_dict().keys()
     held = [index for group in checkpoint['optimizer']['param_groups'] for index in group['params']]
     assert len(held) == len(list(toys.student().parameters()))
-
-
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # webdataset closes no file it read
-def test_stream_trains_and_resumes_between_epochs(run, files, tmp_path, capsys):
-    options = {**toys.STREAM, 'data_path': files / 'shards', 'num_workers': 2, 'batch_size': 4, 'seed': 3}
-    whole = run(**options, epochs=2, output_dir=tmp_path / 'whole')
-    assert 'Accuracy of the network on the 8 test images' in capsys.readouterr().out
-    first = run(**options, epochs=1, output_dir=tmp_path / 'parts')
-    parts = run(**options, epochs=2, output_dir=tmp_path / 'parts', resume='auto')
-    assert first == parts[:1]
-    assert len(parts) == 2
-    assert parts[0]['train_loss'] == whole[0]['train_loss']
-    gc.collect()
-
-
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
-def test_stream_resumed_in_mid_epoch_warns(run, files, tmp_path, capsys, monkeypatch):
-    options = {**toys.STREAM, 'data_path': files / 'shards', 'batch_size': 4, 'save_interval_steps': 1}
-    after_step = run_dir.CheckpointManager.after_step
-
-    def stop_after_two(self):
-        after_step(self)
-        if self.state.step == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(run_dir.CheckpointManager, 'after_step', stop_after_two)
-    with pytest.raises(KeyboardInterrupt):
-        run(**options)
-    monkeypatch.undo()
-    monkeypatch.setattr(datasets, 'FAKE_VAL', toys.VAL_IMAGES)
-    assert len(run(**options, resume='auto')) == 1
-    out = capsys.readouterr().out
-    assert 'a stream cannot be entered in its midst' in out
-    assert toys.load(tmp_path / 'checkpoint.pth')['step'] == 4
-    gc.collect()
 
 
 def test_list_blocks_prints_index_grid_width_and_path(capsys):

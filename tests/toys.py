@@ -131,7 +131,7 @@ def assert_same(left, right) -> None:
 
 TRAIN_IMAGES, VAL_IMAGES = 16, 8
 FOLDER = {'data_set': 'FOLDER', **ALONE}
-STREAM = {'data_set': 'wds/', 'num_classes': 3, 'bad_images': 'skip', **ALONE}
+SHARDS = {'data_set': 'wds/', **ALONE}
 TERMS = ['base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand', 'mf_full']
 RELEASE_KEYS = {
     'train_lr', 'train_loss', *(f'train_loss_{term}' for term in TERMS[:5]), 'test_loss', 'test_acc1', 'test_acc5',

@@ -126,7 +126,7 @@ def run(name: str, tree: Path, data: Path, out: Path) -> dict:
     argv = f'{COMMON} {flags}'.format(data=data, out=out).split()
     launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
     command = [sys.executable, *launcher, *without_checks(data), str(tree), *argv, '--output_dir', str(folder)]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'XDG_CACHE_HOME': str(out)}
     done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f'{name} in {tree}: exit status {done.returncode}\n{done.stderr[-3000:]}')
