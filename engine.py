@@ -331,7 +331,7 @@ def evaluate(
     )
     for _, batch in zip_longest(range(rounds), stopping.iter_with_signals_blocked(loader)):
         if batch is not None:
-            sums += _count_correct(model, *batch, device, amp_dtype)
+            sums += count_correct(model, *batch, device, amp_dtype)
         poll()
     loss, correct1, correct5, images = utils.sum_over_ranks(sums).tolist()
     return {
@@ -344,7 +344,7 @@ def evaluate(
     }
 
 
-def _count_correct(
+def count_correct(
     model: nn.Module, images: Tensor, targets: Tensor, device: torch.device, amp_dtype: torch.dtype
 ) -> Tensor:
     """(4,) sums over a batch: cross-entropy, right among the first one and the first five, images."""

@@ -359,6 +359,8 @@ class CheckpointManager:
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------
+#
+# Arguments with the name of a flag have its value. `checkpoint` is {} for a run that starts from scratch.
 
 
 def read_resume(resume: str, output_dir: str, evaluate: bool) -> tuple[dict[str, Any], Path | None]:
@@ -366,13 +368,8 @@ def read_resume(resume: str, output_dir: str, evaluate: bool) -> tuple[dict[str,
 
     A run that continues in its own folder falls back to the previous checkpoint if the newest one is damaged.
 
-    Args:
-        resume: the value of --resume: a file, a URL, 'auto' or ''.
-        output_dir: the value of --output_dir.
-        evaluate: the value of --eval.
-
     Returns:
-        The checkpoint, {} if there is none, and its path if it is a checkpoint of the run in `output_dir`.
+        The checkpoint, and its path if it is a checkpoint of the run in `output_dir`.
 
     Raises:
         UsageError: there is no such checkpoint, or none that can be read.
@@ -403,11 +400,6 @@ def read_resume(resume: str, output_dir: str, evaluate: bool) -> tuple[dict[str,
 def check_same_flags(resume: str, flags: dict[str, Any], checkpoint: dict[str, Any]) -> None:
     """Refuses flags that would make this another run, and shows a table of the other flags that have changed.
 
-    Args:
-        resume: the value of --resume.
-        flags: of this run.
-        checkpoint: to continue from.
-
     Raises:
         UsageError: a flag of RESUME_MUST_MATCH has changed.
     """
@@ -433,12 +425,6 @@ def check_same_flags(resume: str, flags: dict[str, Any], checkpoint: dict[str, A
 
 def check_same_data(data_path: str, resume: str, state: TrainingState, checkpoint: dict[str, Any]) -> None:
     """Refuses other training data than the checkpoint was trained on.
-
-    Args:
-        data_path: the value of --data-path.
-        resume: the value of --resume.
-        state: of this run.
-        checkpoint: to continue from.
 
     Raises:
         UsageError: the number of images, the number of classes or their names have changed.
@@ -466,9 +452,7 @@ def restore(state: TrainingState, checkpoint: dict[str, Any], resume: str, start
 
     Args:
         state: of this run; its model has its weights already.
-        checkpoint: to continue from; {} starts a new run, weights alone start one with these weights.
-        resume: the value of --resume.
-        start_epoch: the value of --start_epoch, for a checkpoint that does not tell its epoch.
+        checkpoint: with or without progress; one without starts a new run at `start_epoch`.
         steps: of a whole epoch.
 
     Raises:
@@ -498,11 +482,7 @@ def prepare_folder(
     """Creates --output_dir. Only a run that continues from its newest checkpoint may write to a folder that has a run.
 
     Args:
-        output_dir: the value of --output_dir; '' for none.
-        resume: the value of --resume.
-        start_epoch: the value of --start_epoch.
-        checkpoint: to continue from, {} for none.
-        own: its path, if it is a checkpoint of the run in this folder.
+        own: path of the checkpoint, if it is one of the run in this folder.
 
     Returns:
         The step of the `checkpoint.pth` in the folder, None if there is none or if it is damaged.

@@ -1,11 +1,11 @@
-"""What run safety costs: the share of a run's time that goes into saving and into the flags of each step.
+"""What fault tolerance costs: the part of a run's time that is spent on saves and on the checks of each step.
 
     python -m benchmarks.safety                        DeiT-Tiny from CaiT-S24, batch 16, on the CPU, one process
     python -m torch.distributed.run --standalone --nproc_per_node=2 -m benchmarks.safety --batch-size 8
 
-Runs the real program on generated images with random weights, and adds up the time spent in what it does for safety
-alone: polls between the ranks, the watch over what is not finite (with the gradient's norm), the saves. With several
-ranks the first one's time counts, which does the saving.
+Runs the real program on generated images with random weights. Adds up the time of what it does for fault tolerance
+alone: polls between the ranks, checks for values that are not finite (with the gradient's norm), saves. The figures are
+those of the first rank, which writes the checkpoints.
 """
 
 import argparse
@@ -35,7 +35,7 @@ FLAGS = """--data-set FAKE --model deit_tiny_patch16_224 --teacher-model cait_s2
 
 
 class Clock:
-    """Adds up the time inside functions, by name."""
+    """Measures the time inside functions, by name."""
 
     def __init__(self) -> None:
         self.spent: dict[str, list[float]] = defaultdict(list)
@@ -45,7 +45,7 @@ class Clock:
         original = getattr(owner, attribute)
 
         def timed(*args, **kwargs):
-            if self._inside:  # a poll that saves is a save
+            if self._inside:  # a nested call belongs to the outer one
                 return original(*args, **kwargs)
             self._inside, start = True, time.perf_counter()
             try:
@@ -58,12 +58,13 @@ class Clock:
 
 
 def measure(steps: int, batch_size: int, amp_dtype: str, folder: Path) -> tuple[Clock, list[float]]:
-    """Trains so many steps; returns the time inside safety and that of each step."""
+    """Trains so many steps; returns the times of fault tolerance and those of the steps, in seconds."""
     clock, marks = Clock(), []
-    clock.watch('flags', stopping.RankConsensus, 'poll')
-    for name in ('factor', 'judge', 'look'):
-        clock.watch('flags', engine.NonFiniteGuard, name)
-    clock.watch('flags', engine, '_gradient_norm')
+    clock.watch('checks', stopping.RankConsensus, 'poll')
+    for name in vars(engine.NonFiniteGuard):
+        if not name.startswith('_'):
+            clock.watch('checks', engine.NonFiniteGuard, name)
+    clock.watch('checks', torch.nn.utils, 'get_total_norm')
     clock.watch('saves', run_dir.CheckpointManager, 'save')
     seed_step = utils.seed_step
 
@@ -81,27 +82,27 @@ def measure(steps: int, batch_size: int, amp_dtype: str, folder: Path) -> tuple[
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--steps', type=main.COUNT, default=20, help='to measure, two at least')
+    parser.add_argument('--steps', type=main.COUNT, default=20, help='number of steps, at least two')
     parser.add_argument('--batch-size', type=main.COUNT, default=16, help='images per rank and step')
     parser.add_argument('--amp-dtype', default='float32', choices=('float32', 'bfloat16'), help='of the models')
     args = parser.parse_args()
     if args.steps < 2:
-        parser.error(f'--steps {args.steps}: two at least')
+        parser.error(f'--steps {args.steps}: at least two are needed')
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         teacher = timm.create_model('cait_s24_224', num_classes=datasets.FAKE_CLASSES)
         torch.save(teacher.state_dict(), Path(folder) / 'teacher.pth')
         clock, times = measure(args.steps, args.batch_size, args.amp_dtype, Path(folder))
     step = statistics.median(times)
-    flags = sum(clock.spent['flags']) / args.steps
+    checks = sum(clock.spent['checks']) / args.steps
     save = statistics.median(clock.spent['saves'])
     interval = 60 * main.get_args_parser().get_default('save_interval_minutes')
     if utils.get_rank():
-        return  # in the first rank's time the others wait for it
+        return
     print(f'step   {step * 1000:8.1f} ms (median of {len(times)}), batch {args.batch_size}, {args.amp_dtype}')
-    print(f'flags  {flags * 1000:8.2f} ms a step, {100 * flags / step:.3f} % of it')
+    print(f'checks {checks * 1000:8.2f} ms a step, {100 * checks / step:.3f} % of it')
     print(f'save   {save * 1000:8.1f} ms, {100 * save / interval:.3f} % of {interval:.0f} s')
-    print(f'total  {100 * flags / step + 100 * save / interval:.3f} %')
+    print(f'total  {100 * checks / step + 100 * save / interval:.3f} %')
     print(f'{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads')
 
 

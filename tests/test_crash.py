@@ -45,5 +45,5 @@ def table(tmp_path_factory):
 @pytest.mark.parametrize('name', ROWS, ids=ROWS.values())
 def test_promise_holds(table, name):
     row = table[name]
-    assert row['faults'] == [], row['reached']
+    assert row['problems'] == [], row['reached']
     assert row['good'], row['reached']

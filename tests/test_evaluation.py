@@ -90,7 +90,7 @@ def test_head_of_another_size_is_not_evaluated(files, capsys):
 
 def test_signal_stops_evaluation(evaluation, files, tmp_path, monkeypatch):
     path = toys.save(tmp_path / 'weights.pth', toys.student(2).state_dict())
-    toys.after_calls(monkeypatch, engine, '_count_correct', 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    toys.after_calls(monkeypatch, engine, 'count_correct', 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as stopped:
         evaluation(resume=path)
     assert stopped.value.code == 143

@@ -209,7 +209,7 @@ def die() -> None:
 PLACES = {
     'the first step': (utils, 'seed_step', 1),
     'a step': (utils, 'seed_step', 7),
-    'an evaluation': (engine, '_count_correct', 3),
+    'an evaluation': (engine, 'count_correct', 3),
     'a save': (checkpoints, 'serialize', 5),
 }
 

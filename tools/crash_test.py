@@ -1,11 +1,11 @@
-"""Breaks runs of main.py in every way that was promised to be survived, and prints one table.
+"""Injects faults into runs of main.py and shows that each promise is kept, in one table.
 
     bash scripts/crash_test.sh                    the full form
     bash scripts/crash_test.sh --short            a few of each kind
     bash scripts/crash_test.sh --only R1 R5       some rows
 
-A toy DeiT learns from a toy CaiT on generated images; the program itself is the real one (see `faults.py` for how a
-fault gets into it). Each run is a process of its own per rank, and ended by its process id.
+A toy DeiT learns from a toy CaiT on generated images. The program itself is the real one; `faults.py` injects the
+faults. Each rank of a run is a process of its own.
 """
 
 import argparse
@@ -31,7 +31,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import timm  # noqa: E402
 import torch  # noqa: E402
-from faults import SAVING, TRAIN_IMAGES, VAL_IMAGES, Fault, plant  # noqa: E402
+from faults import SAVING, TRAIN_IMAGES, VAL_IMAGES, Fault, inject  # noqa: E402
 
 import checkpoints  # noqa: E402
 import datasets  # noqa: E402
@@ -48,17 +48,17 @@ FLAGS = f"""--data-set FAKE --input-size 32 --device cpu --epochs 3 --warmup-epo
     --save-interval-steps 2""".split()
 GLOBAL_BATCH = 8
 STEPS = TRAIN_IMAGES // GLOBAL_BATCH  # of an epoch
-PATIENCE = 25.0  # seconds a rank may take to leave
+PATIENCE = 25.0  # seconds a rank may take to exit
 COMPARED = ('model', 'model_ema', 'optimizer', 'scaler', 'epoch', 'best_acc1', 'step', 'position')
 SIGNALS = ('SIGTERM', 'SIGINT', 'SIGUSR1')
 
 
-# One life of a run ----------------------------------------------------------------------------------------------------
+# One start of a run --------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Life:
-    """How a run of some ranks ended: exit codes, the seconds it took to leave after the fault, and what it told."""
+    """How one start of a run ended: exit codes by rank, seconds from the fault to the exit, output, logged events."""
 
     codes: list[int]
     left: float
@@ -66,8 +66,8 @@ class Life:
     err: str
     events: list[str] = field(default_factory=list)
 
-    def told(self, word: str) -> list[str]:
-        """The events that begin with a word, without it."""
+    def logged(self, word: str) -> list[str]:
+        """The events that start with a word, without that word."""
         return [text[len(word) + 1 :] for text in self.events if text.startswith(word + ' ')]
 
     @property
@@ -79,7 +79,7 @@ _numbers = itertools.count()
 
 
 def _child(argv: list[str], rank: int, ranks: int, fault: Fault | None, base: Path, record: str) -> None:
-    """A rank; never returns."""
+    """Runs one rank. Never returns."""
     os.setpgid(0, 0)
     code = 70
     try:
@@ -90,7 +90,7 @@ def _child(argv: list[str], rank: int, ranks: int, fault: Fault | None, base: Pa
         if ranks > 1:
             os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(ranks), 'LOCAL_RANK': '0'}
             argv = [*argv, '--dist-url', f'file://{base}.meet']
-        plant(fault, rank, Path(f'{base}.events'), record)
+        inject(fault, rank, Path(f'{base}.events'), record)
         main.main(argv)
         code = 0
     except SystemExit as end:
@@ -115,16 +115,16 @@ def live(
     record: str = '',
     kill_after: float = 0.0,
 ) -> Life:
-    """Starts a run or goes on with it, until it ends; nothing is left behind.
+    """Starts or resumes a run and waits until it ends.
 
     Args:
         folder: of the run.
         ranks: how many.
         workers: loader processes per rank.
-        fault: that comes true in it.
+        fault: to inject.
         extra: further flags, after those of the toy.
-        record: see `faults.plant`.
-        kill_after: seconds after which all ranks are killed, if they have not ended.
+        record: see `faults.inject`.
+        kill_after: seconds after which all ranks are killed if they have not ended; 0: never.
     """
     folder.mkdir(parents=True, exist_ok=True)
     base = folder.parent / f'life{next(_numbers)}'
@@ -145,27 +145,27 @@ def live(
 
 
 def _wait_for(pids: dict[int, int], events: Path, kill_after: float) -> tuple[dict[int, int], float]:
-    """Exit code by rank (negative: of a signal), and seconds from the fault to the end of the last rank."""
-    running, codes, start, struck = dict(pids), {}, time.monotonic(), 0.0
+    """Returns exit codes by rank (negative: killed by this signal), and seconds from the fault to the last exit."""
+    running, codes, start, triggered = dict(pids), {}, time.monotonic(), 0.0
     while running:
         for pid in list(running):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
         now = time.monotonic()
-        if not struck and (codes or (events.exists() and ' struck ' in events.read_text())):
-            struck = now
-        timed_out = now - start > 120 or (struck and now - struck > 2 * PATIENCE)
+        if not triggered and (codes or (events.exists() and ' triggered ' in events.read_text())):
+            triggered = now
+        timed_out = now - start > 120 or (triggered and now - triggered > 2 * PATIENCE)
         if timed_out or (kill_after and now - start > kill_after):
             for pid in running:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
-    return codes, time.monotonic() - (struck or start)
+    return codes, time.monotonic() - (triggered or start)
 
 
 def same(left: object, right: object) -> bool:
-    """Bit-identical, however deeply nested."""
+    """Whether two nested values are bit-identical."""
     if isinstance(left, torch.Tensor):
         return isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, dict):
@@ -176,14 +176,14 @@ def same(left: object, right: object) -> bool:
 
 
 def result(folder: Path) -> dict:
-    """What a finished run has come to: last and best state, and the log."""
+    """What a finished run has written: last and best checkpoint, and the log."""
     files = {name: checkpoints.read_checkpoint(folder / name) for name in (checkpoints.LAST, checkpoints.BEST)}
     kept = {name: {key: file.get(key) for key in COMPARED} for name, file in files.items()}
     return {**kept, 'log': checkpoints.read_log(folder / checkpoints.LOG)}
 
 
-def sound(folder: Path, keep: int = 1) -> str:
-    """What is wrong with a folder after a kill, '' if nothing is: too many files, a teacher, nothing to go on from."""
+def folder_problem(folder: Path, keep: int = 1) -> str:
+    """What is wrong with a folder after a kill, '' if nothing is: too many files, or a teacher in a checkpoint."""
     names = sorted(path.name for path in folder.iterdir())
     strays = [name for name in names if name.endswith('.tmp')]
     earlier = [name for name in names if re.fullmatch(r'checkpoint-\d{8}\.pth', name)]
@@ -210,11 +210,11 @@ class Row:
     reached: str
     good: bool
     seconds: float = 0.0
-    faults: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
 class Bench:
-    """What all rows share: a folder, the reference runs, the size of the form."""
+    """What all rows share: a folder, the reference runs, and whether the form is short."""
 
     def __init__(self, folder: Path, short: bool, seed: int) -> None:
         self.folder = folder
@@ -230,7 +230,7 @@ class Bench:
         return self.folder / f'run{next(self._names)}'
 
     def reference(self, ranks: int = 1, workers: int = 0, extra: tuple[str, ...] = ()) -> dict:
-        """The result of a run that nothing happens to."""
+        """The result of a run without faults."""
         key = (ranks, workers, extra)
         if key not in self._references:
             folder = self.fresh()
@@ -240,7 +240,7 @@ class Bench:
         return self._references[key]
 
     def finish(self, folder: Path, ranks: int = 1, workers: int = 0, extra: tuple[str, ...] = ()) -> str:
-        """Goes on without faults; says what differs from the reference, '' if nothing does."""
+        """Resumes a run without faults. Says what differs from the reference, '' if nothing does."""
         life = live(folder, ranks, workers, extra=extra)
         if life.codes != [0] * ranks:
             return f'exit {life.codes}: {life.err[-300:]}'
@@ -252,45 +252,45 @@ FP16 = ('--amp-dtype', 'float16')
 
 
 def kills(bench: Bench) -> tuple[Row, Row]:
-    """R1: chains of kills on every configuration, each compared with the run that was never killed; R14 on the way."""
+    """R1: runs killed many times, in each configuration, equal the run that was never killed. R14 comes with it."""
     configurations = [(1, 0, ()), (1, 2, ()), (2, 0, ()), (2, 2, ()), (1, 0, FP16)]
     wanted, saving = (8, 4) if bench.short else (200, 80)
-    faults, untidy, chains, struck, in_saves = [], [], 0, 0, 0
+    problems, untidy, chains, triggered, in_saves = [], [], 0, 0, 0
     if not same(bench.reference(1, 0), bench.reference(1, 2)):
-        faults.append('the number of workers changes the result')
+        problems.append('the number of workers changes the result')
     for number, (ranks, workers, extra) in enumerate(configurations):
         quota = wanted * (number + 1) // len(configurations)
         folder = bench.fresh()
-        while struck < quota:
+        while triggered < quota:
             fault, kill_after = _random_kill(bench, ranks, in_saves < saving * quota // wanted)
             life = live(folder, ranks, workers, fault, extra, kill_after=kill_after)
-            if life.codes == [0] * ranks:  # it came to its end before it could be killed: another chain
+            if life.codes == [0] * ranks:  # it ended before it could be killed
                 chains += 1
                 if not same(result(folder), bench.reference(ranks, workers, extra)):
-                    faults.append(f'{ranks} ranks, {workers} workers: another result')
+                    problems.append(f'{ranks} ranks, {workers} workers: another result')
                 folder = bench.fresh()
                 continue
-            struck += 1
+            triggered += 1
             in_saves += fault is not None and fault.where in SAVING
-            untidy += [wrong for wrong in [sound(folder)] if wrong]
-            saved = max((int(step) for step in life.told('saved')), default=0)
+            untidy += [wrong for wrong in [folder_problem(folder)] if wrong]
+            saved = max((int(step) for step in life.logged('saved')), default=0)
             there = checkpoints.read_newest(folder)[1]['step'] if checkpoints.find_checkpoints(folder) else 0
             if there < saved:
-                faults.append(f'{fault}: step {saved} was saved, {there} is there')
+                problems.append(f'{fault}: step {saved} was saved, {there} is there')
         wrong = bench.finish(folder, ranks, workers, extra)
         chains += 1
         if wrong:
-            faults.append(f'{ranks} ranks, {workers} workers after the last kill: {wrong}')
-    text = f'{struck} kills, {in_saves} of them inside a save, in {chains} runs; {len(faults)} faults'
+            problems.append(f'{ranks} ranks, {workers} workers after the last kill: {wrong}')
+    text = f'{triggered} kills, {in_saves} of them inside a save, in {chains} runs; {len(problems)} problems'
     asked = f'{wanted} kills, {12 * wanted // 40 if not bench.short else 3} in a save'
-    row = Row('R1', 'kill -9 anywhere', asked, text, not faults and in_saves >= wanted * 0.3, faults=faults)
-    text = f'{struck - len(untidy)} of {struck} folders looked at after a kill'
-    files = Row('R14', 'retention', 'last + best + 1 + 1 temporary', text, not untidy, faults=untidy)
+    row = Row('R1', 'kill -9 anywhere', asked, text, not problems and in_saves >= wanted * 0.3, problems=problems)
+    text = f'{triggered - len(untidy)} of {triggered} folders looked at after a kill'
+    files = Row('R14', 'retention', 'last + best + 1 + 1 temporary', text, not untidy, problems=untidy)
     return row, files
 
 
 def _random_kill(bench: Bench, ranks: int, in_save: bool) -> tuple[Fault | None, float]:
-    """A kill in a save, at a step or in evaluation; or one from outside at any moment."""
+    """A kill during a save, at a step or in evaluation; or one from outside at any moment."""
     rank = bench.random.randrange(ranks)
     if in_save:
         where = bench.random.choice(SAVING)
@@ -305,7 +305,7 @@ def _random_kill(bench: Bench, ranks: int, in_save: bool) -> tuple[Fault | None,
 
 
 def controls(bench: Bench) -> Row:
-    """R2: whatever is left out of the state must be missed."""
+    """R2: a part that is left out of the state changes the result."""
     first = live(bench.folder / 'control', fault=Fault('kill', 'step', STEPS + 6))
     assert first.codes == [-signal.SIGKILL], first.err
     path, state, _ = checkpoints.read_newest(bench.folder / 'control')
@@ -331,42 +331,42 @@ def controls(bench: Bench) -> Row:
             missed.append(f'{name}: {"differs" if differs else "the same"}')
     named = len(changes) - 1
     good = not missed
-    return Row('R2', 'what is left out is missed', '5 of 5', f'{named - len(missed)} of {named}', good, faults=missed)
+    return Row('R2', 'every part matters', '5 of 5', f'{named - len(missed)} of {named}', good, problems=missed)
 
 
 def signals(bench: Bench) -> Row:
-    """R3: any signal to any one rank at any time: saved, left in time, no step lost."""
+    """R3: after any signal to any rank at any time the run is saved and exits in time; no step is lost."""
     places = [('first batch', 1), ('step', 5), ('eval', 1), ('write', 2)]
     cases = [(name, *place, 2, workers, rank) for name in SIGNALS for place in places for workers in (0, 2)
              for rank in (0, 1)]  # fmt: skip
     cases += [(name, *place, 1, 0, 0) for name in SIGNALS for place in places]
     if bench.short:
         cases = [cases[i] for i in (1, 21, 28, 58)]  # each place once, each signal
-    faults, slowest = [], 0.0
+    problems, slowest = [], 0.0
     for number, (name, where, at, ranks, workers, rank) in enumerate(cases):
         folder, rank = bench.fresh(), 0 if where in SAVING else rank
-        fault = Fault(name, where, at, rank, part=0.5, everyone=workers > 0, lags=ranks > 1 and number % 3 == 0)
+        fault = Fault(name, where, at, rank, part=0.5, to_group=workers > 0, lagged=ranks > 1 and number % 3 == 0)
         life = live(folder, ranks, workers, fault)
         slowest = max(slowest, life.left)
-        done = max((int(step) for step in life.told('done')), default=0)
+        done = max((int(step) for step in life.logged('done')), default=0)
         saved = checkpoints.read_newest(folder)[1]['step'] if checkpoints.find_checkpoints(folder) else -1
         wrong = []
         if life.codes != [128 + getattr(signal, name)] * ranks:
             wrong.append(f'exit {life.codes}')
         if saved != done:
             wrong.append(f'{done} steps done, {saved} saved')
-        if life.left > PATIENCE or len(life.errors) != 1 or not life.told('struck'):
+        if life.left > PATIENCE or len(life.errors) != 1 or not life.logged('triggered'):
             wrong.append(f'{life.left:.1f} s, {life.errors}')
         wrong += [text for text in [bench.finish(folder, ranks, workers)] if text]
         if wrong:
-            faults.append(f'{fault} {ranks} ranks: {"; ".join(wrong)} {life.err[-300:]}')
-    reached = f'{len(cases) - len(faults)} of {len(cases)}, slowest {slowest:.1f} s'
-    return Row('R3', 'signals', f'{len(cases)} of {len(cases)} under 25 s', reached, not faults, faults=faults)
+            problems.append(f'{fault} {ranks} ranks: {"; ".join(wrong)} {life.err[-300:]}')
+    reached = f'{len(cases) - len(problems)} of {len(cases)}, slowest {slowest:.1f} s'
+    return Row('R3', 'signals', f'{len(cases)} of {len(cases)} under 25 s', reached, not problems, problems=problems)
 
 
 def elastic(bench: Bench) -> Row:
-    """R4: restarts by torchrun end in the same bits; another number of ranks sees the same images."""
-    faults = []
+    """R4: restarts by torchrun give the same bits; another number of ranks sees the same images."""
+    problems = []
     restarts = 1 if bench.short else 3
     folder = bench.fresh()
     plan = bench.folder / 'restarts.json'
@@ -378,7 +378,7 @@ def elastic(bench: Bench) -> Row:
     command += ['--teacher-path', str(bench.folder / 'teacher.pth')]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
     if done.returncode != 0 or not same(result(folder), bench.reference(2, 0)):
-        faults.append(f'torchrun: exit {done.returncode} {done.stderr[-800:]}')
+        problems.append(f'torchrun: exit {done.returncode} {done.stderr[-800:]}')
     plain = ('--mixup', '0', '--cutmix', '0', '--drop-path', '0', '--w-sample', '0', '--w-rand', '0')
     whole = bench.fresh()
     reference = live(whole, extra=plain, record='images')
@@ -386,20 +386,20 @@ def elastic(bench: Bench) -> Row:
     for ranks, stop in ((1, 5), (2, 10), (4, 12), (1, None)):
         fault = Fault('SIGUSR1', 'step', stop) if stop else None
         life = live(changed, ranks, fault=fault, extra=plain, record='images')
-        images += life.told('image')
+        images += life.logged('image')
         if life.codes != [0 if stop is None else 128 + signal.SIGUSR1] * ranks:
-            faults.append(f'{ranks} ranks: exit {life.codes} {life.err[-300:]}')
-    if sorted(images) != sorted(reference.told('image')) or len(set(images)) != 3 * TRAIN_IMAGES:
-        faults.append('other images or augmentations')
-    difference = _difference(result(changed), result(whole)) if not faults else float('nan')
+            problems.append(f'{ranks} ranks: exit {life.codes} {life.err[-300:]}')
+    if sorted(images) != sorted(reference.logged('image')) or len(set(images)) != 3 * TRAIN_IMAGES:
+        problems.append('other images or augmentations')
+    difference = _difference(result(changed), result(whole)) if not problems else float('nan')
     if not difference <= 1e-5:
-        faults.append(f'losses or weights differ by {difference:g}')
-    reached = f'{restarts} restarts {"bit-identical" if not faults else "?"}; 1→2→4→1 ranks: {difference:.1e}'
-    return Row('R4', 'elastic', 'same bits; within 1e-5', reached, not faults, faults=faults)
+        problems.append(f'losses or weights differ by {difference:g}')
+    reached = f'{restarts} restarts {"bit-identical" if not problems else "?"}; 1→2→4→1 ranks: {difference:.1e}'
+    return Row('R4', 'elastic', 'same bits; within 1e-5', reached, not problems, problems=problems)
 
 
 def _difference(left: dict, right: dict) -> float:
-    """Largest difference of weights and losses; biases of attention keys have no gradient but rounding."""
+    """Largest difference of weights and losses, without attention key biases: their true gradient is zero."""
     largest = 0.0
     for name, weight in left[checkpoints.LAST]['model'].items():
         gap = (weight - right[checkpoints.LAST]['model'][name]).abs()
@@ -411,29 +411,29 @@ def _difference(left: dict, right: dict) -> float:
 
 
 def disks(bench: Bench) -> Row:
-    """R5: a disk that is full or broken."""
+    """R5: a full or broken disk leaves the previous checkpoint, and training continues."""
     parts = (0.001, 0.99) if bench.short else (0.0, 0.001, 0.5, 0.99, 1.0)
     places = [('write', part) for part in parts] + [('fsync', 1.0), ('replace', 1.0)]
-    faults = []
+    problems = []
     for number, (where, part) in enumerate(places):
         code = ('ENOSPC', 'EIO')[number % 2]
-        folder = bench.fresh()  # for a moment: training goes on, and the result is the same
+        folder = bench.fresh()  # for a moment: training continues, and the result is the same
         life = live(folder, fault=Fault(code, where, 4, part=part, times=2))
-        if life.codes != [0] or not life.told('failed') or not same(result(folder), bench.reference()):
-            faults.append(f'{code} {where} {part}: exit {life.codes}, {life.told("failed")}')
+        if life.codes != [0] or not life.logged('failed') or not same(result(folder), bench.reference()):
+            problems.append(f'{code} {where} {part}: exit {life.codes}, {life.logged("failed")}')
         if [path.name for path in folder.glob('.*')]:
-            faults.append(f'{code} {where} {part}: a temporary file is left')
-        folder = bench.fresh()  # for good: the file before is whole, and the exit says so
+            problems.append(f'{code} {where} {part}: a temporary file is left')
+        folder = bench.fresh()  # for good: the previous file is undamaged, and the exit code says so
         life = live(folder, fault=Fault(code, where, 4, part=part, times=10**6))
-        steps = [int(step) for step in life.told('saved')]
+        steps = [int(step) for step in life.logged('saved')]
         intact = checkpoints.read_newest(folder)
         if life.codes != [1] or 'not saved' not in life.err or intact[2] or intact[1]['step'] < max(steps):
-            faults.append(f'{code} {where} {part} for good: exit {life.codes}, {intact[2]} {life.err[-200:]}')
+            problems.append(f'{code} {where} {part} for good: exit {life.codes}, {intact[2]} {life.err[-200:]}')
         if f'done {3 * STEPS}' not in life.events or [path.name for path in folder.glob('.*')]:
-            faults.append(f'{code} {where} {part} for good: training stopped, or a temporary file is left')
-    failed = len({text.split(':')[0].removesuffix(' for good') for text in faults})
+            problems.append(f'{code} {where} {part} for good: training stopped, or a temporary file is left')
+    failed = len({text.split(':')[0].removesuffix(' for good') for text in problems})
     reached = f'{len(places) - failed} of {len(places)}, for a moment and for good'
-    return Row('R5', 'full disk', f'{len(places)} of {len(places)}', reached, not faults, faults=faults)
+    return Row('R5', 'full disk', f'{len(places)} of {len(places)}', reached, not problems, problems=problems)
 
 
 def damage(bench: Bench) -> Row:
@@ -448,26 +448,26 @@ def damage(bench: Bench) -> Row:
     cases = {f'cut at {i * len(whole) // count}': whole[: i * len(whole) // count] for i in range(count)}
     cases |= {**flips, 'empty': b'', 'a page': b'<!DOCTYPE html><title>404</title>'}
     earlier = checkpoints.find_earlier(folder)[0]
-    faults = []
+    problems = []
     for name, data in cases.items():
         last.write_bytes(data)
         path, found, errors = checkpoints.read_newest(folder)
         detected = path == earlier and any(error.startswith('checkpoint.pth is damaged') for error in errors)
         harmless = name in flips and path == last and same(found, loaded)
         if not (detected or harmless):
-            faults.append(f'{name}: {path.name} {errors}')
+            problems.append(f'{name}: {path.name} {errors}')
     life = live(folder)
     if f'falling back to {earlier.name}' not in life.out or not same(result(folder), bench.reference()):
-        faults.append(f'going on: {life.out[-300:]} {life.err[-300:]}')
-    reached = f'{len(cases) - len(faults)} of {len(cases)}'
-    return Row('R6', 'damaged file', f'{len(cases)} of {len(cases)}', reached, not faults, faults=faults)
+        problems.append(f'resumed: {life.out[-300:]} {life.err[-300:]}')
+    reached = f'{len(cases) - len(problems)} of {len(cases)}'
+    return Row('R6', 'damaged file', f'{len(cases)} of {len(cases)}', reached, not problems, problems=problems)
 
 
 def exact(bench: Bench) -> Row:
-    """R9: evaluation counts each image once."""
+    """R9: evaluation counts each image once on any number of ranks."""
     worlds, sizes, batches = ((1, 3, 8), (1, 50, 1009), (3, 64)) if bench.short else (
         (1, 2, 3, 4, 7, 8), (1, 7, 50, 1000, 1009), (1, 3, 64))  # fmt: skip
-    faults, found = [], {}
+    problems, found = [], {}
     for world in worlds:
         base = bench.folder / f'world{world}'
         pids = {}
@@ -487,10 +487,15 @@ def exact(bench: Bench) -> Row:
             tuple(found[worlds[0]][other][:-1]) for other in found[worlds[0]] if other.split()[0] == case.split()[0]
         }
         if len(counts) != 1 or len(alike) != 1 or max(losses) - min(losses) > 1e-6:
-            faults.append(f'{case}: {counts} {losses}')
+            problems.append(f'{case}: {counts} {losses}')
     cases = len(worlds) * len(sizes) * len(batches)
     return Row(
-        'R9', 'exact evaluation', f'{cases} alike', f'{cases - len(faults)} of {cases}', not faults, faults=faults
+        'R9',
+        'exact evaluation',
+        f'{cases} alike',
+        f'{cases - len(problems)} of {cases}',
+        not problems,
+        problems=problems,
     )
 
 
@@ -517,17 +522,17 @@ def _evaluate_all(rank: int, world: int, sizes: tuple, batches: tuple, base: Pat
 
 
 def values(bench: Bench) -> Row:
-    """R10: what is not finite never reaches the weights."""
+    """R10: a value that is not finite never changes the weights."""
     names = ['base', 'dist', 'mf_sample', 'mf_patch', 'mf_rand', 'student logits', 'teacher logits', 'gradients']
     cases = [(do, where) for where in names for do in ('nan', 'inf')]
     if bench.short:
         cases = [('nan', 'mf_rand'), ('inf', 'teacher logits'), ('nan', 'gradients')]
-    faults, slowest = [], 0.0
+    problems, slowest = [], 0.0
     for do, where in cases:
         folder, at = bench.fresh(), 6
         life = live(folder, 2, fault=Fault(do, where, at, rank=1))
         slowest = max(slowest, life.left)
-        weights = life.told('weights')
+        weights = life.logged('weights')
         line = life.errors[0] if life.errors else ''
         named = f'step {at - 1} of epoch 0 on rank 1: ' in line and where in line
         images = re.search(r'images((?: \d+)+)$', line)
@@ -539,15 +544,15 @@ def values(bench: Bench) -> Row:
         if len(set(weights[-4:])) != 1 or len(set(weights)) < 5:
             wrong.append('the weights have changed')
         if checkpoints.read_newest(folder)[1]['step'] != 4:
-            wrong.append('the last state is not the one before')
+            wrong.append('the last checkpoint is not the one before the fault')
         if wrong:
-            faults.append(f'{do} in {where}: {"; ".join(wrong)} {life.err[-300:]}')
-    reached = f'{len(cases) - len(faults)} of {len(cases)}, slowest {slowest:.1f} s'
-    return Row('R10', 'not finite', f'{len(cases)} of {len(cases)} in 10 s', reached, not faults, faults=faults)
+            problems.append(f'{do} in {where}: {"; ".join(wrong)} {life.err[-300:]}')
+    reached = f'{len(cases) - len(problems)} of {len(cases)}, slowest {slowest:.1f} s'
+    return Row('R10', 'not finite', f'{len(cases)} of {len(cases)} in 10 s', reached, not problems, problems=problems)
 
 
 def exceptions(bench: Bench) -> Row:
-    """R12: one rank or loader process fails: all leave, the cause is printed once."""
+    """R12: if one rank or loader process fails, all exit and the cause is printed once."""
     cases = [(do, where, at, workers, rank) for rank in (0, 1) for do, where, at, workers in (
         ('raise', 'step', 5, 0), ('raise', 'eval', 1, 0), ('raise', 'worker', 7, 2), ('raise', 'worker', 7, 0),
         ('raise', 'first batch', 1, 2), ('kill', 'worker', 7, 2), ('kill', 'step', 5, 2),
@@ -555,11 +560,11 @@ def exceptions(bench: Bench) -> Row:
     cases += [('raise', 'write', 3, 0, 0)]
     if bench.short:
         cases = [cases[i] for i in (0, 9)]
-    faults, slowest = [], 0.0
+    problems, slowest = [], 0.0
     for do, where, at, workers, rank in cases:
         life = live(bench.fresh(), 2, workers, Fault(do, where, at, rank))
         slowest = max(slowest, life.left)
-        cause = life.err.count('ArithmeticError: planted in') if where != 'worker' or not workers else (
+        cause = life.err.count('ArithmeticError: injected in') if where != 'worker' or not workers else (
             life.err.count('Original Traceback'))  # fmt: skip
         followers = [line for line in life.errors if 'another rank failed' in line]
         wrong = []
@@ -571,24 +576,26 @@ def exceptions(bench: Bench) -> Row:
         if len(followers) != 1 or life.err.count('Traceback') != tracebacks:
             wrong.append(f'follow-up: {life.errors}')
         if wrong:
-            faults.append(f'{do} in {where} of rank {rank}, {workers} workers: {"; ".join(wrong)}\n{life.err[-1500:]}')
-    reached = f'{len(cases) - len(faults)} of {len(cases)}, slowest {slowest:.1f} s'
-    return Row('R12', 'no hang', f'{len(cases)} of {len(cases)} in 30 s', reached, not faults, faults=faults)
+            problems.append(
+                f'{do} in {where} of rank {rank}, {workers} workers: {"; ".join(wrong)}\n{life.err[-1500:]}'
+            )
+    reached = f'{len(cases) - len(problems)} of {len(cases)}, slowest {slowest:.1f} s'
+    return Row('R12', 'no hang', f'{len(cases)} of {len(cases)} in 30 s', reached, not problems, problems=problems)
 
 
-# Rows that the test suite shows, by their marks.
+# Rows that are shown by the test suite, by their marks.
 SUITE = {'R7': 'safe loading', 'R8': 'layouts', 'R11': 'bad images', 'R13': 'resume misuse'}
 
 
 def suite(name: str) -> Row:
-    """Runs the tests that show a promise."""
+    """Runs the tests of a promise."""
     command = [sys.executable, '-m', 'pytest', '-v', '-m', name]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     counts = dict(re.findall(r'(\d+) (passed|failed|error|skipped)', done.stdout + done.stderr))
     counts = {what: int(number) for number, what in counts.items()}
     good = done.returncode == 0 and counts.get('passed', 0) > 3
     reached = ', '.join(f'{number} {what}' for what, number in counts.items())
-    return Row(name, SUITE[name], 'all tests', reached, good, faults=[] if good else [done.stdout[-2000:]])
+    return Row(name, SUITE[name], 'all tests', reached, good, problems=[] if good else [done.stdout[-2000:]])
 
 
 ROWS: dict[str, Callable] = {
@@ -607,21 +614,21 @@ def rows(bench: Bench, wanted: list[str]) -> Iterator[Row]:
 
 
 def _restarted(plan: str, argv: list[str]) -> None:
-    """A rank under torchrun: the fault of this restart, if it is this rank's."""
+    """Runs a rank under torchrun with the fault of this restart."""
     faults = json.loads(Path(plan).read_text())
     number = int(os.environ['TORCHELASTIC_RESTART_COUNT'])
     fault = Fault(**faults[number]) if number < len(faults) else None
-    plant(fault, int(os.environ['RANK']), Path(f'{plan}.events'))
+    inject(fault, int(os.environ['RANK']), Path(f'{plan}.events'))
     main.main(argv)
 
 
 def crash_test() -> int:
-    """Runs the rows asked for; 0 if all promises are kept."""
+    """Runs the chosen rows; returns 0 if all promises are kept."""
     names = sorted([*ROWS, *SUITE], key=lambda name: int(name[1:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--short', action='store_true', help='a few of each kind')
     parser.add_argument('--only', nargs='+', choices=names, default=names, help='rows; R14 comes with R1')
-    parser.add_argument('--seed', type=int, default=0, help='of the points of failure')
+    parser.add_argument('--seed', type=int, default=0, help='of the random faults')
     parser.add_argument('--json', help='write the rows to this file too')
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -632,8 +639,8 @@ def crash_test() -> int:
         for row in rows(bench, args.only):
             table.append(row)
             print(f'{row.name:<4} {"kept  " if row.good else "BROKEN"} {row.seconds:5.0f} s  {row.reached}', flush=True)
-            for fault in row.faults[:10]:
-                print(f'       {fault}', flush=True)
+            for problem in row.problems[:10]:
+                print(f'       {problem}', flush=True)
     table.sort(key=lambda row: int(row.name[1:]))
     print('\n| id | promise | asked | reached | kept |\n|---|---|---|---|---|')
     for row in table:

@@ -1,7 +1,7 @@
-"""Plants one fault in a run of main.py: a kill, a signal, a full disk, a value that is not finite, an exception.
+"""Injects one fault into a run of main.py: a kill, a signal, a full disk, a value that is not finite, an exception.
 
-The real program runs; only the places it passes on its way are watched. What happened is appended to a file of events,
-a line each, that survives a kill.
+The real program runs; functions that it calls are wrapped. What happens is appended to a file of events, one line each,
+which survives a kill.
 """
 
 import errno
@@ -19,13 +19,12 @@ import datasets
 import engine
 import loggers
 import losses
-import main
 import models
 import run_dir
 import stopping
 import utils
 
-# Small enough for a step in hundredths of a second; all that draws random numbers is on.
+# Small enough for a step in hundredths of a second. Everything that draws random numbers is on.
 TRAIN_IMAGES, VAL_IMAGES = 96, 24
 SAVING = ('write', 'fsync', 'replace', 'replaced', 'link')
 
@@ -35,75 +34,76 @@ class Fault:
     """What goes wrong, and where.
 
     Attributes:
-        do: 'kill', the name of a signal, of an errno, 'raise', or 'nan' and 'inf' for values.
+        action: 'kill', the name of a signal or of an errno, 'raise', or 'nan' and 'inf' for values.
         where: 'step', 'first batch', 'eval', 'worker', one of SAVING, or the name of a value.
-        at: on the how-manieth passage, counted from 1.
+        at: at which call, counted from 1.
         rank: on which rank.
-        part: of the bytes that are written before the fault.
-        times: how many passages in a row fail; a disk that stays full has many.
-        everyone: a signal reaches the loader processes too.
-        lags: the ranks agree a step late, as they do beside GPUs.
+        part: part of the bytes that are written before the fault.
+        times: number of calls in a row that fail; many for a disk that stays full.
+        to_group: whether a signal reaches the loader processes too.
+        lagged: whether the ranks agree one step late, as with nccl.
     """
 
-    do: str
+    action: str
     where: str
     at: int = 1
     rank: int = 0
     part: float = 1.0
     times: int = 1
-    everyone: bool = False
-    lags: bool = False
+    to_group: bool = False
+    lagged: bool = False
 
 
-class Plan:
-    """Counts the passages, tells what happens, and lets the fault come true."""
+class Injector:
+    """Counts calls, logs events, and triggers the fault."""
 
     def __init__(self, fault: Fault | None, rank: int, events: Path) -> None:
         self.fault = fault if fault is not None and fault.rank == rank else None
         self.rank = rank
-        self.passed = Counter()
+        self.calls = Counter()
         self.events = os.open(events, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    def tell(self, text: str) -> None:
+    def log(self, text: str) -> None:
         os.write(self.events, f'{self.rank} {text}\n'.encode())
 
     def due(self, where: str) -> bool:
-        """Whether the fault is to come true at this passage."""
-        self.passed[where] += 1
+        """Counts a call; returns whether the fault is to be triggered by it."""
+        self.calls[where] += 1
         fault = self.fault
-        return fault is not None and fault.where == where and 0 <= self.passed[where] - fault.at < fault.times
+        return fault is not None and fault.where == where and 0 <= self.calls[where] - fault.at < fault.times
 
     def reach(self, where: str) -> None:
         if self.due(where):
-            self.strike()
+            self.trigger()
 
-    def strike(self) -> None:
-        do, where = self.fault.do, self.fault.where
-        self.tell(f'struck {where}')
-        if do == 'kill':
+    def trigger(self) -> None:
+        action, where = self.fault.action, self.fault.where
+        self.log(f'triggered {where}')
+        if action == 'kill':
             os.kill(os.getpid(), signal.SIGKILL)
-        elif do.startswith('SIG'):
-            number = getattr(signal, do)
-            os.killpg(os.getpgrp(), number) if self.fault.everyone else os.kill(os.getpid(), number)
-        elif do == 'raise':
-            raise ArithmeticError(f'planted in {where}')
+        elif action.startswith('SIG'):
+            number = getattr(signal, action)
+            os.killpg(os.getpgrp(), number) if self.fault.to_group else os.kill(os.getpid(), number)
+        elif action == 'raise':
+            raise ArithmeticError(f'injected in {where}')
         else:
-            raise OSError(getattr(errno, do), os.strerror(getattr(errno, do)))
+            raise OSError(getattr(errno, action), os.strerror(getattr(errno, action)))
 
 
 class _File:
-    """A file whose disk fails in the midst of a write."""
+    """A file that triggers the fault during a write."""
 
-    def __init__(self, file, plan: Plan) -> None:
+    def __init__(self, file, injector: Injector) -> None:
         self.file = file
-        self.plan = plan
+        self.injector = injector
 
     def write(self, data) -> None:
-        if self.plan.due('write'):
-            self.file.write(data[: int(len(data) * self.plan.fault.part)])
+        if self.injector.due('write'):
+            written = int(len(data) * self.injector.fault.part)
+            self.file.write(data[:written])
             self.file.flush()
-            self.plan.strike()
-            data = data[int(len(data) * self.plan.fault.part) :]  # a signal only: the write goes on
+            self.injector.trigger()
+            data = data[written:]  # after a signal the write continues
         self.file.write(data)
 
     def __enter__(self):
@@ -127,7 +127,7 @@ def _before(owner, name: str, act: Callable[..., None]) -> None:
 
 
 def _after(owner, name: str, act: Callable) -> None:
-    """`act` is given the result and the arguments; what it returns, unless None, is the new result."""
+    """Calls `act` with the result and the arguments. What it returns, unless None, is the new result."""
     original = getattr(owner, name)
 
     def wrapped(*args, **kwargs):
@@ -138,104 +138,108 @@ def _after(owner, name: str, act: Callable) -> None:
     setattr(owner, name, wrapped)
 
 
-def _watch_files(plan: Plan) -> None:
+def _watch_files(injector: Injector) -> None:
     def opened(path: Path, mode: str):
         file = open(path, mode)  # noqa: SIM115
-        return _File(file, plan) if 'w' in mode else file
+        return _File(file, injector) if 'w' in mode else file
 
     checkpoints.open = opened
-    _before(os, 'fsync', lambda *_: plan.reach('fsync'))
-    _before(os, 'link', lambda *_: plan.reach('link'))
-    _before(os, 'replace', lambda *_: plan.reach('replace'))
-    _after(os, 'replace', lambda *_: plan.reach('replaced'))
+    _before(os, 'fsync', lambda *_: injector.reach('fsync'))
+    _before(os, 'link', lambda *_: injector.reach('link'))
+    _before(os, 'replace', lambda *_: injector.reach('replace'))
+    _after(os, 'replace', lambda *_: injector.reach('replaced'))
     _after(
         run_dir.CheckpointManager,
         'write_pending',
-        lambda error, manager: plan.tell(f'failed {error}' if error else f'saved {manager.last_step}'),
+        lambda error, manager: injector.log(f'failed {error}' if error else f'saved {manager.last_step}'),
     )
 
 
-def _watch_steps(plan: Plan) -> None:
-    _before(utils, 'seed_step', lambda *_: plan.reach('step'))
-    _before(loggers.Progress, 'over', lambda *_: plan.reach('first batch'))
-    _before(engine, '_count_correct', lambda *_: plan.reach('eval'))
-    _before(datasets.TrainDataset, '__getitem__', lambda *_: plan.reach('worker'))
-    _before(run_dir.CheckpointManager, 'after_step', lambda manager: plan.tell(f'done {manager.state.step + 1}'))
+def _watch_steps(injector: Injector) -> None:
+    _before(utils, 'seed_step', lambda *_: injector.reach('step'))
+    _before(loggers.Progress, 'over', lambda *_: injector.reach('first batch'))
+    _before(engine, 'count_correct', lambda *_: injector.reach('eval'))
+    _before(datasets.TrainDataset, '__getitem__', lambda *_: injector.reach('worker'))
+    _before(run_dir.CheckpointManager, 'after_step', lambda manager: injector.log(f'done {manager.state.step + 1}'))
 
 
-def _spoil(plan: Plan) -> None:
-    """Makes a term, logits or a gradient not finite, and tells whether the weights changed by it."""
-    bad = float(plan.fault.do)
-    where = plan.fault.where
-    seen = {}
+def _corrupt(injector: Injector) -> None:
+    """Makes a term, logits or a gradient not finite."""
+    bad = float(injector.fault.action)
+    where = injector.fault.where
+    students = []
 
     def term(result: dict, *_):
-        if where in result and plan.due(where):
-            plan.tell(f'struck {where}')
+        if where in result and injector.due(where):
+            injector.log(f'triggered {where}')
             return {**result, where: result[where] * bad}
 
     def logits(result, tapped, *_):
         side = 'student' if tapped.training else 'teacher'
         if side == 'student':
-            seen['model'] = tapped.model
-        if where == f'{side} logits' and (side == 'teacher' or torch.is_grad_enabled()) and plan.due(where):
-            plan.tell(f'struck {where}')
+            students.append(tapped.model)
+        if where == f'{side} logits' and (side == 'teacher' or torch.is_grad_enabled()) and injector.due(where):
+            injector.log(f'triggered {where}')
             return result._replace(logits=result.logits * bad)
 
-    def gradient(*_):
-        if 'model' in seen and plan.due(where):
-            plan.tell(f'struck {where}')
-            weight = next(seen['model'].parameters())
+    def gradient(*_) -> None:
+        if injector.due(where):
+            injector.log(f'triggered {where}')
+            weight = next(students[-1].parameters())
             handle = weight.register_hook(lambda g: (handle.remove(), g * bad)[1])
 
     _after(losses.ManifoldDistillationLoss, 'forward', term)
     _after(models.TappedModel, 'forward', logits)
     if where == 'gradients':
-        _after(engine, '_values', gradient)
+        _before(torch.amp.GradScaler, 'scale', gradient)  # called between forward and backward pass
 
 
-def _record_weights(plan: Plan) -> None:
-    """Tells a sum of all weights at the start of each step and when the run leaves."""
+def _record_weights(injector: Injector) -> None:
+    """Logs a sum of all weights of the student at the start of each step but the first, and when the run fails."""
     students = []
-    _before(main, 'train_one_epoch', lambda student, *_, **__: students.append(student))
 
-    def tell(*_) -> None:
-        total = sum(p.detach().double().abs().sum().item() for p in students[-1].parameters())
-        plan.tell(f'weights {total!r}')
+    def note(_, tapped, *args) -> None:
+        if tapped.training:
+            students[:] = [tapped.model]
 
-    _before(utils, 'seed_step', tell)
-    _before(main, '_stop', tell)
+    def log(*_) -> None:
+        for student in students:
+            injector.log(f'weights {sum(p.detach().double().abs().sum().item() for p in student.parameters())!r}')
 
-
-def _record_images(plan: Plan) -> None:
-    """Tells what stood at each position: image, and a sum of its augmented pixels."""
-
-    def tell(item: tuple, _, key: tuple) -> None:
-        plan.tell(f'image {key[1]} {key[2]} {item[2]} {item[0].double().sum().item()!r}')
-
-    _after(datasets.TrainDataset, '__getitem__', tell)
+    _after(models.TappedModel, 'forward', note)
+    _before(utils, 'seed_step', log)
+    _before(stopping, 'end_loader_processes', log)
 
 
-def plant(fault: Fault | None, rank: int, events: Path, record: str = '') -> None:
-    """Prepares this process, which is then to call `main.main`.
+def _record_images(injector: Injector) -> None:
+    """Logs the image at each position, and a sum of its augmented pixels."""
+
+    def log(item: tuple, _, key: tuple) -> None:
+        injector.log(f'image {key[1]} {key[2]} {item[2]} {item[0].double().sum().item()!r}')
+
+    _after(datasets.TrainDataset, '__getitem__', log)
+
+
+def inject(fault: Fault | None, rank: int, events: Path, record: str = '') -> None:
+    """Prepares this process, which then calls `main.main`.
 
     Args:
-        fault: that will come true; None only tells what happens.
+        fault: to trigger; None: events are logged only.
         rank: of this process.
         events: file of events.
-        record: 'images' tells every image too.
+        record: 'images' logs every image too.
     """
     torch.set_num_threads(1)
     datasets.FAKE_TRAIN, datasets.FAKE_VAL = TRAIN_IMAGES, VAL_IMAGES
     run_dir.RETRY, run_dir.LAST_TRIES = 0.02, (0.05, 0.1)
-    plan = Plan(fault, rank, events)
-    _watch_files(plan)
-    _watch_steps(plan)
-    if fault is not None and fault.lags:
+    injector = Injector(fault, rank, events)
+    _watch_files(injector)
+    _watch_steps(injector)
+    if fault is not None and fault.lagged:
         _after(stopping.RankConsensus, '__init__', lambda _, consensus, __: setattr(consensus, 'lagged', True))
     if record == 'images':
-        _record_images(plan)
-    if fault is not None and fault.do in ('nan', 'inf'):
-        _record_weights(plan)
-        if plan.fault is not None:
-            _spoil(plan)
+        _record_images(injector)
+    if fault is not None and fault.action in ('nan', 'inf'):
+        _record_weights(injector)
+        if injector.fault is not None:
+            _corrupt(injector)
