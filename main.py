@@ -461,7 +461,7 @@ def tap_student(args: argparse.Namespace, student: nn.Module, taught: bool) -> m
         tapped = models.tap(student, block_ids, args.input_size, two_heads=taught)
     if args.grad_checkpointing and not args.eval:
         with usage_error_context('--grad-checkpointing', f'with --model {args.model}'):
-            models.checkpoint_activations(tapped, args.input_size)
+            models.checkpoint_activations(tapped)
     return tapped
 
 

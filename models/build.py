@@ -118,7 +118,7 @@ def named_weights(checkpoint: dict, ema: bool = False) -> dict[str, Tensor]:
     state = checkpoint[found[0]] if found else checkpoint
     if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f'holds no state dict: its keys are {", ".join(map(str, list(checkpoint)[:5])) or "none"}')
-    return clean_state_dict(clean_state_dict(state))  # twice: older timm takes one prefix of two off
+    return clean_state_dict(clean_state_dict(state))  # twice, as the prefixes come in either order
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import set_reentrant_ckpt
 from torch import Tensor, nn
 
 from models.blocks import Block, find_modules, list_blocks
@@ -199,23 +200,18 @@ def freeze(
     return tapped.requires_grad_(False).eval()
 
 
-def checkpoint_activations(tapped: TappedModel, input_size: int) -> None:
-    """Keeps no activations inside the blocks for the backward pass, which computes them anew.
+def checkpoint_activations(tapped: TappedModel) -> None:
+    """Recomputes activations in the backward pass where they would be kept.
 
     Raises:
-        ValueError: the model cannot, or its tokens would have no gradient.
+        ValueError: the model does not support it.
     """
-    if not hasattr(tapped.model, 'set_grad_checkpointing'):
-        raise ValueError('it knows no activation checkpointing')
+    # Reentrant checkpoints run the blocks without a graph, so the tokens would have no gradient.
+    set_reentrant_ckpt(False)
     try:
         tapped.model.set_grad_checkpointing(True)
-    except AssertionError as error:  # timm's word for "not supported"
-        raise ValueError(f'it knows no activation checkpointing: {error}') from error
-    training = tapped.training
-    out = tapped.eval()(torch.zeros(1, 3, input_size, input_size))
-    tapped.train(training)
-    if not all(feature.requires_grad for feature in out.features):
-        raise ValueError('this version of timm recomputes blocks in a way that cuts hooks off; a newer one is needed')
+    except (AttributeError, AssertionError) as error:  # timm's models without support raise an AssertionError
+        raise ValueError('model does not support gradient checkpointing') from error
 
 
 def compile_blocks(tapped: TappedModel) -> int:
@@ -227,7 +223,7 @@ def compile_blocks(tapped: TappedModel) -> int:
         ValueError: its blocks are not known.
     """
     # A graph for each shape and kind of block, in training; the default would give up after 8.
-    torch._dynamo.config.cache_size_limit = 64
+    torch._dynamo.config.recompile_limit = 64
     blocks = find_modules(tapped.model)[1].values()
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False)

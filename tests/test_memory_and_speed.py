@@ -111,7 +111,7 @@ def test_unsupported_grad_checkpointing_is_a_usage_error(run, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(grad_checkpointing=True, model='dla46_c', model_kwargs=None, **toys.ALONE)
     assert stopped.value.code == 2
-    assert 'error: --grad-checkpointing with --model dla46_c: it knows no' in capsys.readouterr().err
+    assert 'error: --grad-checkpointing with --model dla46_c: model does not support' in capsys.readouterr().err
 
 
 @pytest.mark.slow  # compiles for half a minute

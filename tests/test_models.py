@@ -128,6 +128,15 @@ def test_gradients_of_the_tokens_reach_the_first_block(toy, family):
     assert tapped.model.patch_embed.proj.weight.grad.any()
 
 
+def test_checkpointed_activations_keep_the_gradients_of_the_tokens(toy, monkeypatch):
+    monkeypatch.setattr('timm.layers.config._USE_REENTRANT_CKPT', True)
+    tapped = models.tap(toy(), [0, -1], SIZE)
+    models.checkpoint_activations(tapped)
+    assert all(x.requires_grad for x in tapped(some_images()).tokens)
+    with pytest.raises(ValueError, match='does not support gradient checkpointing'):
+        models.checkpoint_activations(models.tap(timm.create_model('convit_tiny', depth=1), [], SIZE))
+
+
 @each_family
 def test_a_frozen_model_has_no_gradients_and_stays_in_eval_mode(toy, family):
     teacher = models.freeze(models.tap(toy(family, drop_path_rate=0.5), [0, -1], SIZE))
@@ -312,7 +321,8 @@ LAYOUTS = {
     'bare': lambda state: state,
     'data parallel': lambda state: prefixed('module.', state),
     'compiled': lambda state: {'model': prefixed('_orig_mod.', state)},
-    'both': lambda state: {'state_dict': prefixed('module._orig_mod.', state)},
+    'compiled, then data parallel': lambda state: {'state_dict': prefixed('module._orig_mod.', state)},
+    'data parallel, then compiled': lambda state: {'state_dict': prefixed('_orig_mod.module.', state)},
     # as CaiT's released weights
     'model, data parallel': lambda state: {'model': prefixed('module.', state)},
     # as the release and DeiT save: the flags as a Namespace beside the weights
