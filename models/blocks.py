@@ -1,4 +1,4 @@
-"""Where timm's models keep their blocks, and how what these put out becomes patch tokens on a grid.
+"""Where timm's models keep their blocks, and how the output of a block becomes patch tokens on a grid.
 
 Letters: B images, N patch tokens, D channels, h×w the grid: rows and columns of patches.
 """
@@ -16,39 +16,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Parameters times pixels from which the meta device is faster than computing on one CPU core. There, torch finds shapes
+# in Python, which takes 0.1 to 0.3 seconds for a model of any size.
+META_MIN_WORK = 1e12
+
 
 @dataclass(frozen=True)
 class Family:
-    """Models that keep their blocks at one place.
+    """Models that keep their blocks in the same place.
 
     Attributes:
-        paths: names of the blocks, `*` for a number.
-        arrange: (model, number of the block, its output) → a plain layout, where the output is in none.
-        marks: attributes that only these models have; () for all.
+        paths: names of the blocks, with `*` for a number.
+        to_plain_layout: brings an output that is in no layout of `Block` into one of them; its arguments are the model,
+            the number of the block and the output. None if all outputs are in such a layout.
+        required_attrs: attributes that only these models have; () if the paths are enough to recognize them.
     """
 
     paths: str
-    to_plain_layout: Callable[[nn.Module, int, Tensor], Tensor] | None = None
+    to_plain_layout: Callable[[Any, int, Tensor], Tensor] | None = None
     required_attrs: tuple[str, ...] = ()
 
 
-def _unrolled(model: nn.Module, i: int, x: Tensor) -> Tensor:
+def _hiera_layout(model: Any, i: int, x: Tensor) -> Tensor:
     """Hiera's tokens, (B, N, D) in the order of its mask units → (B, h, w, D)."""
     return model.reroll(x, i)
 
 
-def _unblocked(model: nn.Module, i: int, x: Tensor) -> Tensor:
-    """NesT's tokens, (B, T, N, D) square block by square block → (B, h, w, D)."""
+def _nest_layout(model: Any, i: int, x: Tensor) -> Tensor:
+    """NesT's tokens, (B, T, N, D) with T square windows of N tokens → (B, h, w, D)."""
     T, N = (math.isqrt(count) for count in x.shape[1:3])
     return x.unflatten(2, (N, N)).unflatten(1, (T, T)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-# The first row that fits a model counts.
+# The first row that matches a model counts.
 FAMILIES = (
-    Family('blocks.*', _unrolled, required_attrs=('reroll', 'unroll')),
-    Family('levels.*.transformer_encoder.*', _unblocked),
-    # ViT, DeiT, CaiT, BEiT, EVA, XCiT, TNT, Mixer. CaiT's class-attention blocks are not counted; of CrossViT's two
-    # branches the first is.
+    Family('blocks.*', _hiera_layout, required_attrs=('reroll', 'unroll')),
+    Family('levels.*.transformer_encoder.*', _nest_layout),
+    # ViT, DeiT, CaiT, BEiT, EVA, XCiT, TNT, Mixer. CaiT's class-attention blocks do not count. Of CrossViT's two
+    # branches, the first one counts.
     Family('blocks.*'),
     Family('encoder.blocks.*'),
     Family('blocks.*.*'),  # Twins, EfficientNet, MobileNet
@@ -65,23 +70,18 @@ FAMILIES = (
 )
 
 
-# Parameters times pixels from which the meta device is faster than computing on one CPU core. There, torch finds shapes
-# in Python, which takes 0.1 to 0.3 seconds for a model of any size.
-META_MIN_WORK = 1e12
-
-
 @dataclass(frozen=True)
 class Block:
-    """One block of a model, and how to read what it puts out.
+    """One block of a model, and how to read its output.
 
     Attributes:
-        path: its name in the model.
-        grid: rows and columns of its patch tokens.
+        path: name of the module in the model.
+        grid: rows and columns of the patch tokens.
         width: channels D of a token.
-        layout: 'NLD', 'NHWD' or 'NDHW', of the output once it is arranged.
-        prefix: tokens before those of patches: class, distillation and register tokens.
-        which: place of the tokens among several outputs; None for one.
-        arrange: brings an output into a plain layout.
+        layout: 'NLD', 'NHWD' or 'NDHW', of the output after `to_plain_layout`.
+        prefix: number of tokens before the patch tokens: class, distillation and register tokens.
+        output_index: index of the tokens if the block returns several tensors; None if it returns one.
+        to_plain_layout: brings the output into the layout; None if it has this layout already.
     """
 
     path: str
@@ -92,12 +92,8 @@ class Block:
     output_index: int | None = None
     to_plain_layout: Callable[[Tensor], Tensor] | None = None
 
-    def feature(self, output: Tensor | tuple) -> Tensor:
-        """Of all that the block puts out, what its tokens are read from."""
-        return output if self.output_index is None else output[self.output_index]
-
     def tokens(self, feature: Tensor) -> Tensor:
-        """Patch tokens (B, N, D), row by row."""
+        """Patch tokens (B, N, D), row by row, of the block's output."""
         x = feature if self.to_plain_layout is None else self.to_plain_layout(feature)
         if self.layout == 'NLD':
             return x[:, self.prefix :]
@@ -105,21 +101,21 @@ class Block:
 
 
 def find_modules(model: nn.Module) -> tuple[Family, dict[str, nn.Module]]:
-    """The blocks of a model by name, and the family they are kept in the manner of.
+    """The family of a model, and its blocks by name.
 
     Raises:
-        ValueError: it has none at a known place.
+        ValueError: the model has no blocks at a known place.
     """
     modules = dict(model.named_modules())
     for family in FAMILIES:
         pattern = re.compile(re.escape(family.paths).replace(r'\*', r'\d+'))
         found = {name: module for name, module in modules.items() if pattern.fullmatch(name)}
-        # A list of lists of blocks, or stages where blocks are expected: another row has what is in them.
-        lists = [nn.ModuleList] + [nn.Sequential] * (family.paths == 'blocks.*')
-        fits = found and all(hasattr(model, mark) for mark in family.required_attrs)
-        if fits and not any(type(module) in lists for module in found.values()):
+        # If these are lists of blocks, or stages where blocks are expected, another row has the blocks inside them.
+        containers = [nn.ModuleList] + [nn.Sequential] * (family.paths == 'blocks.*')
+        matches = found and all(hasattr(model, attr) for attr in family.required_attrs)
+        if matches and not any(type(module) in containers for module in found.values()):
             return family, found
-    raise ValueError('it has no blocks at a place that is known, such as blocks.* or stages.*.blocks.*')
+    raise ValueError('the model has no blocks at a known place, such as blocks.* or stages.*.blocks.*')
 
 
 def trace_shapes(model: nn.Module, size: tuple[int, int], names: Iterable[str] = ()) -> dict[str, Any]:
@@ -145,107 +141,94 @@ def trace_shapes(model: nn.Module, size: tuple[int, int], names: Iterable[str] =
 @torch.no_grad()
 def _run_copy(model: nn.Module, size: tuple[int, int], names: Iterable[str], device: str) -> dict[str, Any]:
     # A copy on the CPU shares the model's tensors, but not the caches that some models fill in eval mode.
-    tensors = {id(tensor): tensor.to(device) for tensor in (*model.parameters(), *model.buffers())}
+    tensors: dict[int, Any] = {id(x): x.to(device) for x in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, tensors).eval()
     outputs: dict[str, Any] = {}
     for name in names:
-        copied.get_submodule(name).register_forward_hook(
-            lambda _, __, output, name=name: outputs.__setitem__(name, output)
-        )
+        keep = partial(lambda name, _, __, output: outputs.update({name: output}), name)
+        copied.get_submodule(name).register_forward_hook(keep)
     with torch.device(device):  # also for tensors that the model creates without naming a device
         copied(torch.zeros(2, 3, *size))
     return outputs
 
 
 def list_blocks(model: nn.Module, input_size: int | tuple[int, int]) -> list[Block]:
-    """All blocks of a model in the order of computation, as two blank images find them, see `trace_shapes`.
+    """All blocks of a model in the order of computation, as `trace_shapes` finds them.
 
     Args:
         model: a timm model, on the CPU.
         input_size: height and width of the images in pixels.
 
     Raises:
-        ValueError: it has no blocks at a known place, or they put out no patch tokens.
+        ValueError: the model has no blocks at a known place, or their outputs are no patch tokens.
     """
-    size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    size = (input_size, input_size) if isinstance(input_size, int) else input_size
     family, modules = find_modules(model)
-    return _describe(model, family, modules, trace_shapes(model, size, modules), size)
-
-
-def _describe(
-    model: nn.Module, family: Family, modules: dict[str, nn.Module], outputs: dict[str, Any], size: tuple[int, int]
-) -> list[Block]:
     found = []
-    for i, (name, output) in enumerate(outputs.items()):
-        output_index, x = _pick(name, output)
+    for i, (name, output) in enumerate(trace_shapes(model, size, modules).items()):
+        output_index, x = _find_tokens(name, output)
         to_plain_layout = None if family.to_plain_layout is None else partial(family.to_plain_layout, model, i)
-        found.append((name, output_index, to_plain_layout, x if to_plain_layout is None else to_plain_layout(x)))
-    # Where height, width and channels are equal the layout shows on other blocks of the class, or is that of
-    # convolutions; timm's blocks that put channels last do so in every stage.
-    known = Counter()
-    for name, _, _, x in found:
-        layouts = _layouts(x, size)
-        known.update({(type(modules[name]), layouts[0]): 1} if len(layouts) == 1 else {})
-    blocks = []
-    for name, output_index, to_plain_layout, x in found:
-        layouts = _layouts(x, size)
+        x = x if to_plain_layout is None else to_plain_layout(x)
+        layouts = _possible_layouts(x, size)
         if not layouts:
-            raise ValueError(f'its {name} puts out {_shape(x)}: no tokens (B, N, D) and no map of the image')
-        layout = max(layouts, key=lambda layout, name=name: known[type(modules[name]), layout])
-        grid, prefix = _grid(model, layout, x, size)
+            shape = ', '.join(map(str, x.shape[1:]))
+            raise ValueError(
+                f'the output of {name} has the shape (B, {shape}): no tokens (B, N, D), no map of the image'
+            )
+        found.append((name, output_index, to_plain_layout, x, layouts))
+    # If height, width and channels are equal, other blocks of the same class show the layout. If there are none, it is
+    # the layout of convolutions: timm's blocks with channels last have it in every stage.
+    known = Counter((type(modules[name]), layouts[0]) for name, *_, layouts in found if len(layouts) == 1)
+    blocks = []
+    for name, output_index, to_plain_layout, x, layouts in found:
+        counts = [known[type(modules[name]), layout] for layout in layouts]
+        layout = layouts[counts.index(max(counts))]
+        grid, prefix = _grid_and_prefix(model, layout, x, size)
         width = x.shape[1] if layout == 'NDHW' else x.shape[-1]
         blocks.append(Block(name, grid, width, layout, prefix, output_index, to_plain_layout))
     return blocks
 
 
-def _pick(name: str, output: Any) -> tuple[int | None, Tensor]:
-    """Where the tokens are among the outputs of a block, and they: the first tensor of the images as a whole."""
+def _find_tokens(name: str, output: Any) -> tuple[int | None, Tensor]:
+    """The tokens in the output of a block, and their index: they are the first tensor with a row for each image."""
     if isinstance(output, Tensor):
         return None, output
     for i, x in enumerate(output if isinstance(output, Iterable) else ()):
         if isinstance(x, Tensor) and x.dim() >= 3 and x.shape[0] == 2:
             return i, x
-    raise ValueError(f'its {name} puts out a {type(output).__name__} without tokens')
+    raise ValueError(f'the output of {name} is a {type(output).__name__} without tokens')
 
 
-def _layouts(x: Tensor, size: tuple[int, int]) -> list[str]:
-    """Layouts the output of a block may be in; maps have the image's proportions but for rounding up."""
+def _possible_layouts(x: Tensor, size: tuple[int, int]) -> list[str]:
+    """Layouts in which the output of a block may be: a map has the proportions of the image, apart from rounding."""
     if x.dim() == 3:
         return ['NLD']
-
-    def is_map(h: int, w: int) -> bool:
-        return abs(h * size[1] - w * size[0]) < max(size)
-
-    shape = x.shape[1:] if x.dim() == 4 else (0, 1, 0)
-    return [layout for layout, at in (('NDHW', 1), ('NHWD', 0)) if x.dim() == 4 and is_map(*shape[at : at + 2])]
+    maps = {'NDHW': x.shape[2:], 'NHWD': x.shape[1:3]} if x.dim() == 4 else {}
+    return [layout for layout, (h, w) in maps.items() if abs(h * size[1] - w * size[0]) < max(size)]
 
 
-def _grid(model: nn.Module, layout: str, x: Tensor, size: tuple[int, int]) -> tuple[tuple[int, int], int]:
-    """Rows and columns of the patches, and the tokens before them, counted on what a block puts out.
+def _grid_and_prefix(model: nn.Module, layout: str, x: Tensor, size: tuple[int, int]) -> tuple[tuple[int, int], int]:
+    """Rows and columns of the patch tokens, and the number of tokens before them, from the output of a block.
 
-    timm's attributes are no help: its CaiT declares a class token its patch blocks never see.
+    timm's attributes do not help: its CaiT declares a class token that its patch blocks never see.
     """
     if layout != 'NLD':
         at = 1 if layout == 'NHWD' else 2
         return (x.shape[at], x.shape[at + 1]), 0
     count = x.shape[1]
-    grid = _embedded(model, size)
-    # Later stages have fewer: as many as make a map of the image's proportions.
+    grid = _embedding_grid(model, size)
+    # Later stages have fewer tokens: the largest grid with the proportions of the image.
     if grid is None or grid[0] * grid[1] > count:
         h = next(h for h in range(count, 0, -1) if h * max(1, h * size[1] // size[0]) <= count)
         grid = (h, max(1, h * size[1] // size[0]))
     return grid, count - grid[0] * grid[1]
 
 
-def _embedded(model: nn.Module, size: tuple[int, int]) -> tuple[int, int] | None:
-    """The grid of a flat model's patch embedding."""
-    embed = getattr(model, 'patch_embed', None)
+def _embedding_grid(model: nn.Module, size: tuple[int, int]) -> tuple[int, int] | None:
+    """The grid of the patch embedding; None if the model does not tell it."""
+    embed: Any = getattr(model, 'patch_embed', None)
     if getattr(embed, 'grid_size', None) is not None:
         return tuple(embed.grid_size)
     if hasattr(embed, 'dynamic_feat_size'):
         return tuple(embed.dynamic_feat_size(size))
     return None
-
-
-def _shape(x: Tensor) -> str:
-    return f'(B, {", ".join(map(str, x.shape[1:]))})'

@@ -1,4 +1,4 @@
-"""Forward hooks on the chosen blocks of a timm model: its patch tokens, in one layout, beside its logits.
+"""Forward hooks on chosen blocks of a timm model, which then returns its patch tokens, in one layout, with its logits.
 
 Letters: B images, N patch tokens, D channels, C classes.
 """
@@ -6,27 +6,30 @@ Letters: B images, N patch tokens, D channels, C classes.
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import set_reentrant_ckpt
 from torch import Tensor, nn
 
-from models.blocks import Block, find_modules, list_blocks
+from models.blocks import find_modules, list_blocks
 from models.grids import Grid, resample
 from models.talking_heads import use_fast_talking_heads
+
+ChannelStats = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of each channel
 
 
 class Output(NamedTuple):
     """What a tapped model returns.
 
     Attributes:
-        logits: (B, C), of the class head; the mean of both heads of a distilled model in eval mode; None of a teacher
-            whose relations alone count.
-        kd_logits: (B, C), of the distillation head; the very object `logits` with one head.
-        tokens: one (B, N, D) per tapped block, in the order asked for, before the final norm, patch tokens only.
-        features: the blocks' outputs the tokens were taken from; unlike these they lie on the way to the logits.
+        logits: (B, C), of the class head; the mean of both heads of a distilled model in eval mode; None if `freeze`
+            was told that logits are not needed.
+        kd_logits: (B, C), of the distillation head; the same object as `logits` if there is one head.
+        tokens: one (B, N, D) per tapped block, in the order of `block_ids`, before the final norm, patch tokens only.
+        features: the outputs of the blocks from which the tokens were taken. The logits depend on them, but not on
+            the tokens.
     """
 
     logits: Tensor | None
@@ -36,32 +39,33 @@ class Output(NamedTuple):
 
 
 class StopForward(Exception):  # noqa: N818 – no error
-    """All that was asked for is there."""
+    """Ends a forward pass after the last tapped block."""
 
 
 class TappedModel(nn.Module):
-    """A timm model whose forward pass also returns the outputs of some of its blocks.
+    """A timm model that also returns the tokens of some of its blocks from its forward pass.
 
-    The tokens leave through `forward`, so that DistributedDataParallel and torch.compile see ordinary outputs.
+    As the tokens are returned by `forward`, DistributedDataParallel and torch.compile see ordinary outputs.
     Optimizer, EMA and checkpoint take `.model`, the timm model: its parameter names have no prefix there.
 
     Attributes:
         model: the timm model.
-        block_ids: indices of the tapped blocks, non-negative, in the order asked for, repeats allowed.
-        blocks: what is known of each of them.
-        depth: number of blocks there are.
-        grids: rows and columns of the tokens of each tapped block as they leave.
+        block_ids: indices of the tapped blocks, not negative, in the given order, possibly repeated.
+        blocks: the description of each of them.
+        depth: number of blocks in the model.
+        grids: rows and columns of the tokens that are returned for each tapped block.
     """
 
     def __init__(self, model: nn.Module, block_ids: Sequence[int], input_size: int | tuple[int, int]) -> None:
         super().__init__()
-        if block_ids and getattr(getattr(model, 'patch_drop', None), 'prob', 0) > 0:
-            raise ValueError('it drops patches in training (patch_drop_rate), and tokens would lose their partners')
+        drop_rate = getattr(getattr(model, 'patch_drop', None), 'prob', 0)
+        if block_ids and drop_rate > 0:
+            raise ValueError(f'patch_drop_rate is {drop_rate}; set it to 0, as tokens are compared patch by patch')
         self.model = model
         found = list_blocks(model, input_size) if block_ids else []
         self.depth = len(found)
-        self.block_ids = [_resolve(i, len(found)) for i in block_ids]
-        self.blocks: list[Block] = [found[i] for i in self.block_ids]
+        self.block_ids = [_to_index(i, len(found)) for i in block_ids]
+        self.blocks = [found[i] for i in self.block_ids]
         self.grids: list[Grid] = [block.grid for block in self.blocks]
         self.frozen = False
         self.prepare: nn.Module = nn.Identity()
@@ -69,26 +73,26 @@ class TappedModel(nn.Module):
         self.dtype: torch.dtype | None = None
         self._alignment = ''
         self._captured: dict[int, Tensor] = {}
-        self._listening = False
+        self._capturing = False
         for i, block in sorted(dict(zip(self.block_ids, self.blocks, strict=True)).items()):
-            # A bound method: a deep copy of this wrapper then captures into the copy, not into the original.
+            # The hook is a bound method, so that a deep copy of this wrapper captures into the copy.
             model.get_submodule(block.path).register_forward_hook(partial(self._capture, i, block.output_index))
 
     def align(self, targets: Sequence[Grid], how: str) -> None:
-        """From now on the tokens of each tapped block leave on these grids, see `grids.resample`."""
+        """Sets the grids on which the tokens of the tapped blocks are returned from now on, see `grids.resample`."""
         self.grids, self._alignment = list(targets), how
 
     def forward(self, images: Tensor) -> Output:
         """Logits and tokens of images (B, 3, H, W)."""
-        self._listening = True
+        logits: Tensor | tuple[Tensor, Tensor] | None = None
+        self._capturing = True
         try:
             with suppress(StopForward):
-                logits = None
                 logits = self._run(images)
             features = tuple(self._captured[i] for i in self.block_ids)
         finally:
-            # Left in place, the tokens would keep their graph alive and make torch.compile trace again at every step.
-            self._listening = False
+            # Kept here, the tokens would keep their graph alive and make torch.compile recompile at every step.
+            self._capturing = False
             self._captured.clear()
         tokens = tuple(
             resample(block.tokens(feature), block.grid, target, self._alignment)
@@ -104,42 +108,44 @@ class TappedModel(nn.Module):
             return self.model(self.prepare(images))
 
     def train(self, mode: bool = True) -> 'TappedModel':
-        """Switches the mode; a frozen model stays in eval mode, or its drop-path would be switched on."""
+        """Sets the mode. A frozen model stays in eval mode, as train mode would switch on its drop-path."""
         return super().train(mode and not self.frozen)
 
-    def _capture(
-        self, i: int, output_index: int | None, block: nn.Module, inputs: tuple, output: Tensor | tuple
-    ) -> None:
-        if self._listening:  # not when the timm model is called by itself, in evaluation
+    def _capture(self, i: int, output_index: int | None, block: nn.Module, inputs: tuple, output: Any) -> None:
+        if self._capturing:  # not if the timm model is called by itself, as in evaluation
             self._captured[i] = output if output_index is None else output[output_index]
             if not self.with_logits and i == max(self.block_ids):
-                raise StopForward  # what lies behind leads to logits nobody asks for
+                raise StopForward
 
 
 class TeacherPreprocess(nn.Module):
-    """Images made for one model, (B, 3, H, W), as another one knows them: its mean, deviation and size.
+    """Converts images (B, 3, H, W) made for the student to those that the teacher expects.
 
     Args:
-        ours: mean and standard deviation of each channel the images were normalised by, values in 0 … 1.
-        theirs: those the other model was trained with.
-        size: its height and width in pixels; None keeps the images'.
-        dtype: of its weights; None keeps the images'.
+        student_stats: mean and standard deviation with which the images were normalized, for pixel values in [0, 1].
+        teacher_stats: mean and standard deviation with which the teacher was trained.
+        size: height and width of the teacher's images in pixels; None keeps the size.
+        dtype: dtype of the teacher's weights; None keeps the images' dtype.
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(
         self,
-        ours: tuple[Sequence, Sequence],
-        theirs: tuple[Sequence, Sequence],
+        student_stats: ChannelStats,
+        teacher_stats: ChannelStats,
         size: int | None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.dtype = dtype
-        (mean, std), (their_mean, their_std) = (torch.tensor(stats).view(2, 3, 1, 1) for stats in (ours, theirs))
+        mean, std = torch.tensor(student_stats).view(2, 3, 1, 1)
+        teacher_mean, teacher_std = torch.tensor(teacher_stats).view(2, 3, 1, 1)
         self.size = size
-        self.same = torch.equal(mean, their_mean) and torch.equal(std, their_std)
-        self.register_buffer('scale', std / their_std, persistent=False)
-        self.register_buffer('shift', (mean - their_mean) / their_std, persistent=False)
+        self.same = torch.equal(mean, teacher_mean) and torch.equal(std, teacher_std)
+        self.register_buffer('scale', std / teacher_std, persistent=False)
+        self.register_buffer('shift', (mean - teacher_mean) / teacher_std, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         if not self.same:
@@ -149,10 +155,10 @@ class TeacherPreprocess(nn.Module):
         return images if self.dtype is None else images.to(self.dtype)
 
 
-def _resolve(index: int, depth: int) -> int:
-    if not -depth <= index < depth:
-        raise ValueError(f'there is no block {index}: it has {depth}, numbered from 0')
-    return index % depth
+def _to_index(i: int, depth: int) -> int:
+    if not -depth <= i < depth:
+        raise ValueError(f'no block {i}: the model has {depth} blocks, counted from 0')
+    return i % depth
 
 
 def tap(
@@ -164,13 +170,14 @@ def tap(
         model: a timm model, on the CPU.
         block_ids: indices of blocks, negative ones from the end; empty for logits only.
         input_size: height and width of the images in pixels.
-        two_heads: a distilled model returns both heads' logits in training; otherwise their mean.
+        two_heads: True returns the logits of both heads of a distilled model in training; False their mean.
 
     Raises:
-        ValueError: an index is out of range, or the blocks put out no patch tokens.
+        ValueError: an index is out of range, or the outputs of the blocks are no patch tokens.
     """
-    if hasattr(model, 'set_distilled_training'):
-        model.set_distilled_training(two_heads)
+    set_two_heads = getattr(model, 'set_distilled_training', None)
+    if set_two_heads is not None:
+        set_two_heads(two_heads)
     return TappedModel(model, block_ids, input_size)
 
 
@@ -181,13 +188,13 @@ def freeze(
     dtype: torch.dtype | None = None,
     fast_talking_heads: bool = True,
 ) -> TappedModel:
-    """Makes a teacher of a model: no gradients, eval mode for good, and no work for outputs nobody uses.
+    """Makes a model a teacher: no gradients, always in eval mode, and outputs that are not needed are not computed.
 
     Args:
         tapped: the model.
-        prepare: images of the student → images as this model knows them, see `Prepare`; None: they are the same.
-        with_logits: False where nobody asks for them: it stops behind the last tapped block.
-        dtype: of its weights and its arithmetic, whatever autocast says; None leaves both alone.
+        prepare: converts the student's images for this model, see `TeacherPreprocess`; None if both take the same.
+        with_logits: False stops after the last tapped block, as logits are not needed.
+        dtype: of weights and arithmetic, also under autocast; None changes neither.
         fast_talking_heads: False keeps timm's own talking-heads attention, as a baseline for benchmarks.
     """
     tapped.frozen, tapped.with_logits = True, with_logits
@@ -201,28 +208,29 @@ def freeze(
 
 
 def checkpoint_activations(tapped: TappedModel) -> None:
-    """Recomputes activations in the backward pass where they would be kept.
+    """Makes a model recompute activations in the backward pass, so that it need not keep them.
 
     Raises:
         ValueError: the model does not support it.
     """
     # Reentrant checkpoints run the blocks without a graph, so the tokens would have no gradient.
     set_reentrant_ckpt(False)
+    model: Any = tapped.model
     try:
-        tapped.model.set_grad_checkpointing(True)
+        model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:  # timm's models without support raise an AssertionError
         raise ValueError('model does not support gradient checkpointing') from error
 
 
 def compile_blocks(tapped: TappedModel) -> int:
-    """Compiles the blocks, each kind once; returns how many there are. Parameters keep their names, hooks stay outside.
+    """Compiles the blocks and returns their number. Names of parameters do not change, hooks are not compiled.
 
-    Do so after deep copies are made: a copy of a compiled block would run the original.
+    Make deep copies before: a copy of a compiled block would run the original.
 
     Raises:
-        ValueError: its blocks are not known.
+        ValueError: the model has no blocks at a known place.
     """
-    # A graph for each shape and kind of block, in training; the default would give up after 8.
+    # In training, each shape and kind of block has a graph of its own; the default limit is 8.
     torch._dynamo.config.recompile_limit = 64
     blocks = find_modules(tapped.model)[1].values()
     for block in blocks:
@@ -231,11 +239,13 @@ def compile_blocks(tapped: TappedModel) -> int:
 
 
 def pair_ids(student_depth: int, teacher_depth: int) -> tuple[list[int], list[int]]:
-    """The recipe's pairing for any depths: the first k and the last k blocks of either side.
+    """The block pairs of the recipe for models of any depth: the first k and the last k blocks of both.
 
-    k is 4 or half the shallower depth, if that is less: for DeiT-Tiny and CaiT-S24 0 1 2 3 8 9 10 11 and
-    0 1 2 3 20 21 22 23. Of a single block there is but the last.
+    k is 4, or half of the smaller depth if that is less. For DeiT-Tiny and CaiT-S24 the pairs are 0 1 2 3 8 9 10 11 and
+    0 1 2 3 20 21 22 23. If one model has a single block, only the last blocks are paired.
     """
     k = min(4, student_depth // 2, teacher_depth // 2)
-    depths = student_depth, teacher_depth
-    return tuple([*range(k), *range(depth - max(k, 1), depth)] for depth in depths)
+    student_ids, teacher_ids = (
+        [*range(k), *range(depth - max(k, 1), depth)] for depth in (student_depth, teacher_depth)
+    )
+    return student_ids, teacher_ids

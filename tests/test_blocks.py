@@ -1,7 +1,8 @@
-"""What holds for the models of every family: one row each. The slow tests hold it against torch.compile, too."""
+"""What is true of models of every family, one row each. The slow tests check it under torch.compile, too."""
 
 import copy
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -18,7 +19,7 @@ from models import grids
 SIZE, C = 64, 10
 FLAT = {'embed_dim': 48, 'depth': 3, 'num_heads': 3}
 STAGES = {'embed_dim': 16, 'depths': (1, 1, 2, 1), 'num_heads': (1, 2, 2, 4), 'window_size': 4}
-# family: timm's name, what makes a toy of it, and of its blocks: grids' heights, widths, tokens before the patches
+# family: timm's name, arguments that make it small; per block the height of the grid and the width; prefix tokens
 FAMILIES = {
     'ViT': ('vit_tiny_patch16_224', FLAT, '4 4 4', '48 48 48', 1),
     'DeiT': ('deit_tiny_patch16_224', FLAT, '4 4 4', '48 48 48', 1),
@@ -49,8 +50,14 @@ FAMILIES = {
     'MViT v2': ('mvitv2_tiny', {}, '16 8 8 4 4 4 4 4 2 2', '96 192 192 384 384 384 384 384 768 768', 0),
     'NesT': ('nest_tiny', {}, '16 16 8 8 4 4 4 4 4 4 4 4', '96 96 192 192 384 384 384 384 384 384 384 384', 0),
     'PiT': ('pit_ti_224', {'depth': (1, 1, 1)}, '7 4 2', '64 128 256', 1),
-    'CoaT': ('coat_lite_tiny', {}, '16 16 8 8 4 4 2 2', '64 64 128 128 256 256 320 320', 1),
-    'LeViT': ('levit_128s', {}, '4 4 2 2 2 1 1 1 1', '128 128 256 256 256 384 384 384 384', 0),
+    'CoaT': (
+        'coat_lite_tiny', {'serial_depths': (1, 1, 2, 1), 'embed_dims': (16, 32, 48, 64)},
+        '16 8 4 4 2', '16 32 48 48 64', 1,
+    ),
+    'LeViT': (
+        'levit_128s', {'embed_dim': (32, 48, 64), 'depth': (1, 2, 1), 'num_heads': (2, 3, 4)},
+        '4 2 2 1', '32 48 48 64', 0,
+    ),
     'GC ViT': ('gcvit_xxtiny', {}, '16 16 8 8 ' + '4 ' * 6 + '2 2', '64 64 128 128 ' + '256 ' * 6 + '512 512', 0),
     'MaxViT': ('test_maxvit', {}, '16 8 4 2', '32 64 96 128', 0),
     'CoAtNet': ('test_coatnet', {}, '16 8 4 4 2', '32 64 96 96 128', 0),
@@ -62,7 +69,8 @@ FAMILIES = {
     'MobileViT': ('mobilevit_xxs', {}, '32 16 16 16 8 8 4 4 2 2', '16 24 24 24 48 48 64 64 80 80', 0),
     'FastViT': ('fastvit_t8', {}, '16 16 8 8 4 4 4 4 2 2', '48 48 96 96 192 192 192 192 384 384', 0),
     'EfficientFormer V2': (
-        'efficientformerv2_s0', {}, '16 16 8 8 ' + '4 ' * 6 + '2 ' * 4, '32 32 48 48 ' + '96 ' * 6 + '176 ' * 4, 0,
+        'efficientformerv2_s0', {'depths': (1, 1, 2, 2), 'embed_dims': (16, 32, 48, 64), 'num_vit': 1},
+        '16 8 4 4 2 2', '16 32 48 48 64 64', 0,
     ),
     'ConvNeXt': ('test_convnext', {}, '16 8 8 4 4 4 4 2 2', '24 32 32 48 48 48 48 64 64', 0),
     'MambaOut': ('test_mambaout', {}, '16 8 4 4 4 2', '16 32 48 48 48 64', 0),
@@ -70,21 +78,24 @@ FAMILIES = {
     'ResNet': ('test_resnet', {}, '16 8 4 2', '32 48 192 96', 0),
     'RegNet': ('regnetx_002', {}, '16 8 ' + '4 ' * 4 + '2 ' * 7, '24 56 ' + '152 ' * 4 + '368 ' * 7, 0),
 }  # fmt: skip
-each_family = pytest.mark.parametrize('family', FAMILIES)
+# With this scope, all tests of a family run one after the other and share the model that `build` keeps.
+each_family = pytest.mark.parametrize('family', FAMILIES, scope='module')
 
 
-def make(family: str, seed: int = 1) -> nn.Module:
-    """A toy of a family; the same weights at every call."""
+@functools.lru_cache(maxsize=3)
+def build(family: str, seed: int) -> nn.Module:
     name, kwargs, *_ = FAMILIES[family]
     torch.manual_seed(seed)
     model = models.build(name, C, SIZE, kwargs=kwargs)
-    for (
-        parameter_name,
-        parameter,
-    ) in model.named_parameters():  # layer scales of 1e-5: all blocks would put out the same
-        if 'gamma' in parameter_name or 'layer_scale' in parameter_name:
+    for name, parameter in model.named_parameters():
+        if 'gamma' in name or 'layer_scale' in name:  # at timm's 1e-5 the outputs of all blocks would be equal
             nn.init.constant_(parameter, 0.5)
     return model
+
+
+def make(family: str, seed: int = 1) -> nn.Module:
+    """A small model of a family, with the same weights at every call."""
+    return copy.deepcopy(build(family, seed))
 
 
 def some_images(seed: int = 2) -> torch.Tensor:
@@ -92,7 +103,7 @@ def some_images(seed: int = 2) -> torch.Tensor:
 
 
 @each_family
-def test_blocks_are_listed_in_the_order_of_computation_with_grid_width_and_prefix(family):
+def test_block_list_has_grid_width_and_prefix_in_order_of_computation(family):
     _, _, heights, widths, prefix = FAMILIES[family]
     blocks = models.list_blocks(make(family), SIZE)
     assert [block.grid for block in blocks] == [(int(h), int(h)) for h in heights.split()]
@@ -101,7 +112,7 @@ def test_blocks_are_listed_in_the_order_of_computation_with_grid_width_and_prefi
 
 
 @each_family
-def test_tapping_changes_no_logit_and_gives_tokens_in_the_order_asked_for_with_repeats(family):
+def test_tapping_keeps_logits_and_returns_tokens_in_requested_order(family):
     plain, images = make(family).eval(), some_images()
     depth = len(FAMILIES[family][2].split())
     ids = [depth - 1, 0, -1, 0, depth // 2]
@@ -117,8 +128,8 @@ def test_tapping_changes_no_logit_and_gives_tokens_in_the_order_asked_for_with_r
 
 
 @each_family
-def test_a_change_in_one_place_of_the_image_shows_at_that_place_of_the_grid(family):
-    # off the diagonal, so that rows taken for columns, or channels for either, would show
+def test_local_image_change_shows_at_its_grid_position(family):
+    # not on the diagonal, so that swapped rows and columns, or swapped channels, would show
     images = some_images()
     changed = images.clone()
     changed[:, :, 8:16, 40:48] += 5
@@ -136,24 +147,24 @@ def test_a_change_in_one_place_of_the_image_shows_at_that_place_of_the_grid(fami
 
 @pytest.fixture(scope='module')
 def one_rank(tmp_path_factory):
-    """A process group of this process alone, enough for DistributedDataParallel to find parameters left out."""
+    """A process group of one process: enough for DistributedDataParallel to notice unused parameters."""
     rendezvous = tmp_path_factory.mktemp('group') / 'rendezvous'
     dist.init_process_group('gloo', init_method=f'file://{rendezvous}', rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
-@pytest.mark.filterwarnings('ignore:Grad strides do not match')  # of convolutions with one channel; costs a copy
+@pytest.mark.filterwarnings('ignore:Grad strides do not match')  # a copy, for convolutions with one channel
 @each_family
-def test_a_student_of_any_family_learns_from_a_deit_under_ddp_and_gradients_reach_its_first_block(family, one_rank):
+def test_relation_gradients_reach_first_block_under_ddp(family, one_rank):
     student = models.tap(make(family), [0, -1], SIZE, two_heads=True)
     teacher = models.freeze(models.tap(make('DeiT', seed=3), [0, -1], SIZE))
-    met = [models.common_grid(block.grid, (4, 4), 'pool', 196) for block in student.blocks]
-    for tapped, targets in zip((student, teacher), zip(*met, strict=True), strict=True):
+    grids = [models.common_grid(block.grid, (4, 4), 'pool', 196) for block in student.blocks]
+    for tapped, targets in zip((student, teacher), zip(*grids, strict=True), strict=True):
         tapped.align(targets, 'pool')
     criterion = ManifoldDistillationLoss(nn.CrossEntropyLoss(), 'soft', w_full=1.0)
     wrapped = DistributedDataParallel(student)
-    for seed in (0, 1):  # a parameter that the first step has left out stops the second
+    for seed in (0, 1):  # a parameter without gradient in the first step stops the second
         losses = criterion(wrapped(some_images(seed)), teacher(some_images(seed)), torch.tensor([0, 1]))
         assert all(torch.isfinite(value) for value in losses.values())
         student.zero_grad()
@@ -165,7 +176,7 @@ def test_a_student_of_any_family_learns_from_a_deit_under_ddp_and_gradients_reac
 
 @pytest.mark.slow
 @each_family
-def test_a_tapped_model_compiles_into_one_graph(family):
+def test_tapped_model_compiles_into_one_graph(family):
     torch._dynamo.reset()
     plain = models.tap(make(family).eval(), [0, -1], SIZE)
     compiled = torch.compile(plain, fullgraph=True, backend='eager')
@@ -181,13 +192,13 @@ def test_a_tapped_model_compiles_into_one_graph(family):
 @pytest.mark.parametrize(
     ('depths', 'student', 'teacher'),
     [
-        ((12, 24), [0, 1, 2, 3, 8, 9, 10, 11], [0, 1, 2, 3, 20, 21, 22, 23]),  # the recipe's DeiT-Tiny and CaiT-S24
+        ((12, 24), [0, 1, 2, 3, 8, 9, 10, 11], [0, 1, 2, 3, 20, 21, 22, 23]),  # the recipe: DeiT-Tiny and CaiT-S24
         ((12, 5), [0, 1, 10, 11], [0, 1, 3, 4]),
         ((3, 12), [0, 2], [0, 11]),
         ((1, 12), [0], [11]),
     ],
 )
-def test_the_first_and_last_blocks_of_either_side_are_paired(depths, student, teacher):
+def test_pair_ids_are_first_and_last_blocks(depths, student, teacher):
     assert models.pair_ids(*depths) == (student, teacher)
 
 
@@ -195,7 +206,7 @@ TARGETS = {'pool': (2, 3), 'interpolate': (3, 2), 'merge': (2, 3)}
 
 
 @pytest.mark.parametrize('how', TARGETS)
-def test_tokens_on_another_grid_are_those_of_plain_loops(how):
+def test_resample_equals_plain_loops(how):
     (h, w), target, D = (4, 6), TARGETS[how], 5
     tokens = torch.randn(2, h * w, D, dtype=torch.float64)
     image = tokens.reshape(2, h, w, D)
@@ -205,11 +216,11 @@ def test_tokens_on_another_grid_are_those_of_plain_loops(how):
         expected = [image[:, rows, columns].mean(dim=(1, 2)) for rows, columns in cells]
     elif how == 'merge':
         expected = [image[:, rows, columns].reshape(2, -1) for rows, columns in cells]
-    else:  # each direction for itself, a triangle as wide as the step on either side of the centre
+    else:  # for each axis a triangle filter with a half-width of one step
 
-        def weights(here, there):
-            step = here / there
-            rows = [[max(0, 1 - abs(i + 0.5 - (t + 0.5) * step) / step) for i in range(here)] for t in range(there)]
+        def weights(old, new):
+            step = old / new
+            rows = [[max(0, 1 - abs(i + 0.5 - (t + 0.5) * step) / step) for i in range(old)] for t in range(new)]
             rows = torch.tensor(rows, dtype=torch.float64)
             return rows / rows.sum(1, keepdim=True)
 
@@ -220,7 +231,7 @@ def test_tokens_on_another_grid_are_those_of_plain_loops(how):
 
 
 @pytest.mark.parametrize(
-    ('student', 'teacher', 'how', 'met'),
+    ('student', 'teacher', 'how', 'expected'),
     [
         ((14, 14), (14, 14), 'error', ((14, 14), (14, 14))),
         ((14, 14), (16, 16), 'pool', ((14, 14), (14, 14))),
@@ -231,38 +242,38 @@ def test_tokens_on_another_grid_are_those_of_plain_loops(how):
         ((14, 14), (14, 14), 'merge', ((14, 14), (14, 14))),
     ],
 )
-def test_grids_meet(student, teacher, how, met):
-    assert models.common_grid(student, teacher, how, 196) == met
+def test_common_grid(student, teacher, how, expected):
+    assert models.common_grid(student, teacher, how, 196) == expected
 
 
 @pytest.mark.parametrize(
-    ('how', 'teacher', 'words'),
+    ('how', 'teacher', 'message'),
     [
-        ('error', (16, 16), '14×14 patch tokens of the student, 16×16 of the teacher'),
-        ('merge', (7, 7), '14×14 patch tokens of the student, 7×7 of the teacher'),
-        ('merge', (17, 13), '17×13 patch tokens do not merge into at most 196'),
+        ('error', (16, 16), 'the student has 14×14 patch tokens and the teacher 16×16'),
+        ('merge', (7, 7), 'the student has 14×14 patch tokens and the teacher 7×7'),
+        ('merge', (17, 13), '17×13 patch tokens cannot be merged into at most 196'),
     ],
 )
-def test_grids_that_do_not_meet_are_both_named(how, teacher, words):
-    with pytest.raises(ValueError, match=words):
+def test_grid_mismatch_names_both_grids(how, teacher, message):
+    with pytest.raises(ValueError, match=message):
         models.common_grid((14, 14), teacher, how, 196)
 
 
-def test_half_precision_tokens_are_averaged_in_float32():
+def test_bfloat16_tokens_are_pooled_in_float32():
     tokens = torch.tensor([2048.0, 1, 1, 1]).to(torch.bfloat16).view(1, 4, 1)
     pooled = grids.resample(tokens, (2, 2), (1, 1), 'pool')
     assert pooled.dtype == torch.float32
     assert pooled.item() == 512.75
 
 
-def test_blocks_whose_height_width_and_channels_are_equal_are_read_like_others_of_their_class():
+def test_ambiguous_layout_follows_blocks_of_the_same_class():
     swin = models.list_blocks(make('Swin'), SIZE)
     tiny = models.list_blocks(make('TinyViT'), SIZE)
     assert (swin[0].grid, swin[0].width, swin[0].layout) == ((16, 16), 16, 'NHWD')
     assert (tiny[0].grid, tiny[0].width, tiny[0].layout) == ((16, 16), 16, 'NDHW')
 
 
-def test_grids_of_images_that_are_not_square_are_found():
+def test_grids_of_rectangular_images():
     vit = timm.create_model('vit_tiny_patch16_224', img_size=(32, 64), **FLAT)
     assert {block.grid for block in models.list_blocks(vit, (32, 64))} == {(2, 4)}
     for name in ('test_convnext', 'pvt_v2_b0', 'test_mambaout'):
@@ -271,9 +282,11 @@ def test_grids_of_images_that_are_not_square_are_found():
 
 
 @pytest.mark.parametrize('name', ['densenet121', 'dla34', 'vgg11'])
-def test_a_model_without_blocks_at_a_known_place_is_refused(name):
-    with pytest.raises(ValueError, match='it has no blocks at a place that is known'):
-        models.tap(timm.create_model(name, num_classes=C), [0], 96)
+def test_model_without_known_blocks_is_refused(name):
+    with torch.device('meta'):  # without weights, which would take a second to fill
+        model = timm.create_model(name, num_classes=C)
+    with pytest.raises(ValueError, match='the model has no blocks at a known place'):
+        models.tap(model, [0], 96)
 
 
 def listed_blocks(model: nn.Module, monkeypatch, min_work: float) -> tuple[list[models.Block], list[str]]:
@@ -286,7 +299,7 @@ def listed_blocks(model: nn.Module, monkeypatch, min_work: float) -> tuple[list[
 
 
 @each_family
-def test_blocks_listed_on_the_meta_device_equal_those_on_the_cpu(family, monkeypatch):
+def test_block_list_on_meta_device_equals_cpu(family, monkeypatch):
     model = make(family)
     state = copy.deepcopy(model.state_dict())
     computed, devices = listed_blocks(model, monkeypatch, math.inf)
@@ -298,7 +311,7 @@ def test_blocks_listed_on_the_meta_device_equal_those_on_the_cpu(family, monkeyp
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {'cpu'}
 
 
-def test_a_model_that_reads_values_is_listed_on_the_cpu(monkeypatch):
+def test_model_that_reads_values_is_listed_on_cpu(monkeypatch):
     model = make('ConvNeXt')
     expected, _ = listed_blocks(model, monkeypatch, math.inf)
     model.stem.register_forward_hook(lambda _, __, output: output * (1 + output.sum().item()))
@@ -306,7 +319,7 @@ def test_a_model_that_reads_values_is_listed_on_the_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize('min_work', [0, math.inf], ids=['meta', 'cpu'])
-def test_listing_leaves_modes_and_caches_alone_and_no_hook_behind(min_work, monkeypatch):
+def test_listing_changes_no_mode_cache_or_hook(min_work, monkeypatch):
     monkeypatch.setattr(models.blocks, 'META_MIN_WORK', min_work)
     model = make('LeViT').train()
     model.stages[1].eval()

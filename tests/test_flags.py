@@ -189,7 +189,7 @@ WRONG = [
     ({'teacher_input_size': 48}, '6×6', '4×4', 'token-align'),
     ({'s_id': 'auto', 't_id': '0'}, '--t-id 0'),
     ({'t_id': 'auto 1', 's_id': 'auto 1'}, 'auto'),
-    ({'s_id': 'auto', 't_id': 'auto', 'model': 'densenet121', 'model_kwargs': None}, 'no blocks at a place'),
+    ({'s_id': 'auto', 't_id': 'auto', 'model': 'densenet121', 'model_kwargs': None}, 'no blocks at a known place'),
     ({'teacher_model': 'local-dir:{files}/no', 'teacher_path': None},),
     ({'teacher_path': 'local-dir:{files}/tree'}, 'model.safetensors'),
     ({'teacher_path': '{files}/headless.pth'}, 'no head', '--distillation-alpha 0'),

@@ -185,7 +185,7 @@ def test_convolutional_student_trains_evaluates_and_fine_tunes(run, files, tmp_p
     (row,) = run(**options, **toys.ALONE, data_set='FOLDER', data_path=files / 'tree',
                  finetune=tmp_path / 'best_checkpoint.pth', output_dir=tmp_path / 'tuned')  # fmt: skip
     assert toys.load(tmp_path / 'tuned' / 'checkpoint.pth')['model']['head.fc.weight'].shape[0] == 2
-    assert 'head.fc replaced by a fresh one of 2 classes' in capsys.readouterr().out
+    assert 'head.fc replaced by a new head of 2 classes' in capsys.readouterr().out
 
 
 def test_teacher_gets_images_in_its_own_normalisation(run, epochs, monkeypatch):
