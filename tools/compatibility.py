@@ -1,12 +1,12 @@
-"""Every student with every teacher, really run: writes docs/compatibility.md.
+"""Runs every student with every teacher and writes docs/compatibility.md.
 
-    python -m tools.compatibility                 all of STUDENTS and TEACHERS, some minutes on two cores
-    python -m tools.compatibility --only swin     those whose names contain a word, printed only
+    python -m tools.compatibility                 all STUDENTS and TEACHERS, about half an hour on two cores
+    python -m tools.compatibility --only swin     models with this word in their names; the page is not written
 
-Random weights, two images of noise, blocks paired as `--s-id auto --t-id auto` does, grids met by pooling. Each model
-runs forward once; its tokens serve all partners. A pair passes if all relation terms are finite and their gradient
-reaches the student's first block. For each model is shown, too, that a change in one place of the image shows most at
-that place of its tokens.
+Weights are random, the two images are noise, blocks are paired like `--s-id auto --t-id auto`, and tokens are aligned
+like `--token-align pool`. Each model runs forward once, and its tokens serve for all pairs. A pair passes if all
+relation terms are finite and their gradient reaches the student's first block. A model passes if a change at one place
+of the image changes its tokens most at that place.
 """
 
 import argparse
@@ -54,24 +54,25 @@ TEACHERS = (
 
 @dataclass
 class Side:
-    """A model that has run: its tokens and grids by block, and how to reach its first block."""
+    """A model that has run: the tokens and description of each block, and the parameters of its first block."""
 
     name: str
     parameters: int
     size: int
     tokens: list[Tensor]
     blocks: list[models.Block]
-    first: list[Tensor] | None = None
+    first: list[nn.Parameter]
 
-    def of(self, ids: list[int]) -> list[tuple[Tensor, tuple[int, int]]]:
+    def select(self, ids: list[int]) -> list[tuple[Tensor, tuple[int, int]]]:
         return [(self.tokens[i], self.blocks[i].grid) for i in ids]
 
 
 def run_model(name: str, student: bool) -> Side:
-    """Forward, once as it is and, for the place of the tokens, once with one place of the images changed."""
+    """Runs the images, and once more with a change at one place to check the positions of the tokens."""
     torch.manual_seed(0)
     model, size = build(name)
-    for key, parameter in model.named_parameters():  # layer scales of 1e-5: all blocks would put out the same
+    for key, parameter in model.named_parameters():
+        # At timm's 1e-5, the outputs of all blocks would be equal.
         if 'gamma' in key or 'layer_scale' in key:
             nn.init.constant_(parameter, 0.5)
     blocks = models.list_blocks(model, size)
@@ -80,12 +81,12 @@ def run_model(name: str, student: bool) -> Side:
     with torch.set_grad_enabled(student):
         tokens = tapped(images).tokens
     check_place(tapped, tokens, images)
-    first = list(model.get_submodule(blocks[0].path).parameters()) if student else None
+    first = list(model.get_submodule(blocks[0].path).parameters()) if student else []
     return Side(name, sum(p.numel() for p in model.parameters()), size, list(tokens), blocks, first)
 
 
 def build(name: str) -> tuple[nn.Module, int]:
-    """A model for small images, or for its own where it takes no others; and their size."""
+    """The model and the size of its images: small ones, or its default size if it takes no other."""
     try:
         return models.build(name, None, SMALL), SMALL
     except ValueError:
@@ -95,7 +96,7 @@ def build(name: str) -> tuple[nn.Module, int]:
 
 @torch.no_grad()
 def check_place(tapped: models.TappedModel, tokens: tuple[Tensor, ...], images: Tensor) -> None:
-    """Raises ValueError if a change of the images near the right edge shows elsewhere in the first block's tokens."""
+    """Raises ValueError if a change near the right edge of the images shows elsewhere in the first block's tokens."""
     size = images.shape[-1]
     top, left = size // 8, 5 * size // 8
     changed = images.clone()
@@ -104,33 +105,36 @@ def check_place(tapped: models.TappedModel, tokens: tuple[Tensor, ...], images: 
     h, w = tapped.grids[0]
     row, column = divmod(int(difference.square().sum(dim=(0, 2)).argmax()), w)
     if max(abs((row + 0.5) / h - 3 / 16), abs((column + 0.5) / w - 11 / 16)) > 1 / 16 + 1 / h:
-        raise ValueError(f'tokens are not in the order of the image: {row},{column} of {h}×{w}')
+        raise ValueError(f'tokens are not at their place of the image: the change is at {row},{column} of {h}×{w}')
 
 
 def run_pair(student: Side, teacher: Side) -> None:
-    """Loss and backward; raises ValueError with what is wrong."""
+    """Computes the loss and its gradient; raises ValueError if they are not as they should be."""
     ids = models.pair_ids(len(student.blocks), len(teacher.blocks))
-    ours, theirs = [], []
-    for (s, s_grid), (t, t_grid) in zip(student.of(ids[0]), teacher.of(ids[1]), strict=True):
-        met = models.common_grid(s_grid, t_grid, 'pool', K)
-        ours.append(models.resample(s, s_grid, met[0], 'pool'))
-        theirs.append(models.resample(t, t_grid, met[1], 'pool'))
+    student_tokens, teacher_tokens = [], []
+    for (s, s_grid), (t, t_grid) in zip(student.select(ids[0]), teacher.select(ids[1]), strict=True):
+        s_target, t_target = models.common_grid(s_grid, t_grid, 'pool', K)
+        student_tokens.append(models.resample(s, s_grid, s_target, 'pool'))
+        teacher_tokens.append(models.resample(t, t_grid, t_target, 'pool'))
     logits = torch.zeros(IMAGES, 2, requires_grad=True)
     criterion = ManifoldDistillationLoss(nn.CrossEntropyLoss(), 'soft', alpha=0, w_full=1, K=K)
     generator = torch.Generator().manual_seed(0)
-    found = criterion((logits, logits, ours), (None, None, theirs), torch.zeros(IMAGES, dtype=torch.long), generator)
+    found = criterion(
+        (logits, logits, student_tokens), (None, None, teacher_tokens), torch.zeros(IMAGES, dtype=torch.long), generator
+    )
     found.pop('base')
     if not all(torch.isfinite(value) for value in found.values()):
         raise ValueError('a term is not finite')
-    gradients = torch.autograd.grad(sum(found.values()), student.first, retain_graph=True, allow_unused=True)
-    gradients = [gradient for gradient in gradients if gradient is not None]
-    if not all(torch.isfinite(gradient).all() for gradient in gradients) or not any(map(torch.any, gradients)):
+    total = torch.stack(list(found.values())).sum()
+    gradients = torch.autograd.grad(total, student.first, retain_graph=True, allow_unused=True)
+    used = [gradient for gradient in gradients if gradient is not None]
+    if not all(torch.isfinite(gradient).all() for gradient in used) or not any(map(torch.any, used)):
         raise ValueError('no gradient reaches the first block')
 
 
 def run_all(names: list[str], student: bool, partners: list[Side], failed: dict[str, str]) -> list[Side]:
-    """Models of one side that run; with partners, the students, each against all of these, and is let go of then."""
-    sides = []
+    """Runs models and returns those that pass. A student must pass with all `partners`, which are the teachers."""
+    sides: list[Side] = []
     for name in names:
         try:
             side = run_model(name, student)
@@ -146,8 +150,8 @@ def run_all(names: list[str], student: bool, partners: list[Side], failed: dict[
             failed[name] = str(error)
             print(f'{name}: {error}', flush=True)
             continue
-        if student:  # its graph is large, and nobody asks for it any more
-            side.tokens, side.first = [], None
+        if student:  # its graph is large and no longer needed
+            side.tokens, side.first = [], []
         sides.append(side)
         print(f'{name}: {len(side.blocks)} blocks', flush=True)
     return sides
@@ -172,13 +176,12 @@ def table(sides: list[Side], failed: dict[str, str], names: list[str]) -> str:
 def page(students: list[Side], teachers: list[Side], failed: dict[str, str], seconds: float) -> str:
     pairs = len(students) * len(teachers)
     versions = f'torch {torch.__version__.split("+")[0]}, timm {timm.__version__}, {platform.machine()}'
-    return f"""# Which models go together
+    return f"""# Compatible models
 
-Written by `python -m tools.compatibility`, which really runs them: random weights, two images, blocks paired by
-`--s-id auto --t-id auto`, grids met by `--token-align pool`. Every student below was run with every teacher below,
+Written by `python -m tools.compatibility`, which runs each model with random weights on two images, with
+`--s-id auto --t-id auto` and `--token-align pool`. Every student in the table was run with every teacher in the table,
 **{len(students)} × {len(teachers)} = {pairs:,} pairs**: all relation terms are finite, and their gradient reaches the
-student's first block. Each model's tokens were found to lie where the image has them. It says nothing of what a pair
-learns.
+student's first block. Each model's tokens are in the order of the image. How well a pair learns was not measured.
 
 {versions}, {torch.get_num_threads()} threads, {seconds / 60:.0f} minutes.
 
@@ -194,11 +197,11 @@ learns.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', default='', help='models whose names contain this; the page is not written')
+    parser.add_argument('--only', default='', help='run only models with this in their names; the page is not written')
     only = parser.parse_args().only
     if not any(only in name for name in STUDENTS + TEACHERS):
-        parser.error(f'--only {only}: no model has this in its name')
-    start, failed = time.monotonic(), {}
+        parser.error(f'argument --only: no model has {only!r} in its name')
+    start, failed = time.monotonic(), dict[str, str]()
     teachers = run_all([name for name in TEACHERS if only in name], False, [], failed)
     students = run_all([name for name in STUDENTS if only in name], True, teachers, failed)
     print(f'{len(students)} × {len(teachers)} pairs, {len(failed)} models fail, {time.monotonic() - start:.0f} s')
