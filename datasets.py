@@ -1,6 +1,6 @@
 """The table of data sets, streams, transforms, and augmentation that depends on an image's place alone.
 
-Images are bytes, (3, H, W) of dtype uint8, or PIL's; `augment.py` makes of them what models see.
+Images are bytes, (3, H, W) of dtype uint8, or PIL's; `transforms.py` makes of them what models see.
 """
 
 import io
@@ -31,8 +31,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
 
 import tars
-from augment import PolicySampler, draw_erasures
 from tars import Samples, TarSamples
+from transforms import PolicySampler, draw_erasures
 from utils import counter_seed
 
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
@@ -433,7 +433,7 @@ def build_dataset(
 
 
 class TrainTransform:
-    """Image → bytes (3, H, W), and what is left for the device, see `augment.Finish`; at random as timm has it.
+    """Image → bytes (3, H, W), and what is left for `transforms.DevicePreprocess`; at random as timm has it.
 
     Args:
         steps: PIL images or bytes → bytes.
@@ -485,7 +485,7 @@ def build_train_transform(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     on_device: bool = False,
 ) -> TrainTransform:
-    """DeiT's training augmentation by timm; normalising and erasing are left to the device, `augment.Finish`.
+    """DeiT's training augmentation by timm; `transforms.DevicePreprocess` normalises and erases.
 
     Args:
         input_size: pixels; up to 32 a random crop with padding 4 takes the place of resizing.

@@ -170,7 +170,7 @@ def train_one_epoch(
         seed: the run's.
         step: training steps (updates) of the run so far; with `seed` it determines every random number of the next.
         done: steps of this epoch so far.
-        finish: images as they come, on the device → normalised ones, see `augment.Finish`; None: they are that already.
+        finish: images on the device → normalised ones, see `transforms.DevicePreprocess`; None: they are normalised.
         mixup: images and classes → mixed images and soft labels (B, C).
         average: called after each step, for the moving average.
         after_step: called after each step, when all that belongs to it is done.

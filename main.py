@@ -43,13 +43,13 @@ import models
 import run_dir
 import stopping
 import utils
-from augment import DevicePreprocess
 from datasets import EvalDataset, TrainDataset
 from engine import NonFiniteGuard, evaluate, train_one_epoch
 from loggers import log_rank0
 from losses import DISTILLATION_TYPES, RELATION_DTYPES, RELATION_TERMS, RELATIONS, ManifoldDistillationLoss
 from run_dir import CheckpointManager, TrainingState
 from samplers import build_train_sampler, distinct_images
+from transforms import DevicePreprocess
 from utils import UsageError, usage_error_context
 
 # Flags ----------------------------------------------------------------------------------------------------------------

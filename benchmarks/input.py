@@ -4,7 +4,7 @@
     python -m benchmarks.input IMAGENET/train --device cuda
 
 All take turns on the same images, boxes and decisions; medians over rounds of milliseconds an image. `device` is what
-`augment.Finish` then takes for an image of a batch of 64. The last line compares the crops with those of PIL.
+`transforms.DevicePreprocess` then takes for an image of a batch of 64. The last line compares the crops with PIL's.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import benchmarks
 import datasets
 import main
 import utils
-from augment import DevicePreprocess
+from transforms import DevicePreprocess
 
 AA, SIZE, BATCH = 'rand-m9-mstd0.5-inc1', 224, 64
 STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -26,8 +26,8 @@ import benchmarks
 import main
 import models
 import utils
-from augment import DevicePreprocess
 from engine import NonFiniteGuard, _autocast, train_one_epoch
+from transforms import DevicePreprocess
 
 RECIPE = """--data-set FAKE --teacher-path none --distillation-type soft --distillation-alpha 1
     --w-sample 0.1 --w-patch 4 --w-rand 0.2 --s-id 0 1 2 3 8 9 10 11 --t-id 0 1 2 3 20 21 22 23

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import datasets
-from augment import apply_policy
 from datasets import (
     DATA_SETS,
     BadImageError,
@@ -33,6 +32,7 @@ from datasets import (
     build_train_transform,
     count_classes,
 )
+from transforms import apply_policy
 
 DEFAULT_AA = 'rand-m9-mstd0.5-inc1'
 

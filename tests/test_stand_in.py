@@ -10,15 +10,15 @@ import toys
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-import augment
 import main
 import models
+import transforms
 import utils
 from engine import NonFiniteGuard, train_one_epoch
 
 CUDA, STEPS = torch.device('cuda', 0), 2
 pytestmark = pytest.mark.filterwarnings('ignore')  # torch warns about the stand-ins
-PLAN = torch.tensor([[number, 0.5, 2 if number > len(augment._COLOURS) else 0] for number in range(18)])
+PLAN = torch.tensor([[number, 0.5, 2 if number > len(transforms._COLOURS) else 0] for number in range(18)])
 
 
 class StandIns(FakeTensorMode):
@@ -90,7 +90,7 @@ def step(monkeypatch):
                 amp_dtype=main._amp_dtype(args, CUDA),
                 epoch=0,
                 seed=0,
-                finish=augment.DevicePreprocess(*stats, args.remode).to(CUDA),
+                finish=transforms.DevicePreprocess(*stats, args.remode).to(CUDA),
                 mixup=mixup,
                 average=lambda: state.ema.update(state.model),
                 clip_grad=args.clip_grad,

@@ -22,9 +22,9 @@ from timm.data.auto_augment import (
 from timm.data.random_erasing import RandomErasing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torchvision import transforms
+from torchvision.transforms import ColorJitter, Compose, Normalize, ToTensor
 
-from augment import OPERATIONS, DevicePreprocess, PolicySampler, apply_policy, draw_erasures, erase
+from transforms import OPERATIONS, DevicePreprocess, PolicySampler, apply_policy, draw_erasures, erase
 
 H, W = 24, 20
 FILL = (10, 200, 99)
@@ -299,7 +299,7 @@ def test_a_copy_of_the_recorder_in_another_process_draws_the_same():
         (auto_augment_transform('3a'), 'Desaturate'),
         (rand_augment_transform('rand-m9', transforms=['Invert', 'GaussianBlur']), 'GaussianBlur'),
         (rand_augment_transform('rand-m9', {'interpolation': Image.Resampling.LANCZOS}), 'Rotate.*LANCZOS'),
-        (transforms.ColorJitter(0.4), 'ColorJitter'),
+        (ColorJitter(0.4), 'ColorJitter'),
     ],
     ids=lambda value: value if isinstance(value, str) else '',
 )
@@ -379,7 +379,7 @@ def test_noise_has_mean_0_and_deviation_1_and_differs_between_the_rectangles_of_
 def test_without_a_plan_the_bits_are_those_of_totensor_and_normalize():
     images = torch.stack([torch.arange(256, dtype=torch.uint8).view(16, 16)] * 3)[None].repeat(2, 1, 1, 1)
     images[1] = images[1].flip(2)
-    normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    normalise = Compose([ToTensor(), Normalize(MEAN, STD)])
     expected = torch.stack([normalise(as_pil(image)) for image in images])
     found = DevicePreprocess(MEAN, STD)(images)
     assert found.dtype == torch.float32
