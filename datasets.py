@@ -1,172 +1,43 @@
-"""The table of data sets, streams, transforms, and augmentation that depends on an image's place alone.
+"""The table of data sets, how each is opened, and what to do about images that cannot be decoded.
 
-Images are bytes, (3, H, W) of dtype uint8, or PIL's; `transforms.py` makes of them what models see.
+Images are bytes, (3, H, W) uint8, or PIL images (CIFAR, FAKE). `readers.py` reads them, `transforms.py` makes of them
+the input of a model.
 """
 
-import io
 import json
-import os
-import random
-import re
-import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, ImageNetInfo, create_transform
-from timm.data.auto_augment import AugmentOp
-from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation, ToNumpy
-from torch.nn.functional import interpolate
+from timm.data import ImageNetInfo
 from torch.utils.data import Dataset
-from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, FakeData, ImageFolder
-from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms.functional import pil_to_tensor
 
-import tars
-from tars import Samples, TarSamples
-from transforms import PolicySampler, draw_erasures
+import readers
+from readers import BadImageError, Samples, TarSamples, load_image
+from transforms import seed_augmentation
 from utils import counter_seed
 
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
-SMALL = 32  # images up to this size are neither resized nor cropped out of larger ones
-_TO_FLOAT = (transforms.ToTensor, transforms.PILToTensor, MaybeToTensor, ToNumpy)  # where timm leaves PIL images
 FAKE_CLASSES, FAKE_TRAIN, FAKE_VAL = 10, 1024, 256
-
-
-class BadImageError(ValueError):
-    """An image cannot be decoded; says which and why."""
-
-
-def load_image(name: str, path: Path | None = None, start: int = 0, size: int = -1) -> torch.Tensor:
-    """Reads an image as RGB bytes (3, H, W): of animations the first frame, not rotated.
-
-    Ordinary JPEGs are decoded by torchvision, to the same bytes as by PIL, which reads all others.
-
-    Args:
-        name: what it is called, the path of its file as a rule.
-        path: of the file it lies in, if that is another.
-        start: where in the file it begins, in bytes.
-        size: bytes it has; −1: all.
-
-    Raises:
-        BadImageError: it cannot be decoded.
-    """
-    try:
-        return _decode(path or name, start, size, os.stat(path or name).st_ctime_ns)
-    except MemoryError:
-        raise
-    except Exception as error:  # PIL raises a dozen kinds for damaged files
-        why = getattr(error, 'strerror', None) or re.sub(' <.*object at .*>', '', str(error))
-        raise BadImageError(f'{name}: {why}') from error
-
-
-@lru_cache(maxsize=1)  # with repeated augmentation an image may come several times in a row
-def _decode(path: str | Path, start: int, size: int, changed: int) -> torch.Tensor:
-    """`changed`: when the file was changed last; what was read before does not count then."""
-    with open(path, 'rb') as file:
-        file.seek(start)
-        data = file.read(size)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of odd but readable files
-        image = Image.open(io.BytesIO(data))
-        if image.format == 'JPEG' and image.mode in ('L', 'RGB'):
-            with suppress(RuntimeError):  # of damage; PIL knows how to say it
-                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-        # Of 16 bits PIL would cut off what is above 255. Those of some formats it opens as 32.
-        if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
-            return torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8)).expand(3, -1, -1).contiguous()
-        if image.mode in ('I', 'F'):
-            raise ValueError(f'has pixels of mode {image.mode}, whose white is unknown')
-        return _to_bytes(image.convert('RGB'))
-
-
-def _to_bytes(image: Image.Image | torch.Tensor) -> torch.Tensor:
-    """(3, H, W), uint8."""
-    return image if isinstance(image, torch.Tensor) else pil_to_tensor(image.convert('RGB'))
-
-
-def _to_pil(image: torch.Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-
-
-class INatDataset(Dataset):
-    """iNaturalist 2018 or 2019 in the layout of its JSON files.
-
-    Args:
-        root: holds `{train,val}<year>.json`, `categories.json` and the images.
-        train: the training split.
-        year: 2018 or 2019.
-        category: level of the taxonomy that is the class, one of INAT_CATEGORIES.
-        transform: applied to each image.
-    """
-
-    def __init__(self, root: Path, train: bool, year: int, category: str, transform: Callable | None = None) -> None:
-        levels = _inat_levels(root, category)
-        self.classes = _inat_classes(root, category, year=year)
-        number = {name: i for i, name in enumerate(self.classes)}
-        self.samples = []
-        place = root / f'{"train" if train else "val"}{year}.json'
-        with parse_errors_name_file(place):
-            for image in _read_json(place)['images']:
-                name = image['file_name']
-                a, _, c, d = name.split('/')
-                if levels[int(c)] not in number:
-                    raise ValueError(f'{name} is of class {levels[int(c)]}, which has no training image')
-                self.samples.append((str(root / a / c / d), number[levels[int(c)]]))
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int):
-        path, target = self.samples[index]
-        image = load_image(path)
-        return (self.transform(image) if self.transform else image), target
-
-
-def _read_json(path: Path):
-    with open(path, encoding='utf-8') as file, parse_errors_name_file(path):
-        return json.load(file)
-
-
-@contextmanager
-def parse_errors_name_file(path: Path) -> Iterator[None]:
-    """Names the file that is not as it must be."""
-    try:
-        yield
-    except KeyError as error:
-        raise ValueError(f'{path}: there is no {error}') from error
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f'{path}: {str(error).removeprefix(f"{path}: ")}') from error
-
-
-@lru_cache  # the annotations of 2018 are 250 MB of JSON, and both splits and the size of the head ask for them
-def _inat_classes(root: Path, category: str, *, year: int) -> list[str]:
-    """Class names, numbered by first appearance among the training annotations, in both splits."""
-    levels, place = _inat_levels(root, category), root / f'train{year}.json'
-    with parse_errors_name_file(place):
-        annotations = _read_json(place)['annotations']
-        return list(dict.fromkeys(levels[int(a['category_id'])] for a in annotations))
-
-
-def _inat_levels(root: Path, category: str) -> list[str]:
-    """The name each category has at a level of the taxonomy."""
-    place = root / 'categories.json'
-    with parse_errors_name_file(place):
-        return [entry[category] for entry in _read_json(place)]
 
 
 @dataclass(frozen=True)
 class DatasetRequest:
-    """What a data set is asked for: its place, the split, the transform, image size and iNaturalist level."""
+    """Which split to open and how.
+
+    Args:
+        root: the folder of the data set.
+        train: the training split, otherwise the validation split.
+        transform: applied to each image.
+        input_size: height and width of generated images.
+        inat_category: level of iNaturalist's taxonomy that is the class.
+    """
 
     root: Path
     train: bool
@@ -175,135 +46,40 @@ class DatasetRequest:
     inat_category: str
 
     @property
-    def folder(self) -> Path:
-        return self.root / ('train' if self.train else 'val')
+    def split(self) -> str:
+        return 'train' if self.train else 'val'
 
 
-class TarDataset(Dataset):
-    """Images in tar files, each read where it lies.
+class ListedImages(Dataset):
+    """The images of a list.
 
     Args:
-        samples: which images.
+        samples: the list.
         transform: applied to each image.
+        classes: names of the classes by number, if they have names.
     """
 
-    def __init__(self, samples: TarSamples, transform: Callable | None = None) -> None:
+    def __init__(self, samples: Samples, transform: Callable | None, classes: list[str] | None) -> None:
         self.samples, self.transform = samples, transform
-        if samples.classes is not None:
-            self.classes = samples.classes
+        if classes is not None:
+            self.classes = classes
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int):
-        name, target = self.samples[index]
-        # Each time opened: loader processes would share an open file, with its position.
-        image = load_image(name, *self.samples.place(index))
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, target = self.samples.load(index)
         return (self.transform(image) if self.transform else image), target
 
 
-def _tar_samples(root: Path, train: bool) -> TarSamples:
-    """The images in `train.tar` or `val.tar`, or in a folder of tars of that name."""
-    split = 'train' if train else 'val'
-    if (root / f'{split}.tar').exists():
-        paths = [root / f'{split}.tar']
-    elif (root / split).exists():
-        paths = sorted((root / split).glob('*.tar'))
-    else:
-        raise ValueError(f'there is neither {split}.tar nor a folder {split} of tars')
-    return _open_tars(paths, tars.class_folders, root / split)
-
-
-def _open_tars(paths: list[Path], layout: Callable[[Sequence[Path]], tars.Arrays], place: Path) -> TarSamples:
-    samples = tars.open_index(paths, layout) if paths else ()
-    if not samples:
-        raise ValueError(f'{paths[0] if len(paths) == 1 else place}: holds no images in tar files')
-    return samples
-
-
-def _tar_classes(root: Path, inat_category: str = '') -> list[str]:
-    """Class names; `val` alone is enough where there is no `train`."""
-    val = _tar_samples(root, False).classes
-    has_train = any((root / name).exists() for name in ('train.tar', 'train'))
-    train = _tar_samples(root, True).classes if has_train else val
-    _check_same_classes(train, val)
-    return train
-
-
-def _find_shards(root: Path, train: bool) -> tuple[list[Path], list[int] | None]:
-    """WebDataset shards of a split and, if an info file lists them, how many images each has; ([], None) for none."""
-    for info in (root / name for name in ('_info.json', 'info.json')):
-        if info.exists():
-            with parse_errors_name_file(info):
-                splits = _read_json(info)['splits']
-                found = [splits[name] for name in (('train',) if train else ('validation', 'val')) if name in splits]
-                if not found:
-                    return [], None
-                names, lengths = found[0]['filenames'], [int(length) for length in found[0]['shard_lengths']]
-                if not names or not all(isinstance(name, str) for name in names) or len(names) != len(lengths):
-                    raise ValueError('filenames and shard_lengths must be lists of equal length, not empty')
-            return [root / name for name in names], lengths
-    split = 'train' if train else 'val'
-    return sorted([*root.glob(f'*{split}*.tar'), *root.glob(f'{split}/*.tar')]), None
-
-
-def _shard_samples(root: Path, train: bool) -> TarSamples:
-    """The images in the WebDataset shards of a split."""
-    paths, lengths = _find_shards(root, train)
-    if not paths:
-        split = 'train' if train else 'val'
-        listed = 'split "train"' if train else 'split "validation" or "val"'
-        raise ValueError(f'{root} has no _info.json with a {listed}, no *{split}*.tar and no {split}/*.tar')
-    samples = _open_tars(paths, tars.webdataset, root)
-    for path, expected, found in zip(paths, lengths or (), samples.images_by_tar(), strict=False):
-        if found != expected:
-            raise ValueError(f'{path}: holds {found} images, but the info file says {expected}')
-    return samples
-
-
-def _shard_classes(root: Path, inat_category: str = '') -> range:
-    """All numbers up to the largest class of train and val; `val` alone is enough where there is no `train`."""
-    splits = [False, True] if _find_shards(root, True)[0] else [False]
-    return range(1 + max(int(_shard_samples(root, train).targets().max()) for train in splits))
-
-
-def _class_folders(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        raise ValueError(f'there is no folder {folder}')
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if not names:
-        raise ValueError(f'{folder} has no class folders: images must lie in one folder per class')
-    return names
-
-
-def _folder_classes(root: Path, inat_category: str = '') -> list[str]:
-    """Class names of an ImageFolder tree; `val/` alone is enough where there is no `train/`."""
-    if not root.is_dir():
-        raise ValueError('there is no such folder')
-    val = _class_folders(root / 'val')
-    train = _class_folders(root / 'train') if (root / 'train').is_dir() else val
-    _check_same_classes(train, val)
-    return train
-
-
-def _check_same_classes(train: list[str], val: list[str]) -> None:
-    if train != val:
-        odd = sorted(set(train) ^ set(val))
-        where = 'train' if odd[0] in train else 'val'
-        raise ValueError(
-            f'train/ has {len(train)} classes, val/ {len(val)}, and they differ: {odd[0]} is in {where}/ only'
-        )
-
-
-def _open_inat(year: int) -> Callable[[DatasetRequest], Dataset]:
-    return lambda request: INatDataset(request.root, request.train, year, request.inat_category, request.transform)
+# Folders --------------------------------------------------------------------------------------------------------------
 
 
 class ImageNetFolder(ImageFolder):
-    """ImageNet or a part of it: folders named as ImageNet's have its numbers, for a head knows no others.
+    """ImageNet or a part of it. Folders with ImageNet's names have ImageNet's class numbers, as any trained head has.
 
     Attributes:
-        numbered: whether they are named so; otherwise they count as they are sorted.
+        numbered: whether all folders have ImageNet's names; otherwise they are numbered in alphabetical order.
     """
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
@@ -314,89 +90,232 @@ class ImageNetFolder(ImageFolder):
 
 
 def _open_folder(request: DatasetRequest, kind: type[ImageFolder] = ImageFolder) -> Dataset:
-    return kind(str(request.folder), transform=request.transform, loader=load_image)
+    return kind(str(request.root / request.split), transform=request.transform, loader=load_image)
+
+
+def _class_folders(root: Path, split: str) -> list[str]:
+    if not root.is_dir():
+        raise ValueError('no such folder')
+    if not (root / split).is_dir():
+        raise ValueError(f'there is no folder {root / split}')
+    names = sorted(entry.name for entry in (root / split).iterdir() if entry.is_dir())
+    if not names:
+        raise ValueError(f'{root / split} has no class folders; images must be in one folder per class')
+    return names
+
+
+def _folder_classes(root: Path, inat_category: str) -> list[str]:
+    return _same_classes(partial(_class_folders, root), has_train=(root / 'train').is_dir())
+
+
+def _same_classes(find: Callable[[str], list[str]], has_train: bool) -> list[str]:
+    """The class names of both splits; `val` alone is enough for evaluation."""
+    val = find('val')
+    train = find('train') if has_train else val
+    if train != val:
+        odd = min(set(train) ^ set(val))
+        where = 'train' if odd in train else 'val'
+        raise ValueError(
+            f'train/ has {len(train)} classes, val/ {len(val)}, and they differ: {odd} is only in {where}/'
+        )
+    return train
+
+
+# iNaturalist ----------------------------------------------------------------------------------------------------------
+
+
+def _open_inat(request: DatasetRequest, year: int) -> Dataset:
+    root = request.root
+    levels = _inat_levels(root, request.inat_category)
+    classes = _inat_classes(root, request.inat_category, year=year)
+    number = {name: i for i, name in enumerate(classes)}
+    samples = []
+    with _read_json(root / f'{request.split}{year}.json') as content:
+        for image in content['images']:
+            name = image['file_name']
+            a, _, c, d = name.split('/')
+            if levels[int(c)] not in number:
+                raise ValueError(f'{name} is of class {levels[int(c)]}, which has no training image')
+            samples.append((str(root / a / c / d), number[levels[int(c)]]))
+    return ListedImages(Samples(samples), request.transform, classes)
+
+
+@lru_cache  # the annotations of 2018 are 250 MB of JSON, needed for both splits and for the size of the head
+def _inat_classes(root: Path, category: str, *, year: int) -> list[str]:
+    """Class names, numbered by first appearance among the training annotations, in both splits."""
+    levels = _inat_levels(root, category)
+    with _read_json(root / f'train{year}.json') as content:
+        return list(dict.fromkeys(levels[int(a['category_id'])] for a in content['annotations']))
+
+
+def _inat_levels(root: Path, category: str) -> list[str]:
+    """The name of each category at a level of the taxonomy."""
+    with _read_json(root / 'categories.json') as content:
+        return [entry[category] for entry in content]
+
+
+@contextmanager
+def _read_json(path: Path) -> Iterator[Any]:
+    """The contents of a JSON file. Errors while they are used name the file."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            content = json.load(file)
+        yield content
+    except KeyError as error:
+        raise ValueError(f'{path}: there is no {error}') from error
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f'{path}: {error}') from error
+
+
+# Tars -----------------------------------------------------------------------------------------------------------------
+
+
+def _open_tars(find: Callable[[Path, str], TarSamples], request: DatasetRequest) -> Dataset:
+    samples = find(request.root, request.split)
+    return ListedImages(samples, request.transform, samples.classes)
+
+
+def _read_index(tars: list[Path], layout: Callable[[Sequence[Path]], readers.Arrays], place: Path) -> TarSamples:
+    samples = readers.open_index(tars, layout)
+    if not len(samples):
+        raise ValueError(f'{tars[0] if len(tars) == 1 else place} contains no images in tar files')
+    return samples
+
+
+def _tar_samples(root: Path, split: str) -> TarSamples:
+    """The images in `train.tar` or `val.tar`, or in a folder of tars of that name."""
+    tar, folder = root / f'{split}.tar', root / split
+    if not tar.exists() and not folder.exists():
+        raise ValueError(f'there is neither {split}.tar nor a folder {split} of tars')
+    return _read_index([tar] if tar.exists() else sorted(folder.glob('*.tar')), readers.class_folders, folder)
+
+
+def _tar_classes(root: Path, inat_category: str) -> list[str]:
+    has_train = (root / 'train.tar').exists() or (root / 'train').exists()
+    return _same_classes(lambda split: _tar_samples(root, split).classes or [], has_train)
+
+
+def _find_shards(root: Path, split: str) -> tuple[list[Path], list[int]]:
+    """The WebDataset shards of a split, and how many images each has, where an info file lists them."""
+    for info in (root / '_info.json', root / 'info.json'):
+        if info.exists():
+            with _read_json(info) as content:
+                splits = content['splits']
+                listed = splits.get(split, splits.get('validation') if split == 'val' else None)
+                if listed is None:
+                    return [], []
+                names, lengths = listed['filenames'], [int(length) for length in listed['shard_lengths']]
+                if not names or not all(isinstance(name, str) for name in names) or len(names) != len(lengths):
+                    raise ValueError('filenames and shard_lengths must be lists of the same length, not empty')
+                return [root / name for name in names], lengths
+    return sorted([*root.glob(f'*{split}*.tar'), *root.glob(f'{split}/*.tar')]), []
+
+
+def _shard_samples(root: Path, split: str) -> TarSamples:
+    """The images in the WebDataset shards of a split."""
+    shards, lengths = _find_shards(root, split)
+    if not shards:
+        raise ValueError(f'{root} has no _info.json with a split {split}, no *{split}*.tar and no {split}/*.tar')
+    samples = _read_index(shards, readers.webdataset, root)
+    for path, expected, found in zip(shards, lengths, samples.images_by_tar(), strict=False):
+        if found != expected:
+            raise ValueError(f'{path} contains {found} images, but the info file says {expected}')
+    return samples
+
+
+def _shard_classes(root: Path, inat_category: str) -> range:
+    """All numbers up to the largest class in both splits; `val` alone is enough for evaluation."""
+    splits = ['val', 'train'] if _find_shards(root, 'train')[0] else ['val']
+    return range(1 + max(int(_shard_samples(root, split).targets().max()) for split in splits))
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+def _open_cifar(request: DatasetRequest, kind: type[CIFAR10]) -> Dataset:
+    return kind(str(request.root), request.train, request.transform)
 
 
 def _open_fake(request: DatasetRequest) -> Dataset:
-    size, offset = (FAKE_TRAIN, 0) if request.train else (FAKE_VAL, FAKE_TRAIN)
-    return FakeData(
-        size, (3, request.input_size, request.input_size), FAKE_CLASSES, request.transform, random_offset=offset
-    )
+    images, offset = (FAKE_TRAIN, 0) if request.train else (FAKE_VAL, FAKE_TRAIN)
+    shape = (3, request.input_size, request.input_size)
+    return FakeData(images, shape, FAKE_CLASSES, request.transform, random_offset=offset)
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One data set: how it is opened, and its class names or their fixed number."""
+    """A data set of the table.
+
+    Args:
+        open: opens a split.
+        classes: finds the class names from (folder, level of iNaturalist's taxonomy), without reading an image.
+        num_classes: size of the head, if it is fixed.
+    """
 
     open: Callable[[DatasetRequest], Dataset]
-    classes: Callable[[Path, str], Iterable] | None = None
+    classes: Callable[[Path, str], Sequence] | None = None
     num_classes: int | None = None
 
 
 DATA_SETS = {
     'IMNET': DatasetSpec(partial(_open_folder, kind=ImageNetFolder), _folder_classes, 1000),
     'FOLDER': DatasetSpec(_open_folder, _folder_classes),
-    'CIFAR': DatasetSpec(
-        lambda request: CIFAR100(str(request.root), request.train, request.transform), num_classes=100
-    ),
-    'CIFAR10': DatasetSpec(
-        lambda request: CIFAR10(str(request.root), request.train, request.transform), num_classes=10
-    ),
-    'INAT': DatasetSpec(_open_inat(2018), partial(_inat_classes, year=2018)),
-    'INAT19': DatasetSpec(_open_inat(2019), partial(_inat_classes, year=2019)),
-    'TAR': DatasetSpec(
-        lambda request: TarDataset(_tar_samples(request.root, request.train), request.transform), _tar_classes
-    ),
-    'wds/': DatasetSpec(
-        lambda request: TarDataset(_shard_samples(request.root, request.train), request.transform), _shard_classes
-    ),
+    'CIFAR': DatasetSpec(partial(_open_cifar, kind=CIFAR100), num_classes=100),
+    'CIFAR10': DatasetSpec(partial(_open_cifar, kind=CIFAR10), num_classes=10),
+    'INAT': DatasetSpec(partial(_open_inat, year=2018), partial(_inat_classes, year=2018)),
+    'INAT19': DatasetSpec(partial(_open_inat, year=2019), partial(_inat_classes, year=2019)),
+    'TAR': DatasetSpec(partial(_open_tars, _tar_samples), _tar_classes),
+    'wds/': DatasetSpec(partial(_open_tars, _shard_samples), _shard_classes),
     'FAKE': DatasetSpec(_open_fake, num_classes=FAKE_CLASSES),
 }
 
 
 def parse_name(text: str) -> str:
-    """Checks the name of a data set: a key of DATA_SETS, or `wds/` with the name of a folder behind it.
+    """Checks the name of a data set: a key of DATA_SETS, or `wds/` followed by the name of a folder.
 
     Raises:
         ValueError: there is no such data set.
     """
     if text.startswith('hfds/'):
         raise ValueError(
-            f'{text}: hfds/ needs a package named datasets, and so is a module of this program named; '
+            f'{text}: hfds/ needs the package datasets, but a module of this program has the same name; '
             'convert the images to WebDataset shards and use wds/'
         )
     kind, slash, _ = text.partition('/')
     if kind + slash not in DATA_SETS:
-        raise ValueError(f'{text} is none of {", ".join(DATA_SETS)}')
+        raise ValueError(f'{text} is not one of {", ".join(DATA_SETS)}')
     return text
 
 
 def _find_spec(name: str, root: str) -> tuple[DatasetSpec, Path]:
-    """The row of a data set, and the folder it lies in: `wds/NAME` lies in the folder NAME of `root`."""
+    """The row of a data set in the table, and its folder: that of `wds/NAME` is the folder NAME in `root`."""
     kind, slash, folder = name.partition('/')
     return DATA_SETS[kind + slash], Path(root) / folder
 
 
 def count_classes(name: str, root: str, inat_category: str = 'name', num_classes: int | None = None) -> int:
-    """Size of the head a data set asks for, from its folder names or index files, without reading an image.
+    """The size of the head for a data set, from its folder names or index files, without reading an image.
 
     Args:
-        name: as `parse_name` accepts it.
-        root: where it lies.
-        inat_category: level of iNaturalist's taxonomy.
-        num_classes: size of the head if that is to be larger than the classes found ask for; None: just that.
+        name: a name that `parse_name` accepts.
+        root: the folder of the data set.
+        inat_category: level of iNaturalist's taxonomy that is the class.
+        num_classes: the size to use; None: the number of classes found, or the fixed size of the data set.
 
     Raises:
-        ValueError: it is not there, `train/` and `val/` hold different classes, or there are more than `num_classes`.
+        ValueError: there is no such data set in the folder, `train/` and `val/` have different classes, or the head
+            is too small for the classes.
         OSError: its files cannot be read.
     """
     spec, folder = _find_spec(name, root)
-    names = spec.classes(folder, inat_category) if spec.classes else range(spec.num_classes)
-    allowed = num_classes or spec.num_classes or len(names)
-    if len(names) > allowed:
-        limit = f'--num-classes {num_classes}' if num_classes else f'the {allowed} of {name}'
-        raise ValueError(f'it has {len(names)} classes, the last of them is {names[-1]}: more than {limit}')
-    return allowed
+    if spec.classes is None:
+        return num_classes or spec.num_classes or 0
+    classes = spec.classes(folder, inat_category)
+    size = num_classes or spec.num_classes or len(classes)
+    if len(classes) > size:
+        limit = f'--num-classes {num_classes}' if num_classes else f'the {size} of {name}'
+        raise ValueError(f'there are {len(classes)} classes, the last is {classes[-1]}; that is more than {limit}')
+    return size
 
 
 def build_dataset(
@@ -409,178 +328,61 @@ def build_dataset(
     inat_category: str = 'name',
     num_classes: int | None = None,
 ) -> tuple[Dataset, int]:
-    """A split of a data set and its number of classes.
+    """Opens a split of a data set. Returns it and the size of the head.
 
     Args:
-        name: as `parse_name` accepts it.
-        root: where it lies; for `IMNET` and `FOLDER` the folder that holds `train/` and `val/`.
+        name: a name that `parse_name` accepts.
+        root: the folder of the data set; for `IMNET` and `FOLDER` it contains `train/` and `val/`.
         train: the training split, otherwise the validation split.
-        transform: PIL image → tensor.
+        transform: applied to each image, bytes (3, H, W) or a PIL image.
         input_size: height and width of the generated images of `FAKE`.
         inat_category: level of iNaturalist's taxonomy that is the class.
         num_classes: see `count_classes`.
 
     Raises:
-        ValueError: it is not there, is incomplete, or `train/` and `val/` hold different classes.
+        ValueError: as in `count_classes`, or files are missing.
         OSError: its files cannot be read.
     """
-    found = count_classes(name, root, inat_category, num_classes)
+    size = count_classes(name, root, inat_category, num_classes)
     spec, folder = _find_spec(name, root)
     try:
-        return spec.open(DatasetRequest(folder, train, transform, input_size, inat_category)), found
-    except RuntimeError as error:  # torchvision's word for "not found or corrupted"
+        return spec.open(DatasetRequest(folder, train, transform, input_size, inat_category)), size
+    except RuntimeError as error:  # torchvision's error for missing or corrupted files
         raise ValueError(f'{name}: {str(error).split(".")[0]}') from error
 
 
-class TrainTransform:
-    """Image → bytes (3, H, W), and what is left for `transforms.DevicePreprocess`; at random as timm has it.
-
-    Args:
-        steps: PIL images or bytes → bytes.
-        policy: draws what the device is to do, `plan`; None where nothing of that kind is left.
-        erasing: timm's, from which `erase` is drawn; None for none.
-    """
-
-    def __init__(
-        self, steps: Callable, policy: PolicySampler | None = None, erasing: RandomErasing | None = None
-    ) -> None:
-        self.steps, self.policy, self.erasing = steps, policy, erasing
-
-    def __call__(self, image: Image.Image | torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        image, aug_params = self.steps(image), {}
-        if self.policy is not None:
-            aug_params['plan'] = self.policy()
-        if self.erasing is not None:
-            aug_params['erase'] = draw_erasures(self.erasing, *image.shape[1:])
-        return image, aug_params
-
-
-class RandomResizedCrop:
-    """timm's crop at random, the same boxes, of bytes (3, H, W), which torch resizes several times as fast as PIL.
-
-    Args:
-        crop: timm's.
-    """
-
-    def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
-        self.crop = crop
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
-        way = self.crop.interpolation
-        way = random.choice(way) if isinstance(way, tuple | list) else way
-        box = image[None, :, top : top + height, left : left + width]
-        # With the colours of a pixel side by side, as PIL has them, it takes half the time.
-        box = box.contiguous(memory_format=torch.channels_last)
-        return interpolate(box, self.crop.size, mode=way.value, antialias=True)[0]
-
-
-def build_train_transform(
-    input_size: int,
-    color_jitter: float,
-    auto_augment: str | None,
-    interpolation: str,
-    reprob: float,
-    recount: int,
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    on_device: bool = False,
-) -> TrainTransform:
-    """DeiT's training augmentation by timm; `transforms.DevicePreprocess` normalises and erases.
-
-    Args:
-        input_size: pixels; up to 32 a random crop with padding 4 takes the place of resizing.
-        color_jitter: strength, used without auto-augmentation only.
-        auto_augment: timm's policy string; None for none.
-        interpolation: 'random', 'bilinear' or 'bicubic'.
-        reprob: probability of random erasing.
-        recount: its number of rectangles.
-        mean: of each channel, values in 0 … 1, the colour of what geometric operations uncover.
-        on_device: leave auto-augmentation to the device too.
-
-    Raises:
-        ValueError: the device cannot do that for this policy.
-    """
-    steps = create_transform(
-        input_size,
-        is_training=True,
-        color_jitter=color_jitter,
-        auto_augment=auto_augment,
-        interpolation=interpolation,
-        re_prob=reprob,
-        re_count=recount,
-        mean=mean,
-    ).transforms
-    crop, flip, *colours = steps[: next(i for i, step in enumerate(steps) if isinstance(step, _TO_FLOAT))]
-    crop = RandomResizedCrop(crop) if input_size > SMALL else transforms.RandomCrop(input_size, padding=4)
-    for op in _augment_ops(colours):
-        if 'Posterize' in op.name:
-            op.aug_fn = _posterize
-    policy = None
-    if on_device:
-        if len(colours) != 1:
-            raise ValueError('it is more than a policy, and cannot be applied to a batch')
-        policy, colours = PolicySampler(*colours), []
-    if colours:
-        colours = [_to_pil, *colours, _to_bytes]
-    erasing = steps[-1] if isinstance(steps[-1], RandomErasing) else None
-    return TrainTransform(transforms.Compose([_to_bytes, crop, flip, *colours]), policy, erasing)
-
-
-def _augment_ops(steps: Iterable) -> Iterable[AugmentOp]:
-    for step in steps:
-        if isinstance(step, AugmentOp):
-            yield step
-        elif isinstance(step, list):
-            yield from _augment_ops(step)
-        else:
-            yield from _augment_ops(getattr(step, 'ops', getattr(step, 'policy', [])))
-
-
-def _posterize(image: Image.Image, bits: int, **_) -> Image.Image:
-    # Increasing policies ask for 0 bits at full strength: black up to Pillow 12, a ValueError from Pillow 13 on.
-    if bits == 0:
-        return Image.new(image.mode, image.size)
-    return image if bits >= 8 else ImageOps.posterize(image, bits)
-
-
-def build_eval_transform(input_size: int) -> Callable:
-    """Resize to 256/224 of the input size and centre crop, by PIL, to bytes; up to 32 pixels neither."""
-    if input_size <= SMALL:
-        return _to_bytes
-    side = int(256 / 224 * input_size)
-    resize_by_pil = transforms.Resize(side, transforms.InterpolationMode.BICUBIC)
-    return transforms.Compose([_to_bytes, _to_pil, resize_by_pil, transforms.CenterCrop(input_size), _to_bytes])
+# Images that cannot be decoded ----------------------------------------------------------------------------------------
 
 
 class CheckedDataset(Dataset):
-    """Says of an image that cannot be decoded what class it is of, or leaves it out and remembers it.
+    """Adds the class to errors about images that cannot be decoded, or skips such images and remembers them.
 
     Args:
-        dataset: of (image, class); those that read files have `samples` (path, class) and `classes`.
-        skip_bad: leave bad images out instead of raising BadImageError.
+        dataset: of (image, class); if it reads files, it has `samples` (path, class).
+        skip_bad: skip bad images instead of raising BadImageError.
     """
 
-    TRIES = 100  # bad images in a row, after which something else is wrong
+    TRIES = 100  # after so many bad images in a row something else must be wrong
 
-    def __init__(self, dataset: Dataset, skip_bad: bool) -> None:
+    def __init__(self, dataset: Any, skip_bad: bool) -> None:
         self.dataset = dataset
-        if hasattr(dataset, 'samples') and not isinstance(dataset.samples, Samples):
-            dataset.samples = Samples(dataset.samples)
-            if isinstance(dataset, ImageFolder):  # which keeps the same in lists of its own
-                dataset.imgs, dataset.targets = dataset.samples, None
+        if isinstance(dataset, ImageFolder) and not isinstance(dataset.samples, Samples):
+            # ImageFolder has three lists of all images.
+            dataset.samples = dataset.imgs = Samples(dataset.samples)  # type: ignore[assignment]
+            dataset.targets = None  # type: ignore[assignment]
         self.skip_bad = skip_bad
         self._listed: set[int] = set()
-        # Shared with the loader processes, which find them.
+        # In shared memory: the loader processes write to it.
         self.bad = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def read(self, index: int) -> tuple | None:
-        """One image and its class; None if it is bad and may be left out.
+        """An image and its class; None if the image is bad and to be skipped.
 
         Raises:
-            BadImageError: it is bad, with its file and class.
+            BadImageError: the image is bad; names its file and class.
         """
         try:
             return self.dataset[index]
@@ -591,12 +393,12 @@ class CheckedDataset(Dataset):
             return None
 
     def first(self) -> tuple:
-        """The first image that can be read, and its class."""
+        """The first image that can be decoded, and its class."""
         for index in range(min(self.TRIES, len(self))):
             item = self.read(index)
             if item is not None:
                 return item
-        raise BadImageError(f'{self.describe(0)} and those after it: none can be read')
+        raise BadImageError(f'{self.describe(0)} and the images after it: none can be read')
 
     def _class_of(self, index: int) -> str:
         target = self.dataset.samples[index][1]
@@ -605,11 +407,11 @@ class CheckedDataset(Dataset):
         return self.dataset.classes[target] if hasattr(self.dataset, 'classes') else str(target)
 
     def list_bad(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], again: bool = False) -> list[str]:
-        """File and class of the images left out on any rank, those since the last call or all.
+        """File and class of the images that were skipped on any rank since the last call.
 
         Args:
             sum_over_ranks: adds a vector up over the ranks.
-            again: all of them.
+            again: list all of them again.
         """
         if not self.skip_bad:
             return []
@@ -624,56 +426,50 @@ class CheckedDataset(Dataset):
 
 
 class TrainDataset(CheckedDataset):
-    """Draws each image's augmentation from (seed, epoch, position): the same on any worker, resumed or not.
+    """Training images with augmentation that depends only on (seed, epoch, position), not on workers or interruptions.
 
-    An item is (image, class, index, todo): bytes (3, H, W), and what `TrainTransform` leaves for the device, with a
-    `key` for what is random about that. In the place of a bad image stands the next good one of the data set.
+    An item is (image, class, index, aug_params): bytes (3, H, W), and the parameters for `DevicePreprocess`, with a
+    `key` for its random numbers. The next good image of the data set replaces a bad one.
 
     Args:
         dataset: augments with the global generators of `random`, numpy and torch, as timm and torchvision do.
         skip_bad: see `CheckedDataset`.
-        seed: the run's.
+        seed: seed of the run.
     """
 
-    def __init__(self, dataset: Dataset, skip_bad: bool, seed: int) -> None:
+    def __init__(self, dataset: Any, skip_bad: bool, seed: int) -> None:
         super().__init__(dataset, skip_bad)
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple:
         index, epoch, position = key
         number = counter_seed(self.seed, 'augment', epoch, position)
-        for instead in range(index, index + self.TRIES):
-            _seed_augmentation(number)
-            item = self.read(instead % len(self))
+        for candidate in range(index, index + self.TRIES):
+            seed_augmentation(number)
+            item = self.read(candidate % len(self))
             if item is not None:
                 (image, aug_params), target = item
-                return image, target, instead % len(self), {'key': number, **aug_params}
-        raise BadImageError(f'{self.describe(index)} and the {self.TRIES - 1} after it: none can be read')
+                return image, target, candidate % len(self), {'key': number, **aug_params}
+        raise BadImageError(f'{self.describe(index)} and the {self.TRIES - 1} images after it: none can be read')
 
 
 class EvalDataset(CheckedDataset):
-    """An item is (image, class); a bad image is black and of class −1, which evaluation does not count."""
+    """Validation images: (image, class). A bad image is black and has class −1, which evaluation does not count."""
 
     def __getitem__(self, index: int) -> tuple:
         item = self.read(index)
         return (torch.zeros_like(self.first()[0]), -1) if item is None else item
 
 
-def _seed_augmentation(number: int) -> None:
-    """Starts the global generators that timm and torchvision augment with."""
-    random.seed(number)
-    np.random.seed(number % 2**32)
-    torch.default_generator.manual_seed(number)
-
-
-def image_size(dataset: Dataset) -> tuple[int, int]:
-    """Height and width of the images of a split, by its first one."""
+def image_size(dataset: CheckedDataset) -> tuple[int, int]:
+    """Height and width of the first image of a split."""
     image = dataset.first()[0]
-    return tuple((image[0] if isinstance(image, tuple) else image).shape[1:])
+    height, width = (image[0] if isinstance(image, tuple) else image).shape[1:]
+    return height, width
 
 
-def fingerprint(dataset: Dataset, num_classes: int) -> dict:
-    """What tells a training set from another, wherever it lies: number of images, of classes, and a sum of names."""
+def fingerprint(dataset: Any, num_classes: int) -> dict[str, int]:
+    """Identifies a training set, in whatever folder it is: numbers of images and classes, checksum of class names."""
     names = '\n'.join(map(str, getattr(dataset, 'classes', ())))
     numbers = [*getattr(dataset, 'class_to_idx', {}).values()]
     if numbers != [*range(len(numbers))]:  # a part of ImageNet

@@ -42,6 +42,7 @@ import loggers
 import models
 import run_dir
 import stopping
+import transforms
 import utils
 from datasets import EvalDataset, TrainDataset
 from engine import NonFiniteGuard, evaluate, train_one_epoch
@@ -49,7 +50,6 @@ from loggers import log_rank0
 from losses import DISTILLATION_TYPES, RELATION_DTYPES, RELATION_TERMS, RELATIONS, ManifoldDistillationLoss
 from run_dir import CheckpointManager, TrainingState
 from samplers import build_train_sampler, distinct_images
-from transforms import DevicePreprocess
 from utils import UsageError, usage_error_context
 
 # Flags ----------------------------------------------------------------------------------------------------------------
@@ -564,7 +564,7 @@ def _open_split(args: argparse.Namespace, train: bool, transform: Callable) -> D
     if shape != (args.input_size, args.input_size):
         raise UsageError(
             f'--input-size {args.input_size}: the images are {models.format_grid(shape)} pixels, '
-            f'and up to {datasets.SMALL} they are not resized'
+            f'and up to {transforms.SMALL_SIZE} they are not resized'
         )
     return dataset
 
@@ -581,14 +581,14 @@ def _loader_options(args: argparse.Namespace, device: torch.device) -> dict:
     }
 
 
-def build_train_transform(args: argparse.Namespace, mean: tuple) -> datasets.TrainTransform:
+def build_train_transform(args: argparse.Namespace, mean: tuple) -> transforms.TrainTransform:
     """The augmentation the flags ask for; `mean`: of the images' channels."""
     if args.no_aug:
-        return datasets.TrainTransform(datasets.build_eval_transform(args.input_size))
+        return transforms.TrainTransform(transforms.build_eval_transform(args.input_size))
     with usage_error_context(
         '--aa', f'{args.aa}{" with --device-augment" * args.device_augment}', AssertionError, KeyError
     ):
-        return datasets.build_train_transform(
+        return transforms.build_train_transform(
             args.input_size,
             args.color_jitter,
             None if args.aa in ('', 'none') else args.aa,
@@ -616,7 +616,7 @@ def build_train_loader(args: argparse.Namespace, device: torch.device, repeated_
 
 def build_val_loader(args: argparse.Namespace, device: torch.device) -> DataLoader:
     """This rank's share of the validation images, without padding; all of them with --no-dist-eval."""
-    dataset = _open_split(args, False, datasets.build_eval_transform(args.input_size))
+    dataset = _open_split(args, False, transforms.build_eval_transform(args.input_size))
     rank, world = (utils.get_rank(), utils.get_world_size()) if args.dist_eval else (0, 1)
     return DataLoader(
         dataset, args.batch_size, sampler=range(rank, len(dataset), world), **_loader_options(args, device)
@@ -828,7 +828,7 @@ class Parts:
     device: torch.device
     num_classes: int
     stats: tuple[tuple, tuple]  # mean and deviation the images are normalised by
-    finish: DevicePreprocess
+    finish: transforms.DevicePreprocess
     student: models.TappedModel
     teacher: models.TappedModel | None
     val_loader: DataLoader
@@ -877,7 +877,7 @@ def run(args: argparse.Namespace, device: torch.device, signals: stopping.StopSi
         log_rank0(f'warning: --data-path {args.data_path} has {found}; {labels}')
     consensus = stopping.RankConsensus(signals)
     uncovered = [min(255, round(255 * value)) for value in stats[0]]  # as timm has it
-    finish = DevicePreprocess(*stats, args.remode, uncovered).to(device)
+    finish = transforms.DevicePreprocess(*stats, args.remode, uncovered).to(device)
     if args.eval_teacher:
         # As it teaches: weights of a type of their own know no autocast.
         how = argparse.Namespace(**{**vars(args), 'amp_dtype': 'float32'}) if args.teacher_dtype else args

@@ -1,8 +1,9 @@
-"""Augmentation on the device: numbers drawn in the loader processes, applied to a whole batch of uint8 images.
+"""From a decoded image to the input of a model: crops in the loader processes, the rest on the device.
 
-A loader process draws what timm would have drawn, from the same generators in the same order, but touches no pixel:
-RandAugment or AutoAugment becomes a *plan*, random erasing a table of rectangles. The device applies them row by row,
-all images of one operation at once, and since the host knows the plan it never waits for the device.
+Images are bytes, (3, H, W) uint8, or PIL images (CIFAR, FAKE). Random numbers are drawn as timm draws them, from the
+same generators in the same order. What is left to the device is only drawn in the loader process: RandAugment or
+AutoAugment becomes an *augmentation plan*, random erasing a table of rectangles. The device applies them to a whole
+batch, all images with the same operation at once. The host knows the plan, so it never waits for the device.
 
 Letters: B images of a batch, G images of a group, R rows of a plan, E rectangles of an image; H, W height and width.
 """
@@ -11,51 +12,199 @@ import copy
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from types import MappingProxyType
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data.auto_augment import AutoAugment, RandAugment
+from PIL import Image, ImageOps
+from timm.data import IMAGENET_DEFAULT_MEAN, create_transform
+from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation, ToNumpy
 from torch import Tensor, nn
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, RandomCrop, Resize, ToTensor
 from torchvision.transforms.v2.functional import equalize
 
+from readers import to_uint8
+
+SMALL_SIZE = 32  # images up to this size are not resized
 FILTERS = {0: 'nearest', 2: 'bilinear', 3: 'bicubic'}  # PIL's numbers
+_TO_FLOAT = (ToTensor, PILToTensor, MaybeToTensor, ToNumpy)  # steps that end timm's work on PIL images
 
 
-# Drawing, in the loader processes -------------------------------------------------------------------------------------
+# Transforms of one image, in the loader processes ---------------------------------------------------------------------
+
+
+def _to_pil(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def seed_augmentation(seed: int) -> None:
+    """Seeds the global generators that timm and torchvision use for augmentation."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
+class RandomResizedCrop:
+    """timm's random crop with the same boxes, on bytes (3, H, W): torch resizes several times as fast as PIL.
+
+    Args:
+        crop: timm's transform.
+    """
+
+    def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
+        self.crop = crop
+
+    def __call__(self, image: Tensor) -> Tensor:
+        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+        mode = self.crop.interpolation
+        mode = random.choice(mode) if isinstance(mode, tuple | list) else mode
+        box = image[None, :, top : top + height, left : left + width]
+        # This layout, which PIL has too, takes half the time.
+        box = box.contiguous(memory_format=torch.channels_last)
+        return F.interpolate(box, self.crop.size, mode=mode.value, antialias=True)[0]
+
+
+def patch_posterize(steps: Iterable) -> None:
+    """Lets the Posterize operations in timm's transforms keep 0 bits, in place.
+
+    Policies with increasing strength ask for 0 bits. That gave black up to Pillow 12 and is an error from Pillow 13 on.
+    """
+    for step in steps:
+        if not isinstance(step, AugmentOp):
+            patch_posterize(step if isinstance(step, list) else getattr(step, 'ops', getattr(step, 'policy', [])))
+        elif 'Posterize' in step.name:
+            step.aug_fn = posterize_pil
+
+
+def posterize_pil(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """PIL's posterize, for any number of bits: 0 gives black, 8 or more change nothing."""
+    if bits == 0:
+        return Image.new(image.mode, image.size)
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
+
+
+class TrainTransform:
+    """Image → (bytes (3, H, W), augmentation parameters for `DevicePreprocess`).
+
+    Args:
+        steps: PIL image or bytes → bytes.
+        policy: draws the augmentation plan, `plan`; None: no plan.
+        erasing: timm's, from which the rectangles `erase` are drawn; None: no erasing.
+    """
+
+    def __init__(
+        self, steps: Callable, policy: 'PolicySampler | None' = None, erasing: RandomErasing | None = None
+    ) -> None:
+        self.steps, self.policy, self.erasing = steps, policy, erasing
+
+    def __call__(self, image: Image.Image | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        pixels = self.steps(image)
+        aug_params = {}
+        if self.policy is not None:
+            aug_params['plan'] = self.policy()
+        if self.erasing is not None:
+            aug_params['erase'] = draw_erasures(self.erasing, *pixels.shape[1:])
+        return pixels, aug_params
+
+
+def build_train_transform(
+    input_size: int,
+    color_jitter: float,
+    auto_augment: str | None,
+    interpolation: str,
+    reprob: float,
+    recount: int,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    on_device: bool = False,
+) -> TrainTransform:
+    """DeiT's training augmentation by timm. `DevicePreprocess` normalises and erases.
+
+    Args:
+        input_size: height and width in pixels; up to 32 a random crop with padding 4 replaces the resized crop.
+        color_jitter: strength; used only without auto-augmentation.
+        auto_augment: timm's policy string; None: no auto-augmentation.
+        interpolation: 'random', 'bilinear' or 'bicubic'.
+        reprob: probability of random erasing.
+        recount: number of erased rectangles.
+        mean: mean of each channel, in 0 … 1; the colour of areas that geometric operations uncover.
+        on_device: leave auto-augmentation to the device, too.
+
+    Raises:
+        ValueError: `on_device` does not support this policy.
+    """
+    steps = create_transform(
+        input_size,
+        is_training=True,
+        color_jitter=color_jitter,
+        auto_augment=auto_augment,
+        interpolation=interpolation,
+        re_prob=reprob,
+        re_count=recount,
+        mean=tuple(mean),
+    ).transforms
+    crop, flip, *colours = steps[: next(i for i, step in enumerate(steps) if isinstance(step, _TO_FLOAT))]
+    crop = RandomResizedCrop(crop) if input_size > SMALL_SIZE else RandomCrop(input_size, padding=4)
+    patch_posterize(colours)
+    policy = None
+    if on_device:
+        if len(colours) != 1:
+            raise ValueError('only a single policy can be applied to a batch')
+        policy, colours = PolicySampler(*colours), []
+    if colours:
+        colours = [_to_pil, *colours, to_uint8]
+    erasing = steps[-1] if isinstance(steps[-1], RandomErasing) else None
+    return TrainTransform(Compose([to_uint8, crop, flip, *colours]), policy, erasing)
+
+
+def build_eval_transform(input_size: int) -> Callable[[Image.Image | Tensor], Tensor]:
+    """PIL image or bytes → bytes: PIL resizes to 256/224 of the input size, then the centre is cropped.
+
+    Up to 32 pixels the image stays as it is.
+    """
+    if input_size <= SMALL_SIZE:
+        return to_uint8
+    resize_by_pil = Resize(int(256 / 224 * input_size), InterpolationMode.BICUBIC)
+    return Compose([to_uint8, _to_pil, resize_by_pil, CenterCrop(input_size), to_uint8])
+
+
+# What the device is to do, drawn in the loader processes --------------------------------------------------------------
 
 
 class PolicySampler:
     """Draws what a policy of timm would do to the next image.
 
-    timm's own code does the drawing, on a copy of the policy whose operations take notes instead of changing an image.
+    timm's own code draws, on a copy of the policy with operations that only record their arguments.
 
     Args:
         policy: timm's RandAugment or AutoAugment.
 
     Attributes:
-        rows: R, the most operations an image can get.
-        fill: red, green, blue in 0 … 255, the colour beyond the edges of an image that is moved.
+        rows: R, the largest number of operations on an image.
+        fill: red, green, blue in 0 … 255, the colour of areas that geometric operations uncover.
 
     Raises:
-        ValueError: there is no implementation for batches of the policy, of an operation of it, or of its filter.
+        ValueError: the policy, one of its operations or its filter is not implemented for batches.
     """
 
     def __init__(self, policy: object) -> None:
         if not isinstance(policy, RandAugment | AutoAugment):
             raise ValueError(f'{type(policy).__name__} cannot be applied to a batch')
-        self._policy = copy.deepcopy(policy)  # the caller's stays what it is
-        self._notes: list[tuple[float, float, float]] = []
+        policy = copy.deepcopy(policy)  # the original must not change
         if isinstance(policy, RandAugment):
-            sequences, self.rows = [self._policy.ops], policy.num_layers
+            sequences, self.rows = [policy.ops], policy.num_layers
         else:
-            sequences, self.rows = self._policy.policy, max(map(len, policy.policy))
+            sequences, self.rows = policy.policy, max(map(len, policy.policy))
+        self._policy = policy
+        self._recorded: list[tuple[float, float, float]] = []
         for op in chain(*sequences):
-            # By its name: its function may have been replaced. The endings tell how magnitudes become arguments.
+            # By name, since the function may have been replaced. The endings choose how strength becomes an argument.
             name = op.name.removesuffix('Increasing').removesuffix('Original')
             if name not in OPERATIONS:
                 raise ValueError(f'{op.name} cannot be applied to a batch')
@@ -64,24 +213,24 @@ class PolicySampler:
             if name in _MATRICES and not filters <= FILTERS.keys():
                 raise ValueError(f'{op.name} with filters {filters} cannot be applied to a batch')
             self.fill = tuple(op.kwargs['fillcolor'])
-            op.aug_fn = partial(self._note, name)
+            op.aug_fn = partial(self._record, name)
 
     def __call__(self) -> Tensor:
-        """(R, 3) float32: the operation's place in OPERATIONS, its argument, and PIL's number of the filter, else 0."""
-        self._notes = []
+        """(R, 3) float32: index in OPERATIONS, argument, PIL's number of the filter (0 if the operation has none)."""
+        self._recorded = []
         self._policy(None)
-        unused = self.rows - len(self._notes)
-        return torch.tensor(self._notes + [(0, 0, 0)] * unused, dtype=torch.float32).view(self.rows, 3)
+        unused = self.rows - len(self._recorded)
+        return torch.tensor(self._recorded + [(0, 0, 0)] * unused, dtype=torch.float32).view(self.rows, 3)
 
-    def _note(self, name: str, image: None, argument: float = 0, *, resample: object, **_) -> None:
+    def _record(self, name: str, image: None, argument: float = 0, *, resample: Any, **_: object) -> None:
         moves = name in _MATRICES
         if moves and isinstance(resample, list | tuple):
-            resample = random.choice(resample)  # timm draws it within the operation, and only where pixels move
-        self._notes.append((OPERATIONS.index(name), argument, int(resample) if moves else 0))
+            resample = random.choice(resample)  # timm draws it inside the operation, only where pixels move
+        self._recorded.append((OPERATIONS.index(name), argument, int(resample) if moves else 0))
 
 
-class _Blank:
-    """Stands for an image (3, H, W) under timm's RandomErasing and remembers where it is written."""
+class _RecordingImage:
+    """Replaces an image (3, H, W) in timm's RandomErasing and records the rectangles that are written."""
 
     dtype = torch.float32
 
@@ -92,75 +241,77 @@ class _Blank:
     def size(self) -> tuple[int, int, int]:
         return self._size
 
-    def __setitem__(self, place: tuple[slice, slice, slice], _: Tensor) -> None:
+    def __setitem__(self, place: tuple[slice, slice, slice], values: Tensor) -> None:
         _, rows, columns = place
         self.rectangles.append([rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start])
 
 
 def draw_erasures(erasing: RandomErasing, height: int, width: int) -> Tensor:
-    """(E, 4) int64: top, left, height and width of what timm would erase in the next image; rows of 0 for nothing.
+    """Draws what timm would erase in the next image, without the values it would fill in.
 
     Args:
-        erasing: timm's; its filling is not drawn.
+        erasing: timm's transform.
         height: H, pixels.
         width: W, pixels.
+
+    Returns:
+        (E, 4) int64: top, left, height and width; rows of 0 for nothing.
     """
-    blank, erasing = _Blank(height, width), copy.copy(erasing)
+    image, erasing = _RecordingImage(height, width), copy.copy(erasing)
     erasing.per_pixel = erasing.rand_color = False
     erasing.device = 'cpu'
-    erasing(blank)
-    missing = erasing.max_count - len(blank.rectangles)
-    return torch.tensor(blank.rectangles + [[0] * 4] * missing, dtype=torch.int64)
+    erasing(image)
+    missing = erasing.max_count - len(image.rectangles)
+    return torch.tensor(image.rectangles + [[0] * 4] * missing, dtype=torch.int64)
 
 
-# Applying, on the device ----------------------------------------------------------------------------------------------
+# What the device does to a batch --------------------------------------------------------------------------------------
 
 
 def apply_policy(images: Tensor, plan: Tensor, fill: Sequence[int]) -> Tensor:
-    """Does to each image what was drawn for it. Does not wait for the device.
+    """Applies an augmentation plan to a batch. Does not wait for the device.
 
-    Colours come out as PIL's to within 1 of 255. Bilinear sampling differs from PIL's by rounding; bicubic sampling is
-    torch's, whose kernel (a = −0.75) is a little softer than PIL's (a = −1).
+    Colours are PIL's to within 1 of 255. Bilinear sampling differs from PIL's by rounding. Bicubic sampling is
+    torch's; its kernel (a = −0.75) is a little softer than PIL's (a = −1).
 
     Args:
         images: (B, 3, H, W) uint8; is not changed.
-        plan: (B, R, 3) on the CPU, from `Recorder`.
-        fill: red, green, blue in 0 … 255, where an image is moved away.
+        plan: (B, R, 3) on the CPU, from `PolicySampler`.
+        fill: red, green, blue in 0 … 255, the colour of areas that are uncovered.
 
     Returns:
         (B, 3, H, W) uint8.
     """
     for row in plan.unbind(1):
-        # All that move pixels, by one filter, differ in their matrices alone.
-        names = ['move' if number > len(_COLOURS) else OPERATIONS[int(number)] for number in row[:, 0].tolist()]
+        # Geometric operations with the same filter differ only in their matrices, so they form one group.
+        names = ['move' if op > len(COLOUR_OPERATIONS) else OPERATIONS[int(op)] for op in row[:, 0].tolist()]
         kinds = list(zip(names, row[:, 2].tolist(), strict=True))
-        order = sorted(range(len(kinds)), key=kinds.__getitem__)
-        sizes = Counter(kinds[i] for i in order)
-        order = torch.tensor(order)
+        order = torch.tensor(sorted(range(len(kinds)), key=kinds.__getitem__))
+        sizes = Counter(kinds[i] for i in order.tolist())
         groups = images.index_select(0, _send(order, images.device)).split([*sizes.values()])
         done = []
-        for (name, _), group, notes in zip(sizes, groups, row[order].split([*sizes.values()]), strict=True):
+        for (name, _), group, rows in zip(sizes, groups, row[order].split([*sizes.values()]), strict=True):
             if name == 'move':
-                group = _move(group, notes.tolist(), fill)
+                group = _move(group, rows.tolist(), fill)
             elif name:
-                group = _COLOURS[name](group, _send(notes[:, 1].view(-1, 1, 1, 1), images.device))
+                group = COLOUR_OPERATIONS[name](group, _send(rows[:, 1].view(-1, 1, 1, 1), images.device))
             done.append(group)
         images = torch.cat(done).index_select(0, _send(order.argsort(), images.device))
     return images
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    # Only from pinned memory a copy is sure not to wait for what the device is doing.
+    # Only a copy from pinned memory is sure not to wait for the device.
     return (tensor.pin_memory() if device.type == 'cuda' else tensor).to(device, non_blocking=True)
 
 
-# Colours: (G, 3, H, W) uint8 and an argument for each image, (G, 1, 1, 1) float32, to uint8.
+# Colour operations: (G, 3, H, W) uint8 and an argument for each image, (G, 1, 1, 1) float32 → uint8.
 
 
 def _autocontrast(images: Tensor, _: Tensor) -> Tensor:
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     stretched = (images - low).float().mul_(255).div_(high - low)
-    return torch.where(high > low, stretched, images).to(torch.uint8)  # a channel of one value stays as it is
+    return torch.where(high > low, stretched, images).to(torch.uint8)  # a constant channel stays as it is
 
 
 def _posterize(images: Tensor, bits: Tensor) -> Tensor:
@@ -173,28 +324,28 @@ def _solarize(images: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _solarize_add(images: Tensor, addend: Tensor) -> Tensor:
-    return torch.where(images < 128, images + addend.to(torch.uint8), images)  # timm adds up to 128: never above 255
+    return torch.where(images < 128, images + addend.to(torch.uint8), images)  # timm adds at most 128: no overflow
 
 
 def _blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
-    """From another image at factor 0 to this one at 1 and beyond, fractions cut off as PIL does."""
+    """`other` at factor 0, `images` at factor 1, extrapolated beyond. Truncates fractions as PIL does."""
     return images.sub(other).mul_(factor).add_(other).clamp_(0, 255).to(torch.uint8)
 
 
 def _grey(images: Tensor) -> Tensor:
-    """(G, 1, H, W) float32, whole numbers: PIL's luma, whose sums of weights times 2¹⁶ float32 holds exactly."""
+    """(G, 1, H, W) float32, whole numbers: PIL's luma. float32 holds its sums, scaled by 2¹⁶, exactly."""
     red, green, blue = images.float().split(1, dim=1)
     return red.mul(19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768).div_(65536).floor_()
 
 
 def _contrast(images: Tensor, factor: Tensor) -> Tensor:
-    # Summed up in integers: float32 would round from 257² pixels on.
+    # In integers: float32 sums would be rounded from 257² pixels on.
     total, pixels = _grey(images).int().sum((2, 3), keepdim=True), images[0, 0].numel()
     return _blend(images, ((2 * total + pixels) // (2 * pixels)).float(), factor)
 
 
 def _sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    # PIL's degenerate image: the mean of 3 × 3 pixels, the middle one counted five times; the border stays as it is.
+    # PIL blends with the mean of 3 × 3 pixels, with weight 5 for the middle one. The border does not change.
     wide = images.short()
     rows = wide[..., :-2, :] + wide[..., 1:-1, :] + wide[..., 2:, :]
     total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * wide[..., 1:-1, 1:-1]
@@ -203,7 +354,7 @@ def _sharpness(images: Tensor, factor: Tensor) -> Tensor:
     return _blend(images, smooth, factor)
 
 
-_COLOURS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+COLOUR_OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     'AutoContrast': _autocontrast,
     'Equalize': lambda images, _: equalize(images),
     'Invert': lambda images, _: ~images,
@@ -217,8 +368,8 @@ _COLOURS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-# Geometry: from the argument, width and height to PIL's (a, b, c, d, e, f): the pixel whose centre is at (x, y) shows
-# what is at (ax + by + c, dx + ey + f) of the image, in pixels from its upper left corner.
+# Geometric operations: argument, width and height → PIL's (a, b, c, d, e, f). The output pixel with its centre at
+# (x, y) shows the input at (ax + by + c, dx + ey + f), in pixels from the upper left corner.
 
 
 def _rotate(degrees: float, width: int, height: int) -> tuple[float, ...]:
@@ -237,39 +388,38 @@ _MATRICES: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
     'TranslateYRel': lambda share, width, height: (1, 0, 0, 0, 1, share * height),
 }
 
-OPERATIONS = ('', *_COLOURS, *_MATRICES)  # a plan's numbers; 0 does nothing
+OPERATIONS = ('', *COLOUR_OPERATIONS, *_MATRICES)  # a plan holds their indices; 0 does nothing
 
 
-def _move(images: Tensor, notes: Sequence[Sequence[float]], fill: Sequence[int]) -> Tensor:
-    """Samples images (G, 3, H, W) where their rows of the plan say, all by one filter; fills what lies outside."""
+def _move(images: Tensor, rows: Sequence[Sequence[float]], fill: Sequence[int]) -> Tensor:
+    """Applies geometric operations with the same filter: images (G, 3, H, W), and G rows of a plan."""
     height, width = images.shape[2:]
     matrices = torch.tensor(
-        [_MATRICES[OPERATIONS[int(number)]](argument, width, height) for number, argument, _ in notes],
-        dtype=torch.float64,
+        [_MATRICES[OPERATIONS[int(op)]](argument, width, height) for op, argument, _ in rows], dtype=torch.float64
     )
     # grid_sample counts from −1 to 1 across an image.
     scale = 2 / torch.tensor([[width], [height]], dtype=torch.float64)
     x, y, shift = (matrices.view(-1, 1, 2, 3) * scale).unbind(3)
     columns = x * (torch.arange(width) + 0.5)[:, None]
-    rows = y * (torch.arange(height) + 0.5)[:, None] + shift - 1
-    # What column and row contribute, (G, W, 2) and (G, H, 2), is only added there: no product that TF32 would round.
-    grid = _send(rows.float(), images.device)[:, :, None] + _send(columns.float(), images.device)[:, None]
-    # To PIL the left edge is inside, the right one is not; rounding shall not decide.
+    lines = y * (torch.arange(height) + 0.5)[:, None] + shift - 1
+    # The device only adds the parts of columns (G, W, 2) and lines (G, H, 2): TF32 would round products.
+    grid = _send(lines.float(), images.device)[:, :, None] + _send(columns.float(), images.device)[:, None]
+    # For PIL the left edge is inside, the right one is not. The tolerance keeps rounding from deciding.
     inside = ((grid >= -1 - 1e-6) & (grid < 1 - 1e-6)).all(-1)[:, None]
-    moved = F.grid_sample(images.float(), grid, FILTERS[notes[0][2]], 'border', align_corners=False)
-    # PIL cuts fractions off; the hundredth is for whole numbers that float32 misses from below.
+    moved = F.grid_sample(images.float(), grid, FILTERS[int(rows[0][2])], 'border', align_corners=False)
+    # PIL truncates. The hundredth keeps whole numbers whole where float32 is slightly below them.
     moved = moved.add_(0.01).clamp_(0, 255).to(torch.uint8)
     return torch.where(inside, moved, _send(torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1), images.device))
 
 
 def erase(images: Tensor, rectangles: Tensor, keys: Tensor, mode: str) -> None:
-    """Fills rectangles of normalised images, in place. An image's filling is a function of its key alone.
+    """Fills rectangles of normalised images, in place. The noise in an image depends only on its key.
 
     Args:
         images: (B, 3, H, W), floating point.
         rectangles: (B, E, 4) on the CPU, from `draw_erasures`.
         keys: (B,) int64 on the CPU.
-        mode: 'pixel' for noise, 'rand' for one random colour, 'const' for 0.
+        mode: fill mode: 'pixel' for noise, 'rand' for one random colour, 'const' for 0.
     """
     generator = torch.Generator(images.device)
     for image, key, places in zip(images, keys.tolist(), rectangles.tolist(), strict=True):
@@ -285,40 +435,44 @@ def erase(images: Tensor, rectangles: Tensor, keys: Tensor, mode: str) -> None:
 
 
 class DevicePreprocess(nn.Module):
-    """Makes of uint8 images what a model takes: applies the plan, normalises, erases. Does not wait for the device.
+    """uint8 images → input of a model: applies the plan, normalises, erases. Does not wait for the device.
 
     Args:
         mean: of each channel, values in 0 … 1, subtracted.
         std: standard deviation of each channel, divided by.
-        mode: filling of what is erased: 'pixel', 'rand' or 'const'.
-        fill: red, green, blue in 0 … 255, where the plan moves an image away.
+        mode: fill mode of random erasing: 'pixel', 'rand' or 'const'.
+        fill: red, green, blue in 0 … 255, the colour of areas that the plan uncovers.
     """
+
+    white: Tensor
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self, mean: Sequence[float], std: Sequence[float], mode: str = 'pixel', fill: Sequence[int] = (128, 128, 128)
     ) -> None:
         super().__init__()
         self.mode, self.fill = mode, fill
-        # CUDA would multiply by the inverse of a plain number, with other bits.
+        # As a tensor: CUDA would multiply by the inverse of a Python number, with other bits.
         self.register_buffer('white', torch.tensor(255.0), persistent=False)
         self.register_buffer('mean', torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.register_buffer('std', torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, aug_params: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
-        """(B, 3, H, W) float32.
+        """Returns (B, 3, H, W) float32.
 
         Args:
             images: (B, 3, H, W) uint8, on the device of this module.
-            todo: on the CPU, as far as there is something to do: `plan` (B, R, 3); `erase` (B, E, 4) and `key` (B,).
+            aug_params: on the CPU, from `TrainTransform`: `plan` (B, R, 3); `erase` (B, E, 4) with `key` (B,).
 
         Raises:
             TypeError: the images are not uint8.
         """
         if images.dtype != torch.uint8:
-            raise TypeError(f'images are {images.dtype}, not uint8; normalised already?')
+            raise TypeError(f'images must be uint8, but are {images.dtype}; are they normalised already?')
         if 'plan' in aug_params:
             images = apply_policy(images, aug_params['plan'], self.fill)
-        # The steps of ToTensor and Normalize, and so their bits.
+        # The steps of ToTensor and Normalize, to the bit.
         images = images.to(torch.float32).div_(self.white).sub_(self.mean).div_(self.std)
         if 'erase' in aug_params:
             erase(images, aug_params['erase'], aug_params['key'], self.mode)

@@ -25,8 +25,9 @@ from torchvision.datasets.folder import default_loader
 import benchmarks
 import datasets
 import main
+import transforms
 import utils
-from transforms import DevicePreprocess
+from readers import load_image, to_uint8
 
 AA, SIZE, BATCH = 'rand-m9-mstd0.5-inc1', 224, 64
 STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -36,7 +37,7 @@ class Timm(datasets.CheckedDataset):
     """The release's input: PIL decodes and crops, timm augments, normalises and erases each image by itself."""
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple:
-        datasets._seed_augmentation(utils.counter_seed(0, 'augment', key[1], key[2]))
+        transforms.seed_augmentation(utils.counter_seed(0, 'augment', key[1], key[2]))
         return self.read(key[0])
 
 
@@ -44,13 +45,11 @@ def ways(folder: str) -> dict[str, datasets.CheckedDataset]:
     """Data sets by name, the baseline first."""
     options = {'color_jitter': 0.4, 'auto_augment': AA, 'interpolation': 'bicubic'}
     by_timm = create_transform(SIZE, is_training=True, re_prob=0.25, re_mode='pixel', re_count=1, **options)
-    for op in datasets._augment_ops(by_timm.transforms):
-        if 'Posterize' in op.name:
-            op.aug_fn = datasets._posterize
+    transforms.patch_posterize(by_timm.transforms)
     found = {'PIL and timm': Timm(ImageFolder(folder, by_timm, loader=default_loader), False)}
     for name, on_device in (('ours', False), ('--device-augment', True)):
-        transform = datasets.build_train_transform(SIZE, **options, reprob=0.25, recount=1, on_device=on_device)
-        images = ImageFolder(folder, transform, loader=datasets.load_image)
+        transform = transforms.build_train_transform(SIZE, **options, reprob=0.25, recount=1, on_device=on_device)
+        images = ImageFolder(folder, transform, loader=load_image)
         found[name] = datasets.TrainDataset(images, False, 0)
     return found
 
@@ -58,12 +57,12 @@ def ways(folder: str) -> dict[str, datasets.CheckedDataset]:
 def decibels(folder: str, count: int) -> tuple[float, float]:
     """Likeness of our crops to PIL's: of all together, and of the least like one."""
     crop = RandomResizedCropAndInterpolation(SIZE, interpolation='bicubic')
-    ours, errors = datasets.RandomResizedCrop(crop), []
+    ours, errors = transforms.RandomResizedCrop(crop), []
     for index, (path, _) in zip(range(count), ImageFolder(folder).samples, strict=False):
         crops = []
-        for load, way in ((default_loader, crop), (datasets.load_image, ours)):
-            datasets._seed_augmentation(index)
-            crops.append(datasets._to_bytes(way(load(path))).float())
+        for load, way in ((default_loader, crop), (load_image, ours)):
+            transforms.seed_augmentation(index)
+            crops.append(to_uint8(way(load(path))).float())
         errors.append((crops[0] - crops[1]).square().mean().item())
     of_all = (statistics.fmean(errors), max(errors))
     return tuple(10 * math.log10(255**2 / error) if error else math.inf for error in of_all)
@@ -82,7 +81,7 @@ def run() -> None:
     except FileNotFoundError as error:
         parser.error(str(error))
     length = len(next(iter(taking.values())))
-    finish = DevicePreprocess(*STATS, 'pixel', [round(255 * value) for value in STATS[0]]).to(device)
+    finish = transforms.DevicePreprocess(*STATS, 'pixel', [round(255 * value) for value in STATS[0]]).to(device)
     loads: dict[str, Callable] = {}
     for name, dataset in taking.items():
         loads[name] = lambda keys, dataset=dataset: default_collate([dataset[key] for key in keys])

@@ -244,7 +244,7 @@ WRONG = [
     ({'data_path': '{files}/tree', **toys.SHARDS}, 'no _info.json'),
     ({'data_path': '{files}/no', **toys.SHARDS}, 'no _info.json'),
     ({'data_path': '{files}/one_shard', **toys.SHARDS}, 'no val/*.tar'),
-    ({'num_classes': 2, 'data_path': '{files}/shards', **toys.SHARDS}, '3 classes, the last of them is 2'),
+    ({'num_classes': 2, 'data_path': '{files}/shards', **toys.SHARDS}, '3 classes, the last is 2'),
     ({'batch_size': 32, 'data_path': '{files}/shards', **toys.SHARDS}, '16 images'),
     ({'num_classes': 5, **toys.FOLDER, 'data_path': '{files}/tree'}, 'FOLDER'),
     ({'data_path': '{files}/tree', **toys.FOLDER, 'data_set': 'TAR'}, 'tar'),

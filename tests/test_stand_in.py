@@ -18,7 +18,7 @@ from engine import NonFiniteGuard, train_one_epoch
 
 CUDA, STEPS = torch.device('cuda', 0), 2
 pytestmark = pytest.mark.filterwarnings('ignore')  # torch warns about the stand-ins
-PLAN = torch.tensor([[number, 0.5, 2 if number > len(transforms._COLOURS) else 0] for number in range(18)])
+PLAN = torch.tensor([[number, 0.5, 2 if number > len(transforms.COLOUR_OPERATIONS) else 0] for number in range(18)])
 
 
 class StandIns(FakeTensorMode):

@@ -1,15 +1,18 @@
-"""Images inside tar files, read where they lie: tars of class folders (`TAR`) and WebDataset shards (`wds/`).
+"""Images on the disk: decoding one, lists of them in arrays, and those inside tar files.
 
-The headers of all tars are read once. The index made of them is kept as plain arrays in the user's cache folder, and
-counts as long as every tar has the same path, size and modification time.
+Images in tars are read where they lie: tars of class folders (`TAR`) and WebDataset shards (`wds/`). The headers of all
+tars are read once. Their index is saved as plain arrays in the user's cache folder. It is valid as long as every tar
+has the same path, size and modification time.
 """
 
 import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import tempfile
+import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,22 +22,84 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
+from PIL import Image
 from timm.utils import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.functional import pil_to_tensor
 
 from loggers import log_rank0
 
 CLASS_KEYS = ('cls', 'label')  # of a sample's .json, the first that is there
-_VERSION = 1  # of the index: another one makes kept indexes void
+_VERSION = 1  # of the index; a new version makes saved indexes invalid
 
 Arrays = dict[str, np.ndarray]
 
 
-class Samples:
-    """(name, class) of each image, in arrays: a million Python objects would be copied into every loader process.
+class BadImageError(ValueError):
+    """An image cannot be decoded. The message names the file and the reason."""
+
+
+# Decoding -------------------------------------------------------------------------------------------------------------
+
+
+def load_image(name: str, path: str | Path | None = None, start: int = 0, size: int = -1) -> torch.Tensor:
+    """Reads an image as RGB bytes (3, H, W). Of an animation it reads the first frame; EXIF rotation is ignored.
+
+    torchvision decodes ordinary JPEGs, to the same bytes as PIL. PIL decodes all others.
 
     Args:
-        samples: the same as a list.
+        name: the name in error messages, and the path if `path` is None.
+        path: the file that contains the image, if that is another file, such as a tar.
+        start: offset of the image in the file in bytes.
+        size: size of the image in bytes; −1 for the rest of the file.
+
+    Raises:
+        BadImageError: the image cannot be decoded.
+    """
+    try:
+        return _decode(path or name, start, size, os.stat(path or name).st_ctime_ns)
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL raises a dozen kinds of errors for damaged files
+        reason = getattr(error, 'strerror', None) or re.sub(' <.*object at .*>', '', str(error))
+        raise BadImageError(f'{name}: {reason}') from error
+
+
+@lru_cache(maxsize=1)  # repeated augmentation may read an image several times in a row
+def _decode(path: str | Path, start: int, size: int, ctime: int) -> torch.Tensor:
+    """`ctime` makes the cached image invalid when the file changes."""
+    with open(path, 'rb') as file:
+        file.seek(start)
+        data = file.read(size)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # PIL warns of unusual files that it can read
+        image = Image.open(io.BytesIO(data))
+        if image.format == 'JPEG' and image.mode in ('L', 'RGB'):
+            with suppress(RuntimeError):  # a damaged file: PIL has the better error message
+                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        # PIL would clip 16-bit values at 255. It opens 16 bits as 32 in some formats.
+        if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
+            return torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8)).expand(3, -1, -1).contiguous()
+        if image.mode in ('I', 'F'):
+            raise ValueError(f'unsupported image mode {image.mode}')
+        return to_uint8(image.convert('RGB'))
+
+
+def to_uint8(image: Image.Image | torch.Tensor) -> torch.Tensor:
+    """(3, H, W) uint8 from a PIL image; a tensor is returned as it is."""
+    return image if isinstance(image, torch.Tensor) else pil_to_tensor(image.convert('RGB'))
+
+
+# Lists of images ------------------------------------------------------------------------------------------------------
+
+
+class Samples:
+    """(name, class) of each image, in arrays: every loader process would copy a million Python objects.
+
+    Args:
+        samples: path and class of each image file.
     """
 
     def __init__(self, samples: Iterable[tuple[str, int]]) -> None:
@@ -48,9 +113,14 @@ class Samples:
         start, end = self.arrays['ends'][index : index + 2]
         return os.fsdecode(self.arrays['text'][start:end].tobytes()), int(self.arrays['numbers'][index, 0])
 
+    def load(self, index: int) -> tuple[torch.Tensor, int]:
+        """An image, (3, H, W) uint8, and its class."""
+        name, target = self[index]
+        return load_image(name), target
+
 
 def _pack(rows: Iterable[tuple], columns: int) -> Arrays:
-    """Rows (name, number, …) as arrays: `text` of all names, `ends` (n + 1,) of each in it, `numbers` (n, columns)."""
+    """Rows (name, number, …) as arrays: all names in `text`, between `ends` (n + 1,); and `numbers` (n, columns)."""
     text, ends, numbers = bytearray(), array('q', [0]), array('q')
     for name, *values in rows:
         text += os.fsencode(name)
@@ -64,14 +134,14 @@ def _pack(rows: Iterable[tuple], columns: int) -> Arrays:
 
 
 class TarSamples(Samples):
-    """Images inside tars; the name of one is `TAR:MEMBER`, or `TAR:INNER_TAR:MEMBER`.
+    """Images inside tars. Their names are `TAR:MEMBER` or `TAR:INNER_TAR:MEMBER`.
 
     Args:
         tars: paths of the tars.
-        arrays: what a layout returns.
+        arrays: the index, from `class_folders` or `webdataset`.
 
     Attributes:
-        classes: names of the classes, where the tars have such names.
+        classes: names of the classes, if they have names.
     """
 
     def __init__(self, tars: Sequence[Path], arrays: Arrays) -> None:
@@ -84,9 +154,15 @@ class TarSamples(Samples):
         return f'{self.place(index)[0]}:{name}', target
 
     def place(self, index: int) -> tuple[str, int, int]:
-        """The tar an image is in, where in it the image begins, and its size, both in bytes."""
+        """The tar that contains an image, and offset and size of the image in bytes."""
         _, tar, start, size = self.arrays['numbers'][index].tolist()
         return self.tars[tar], start, size
+
+    def load(self, index: int) -> tuple[torch.Tensor, int]:
+        """An image, (3, H, W) uint8, and its class."""
+        name, target = self[index]
+        # This opens the tar each time: loader processes would share an open file and its position.
+        return load_image(name, *self.place(index)), target
 
     def targets(self) -> np.ndarray:
         """(n,) int64: the class of each image."""
@@ -101,10 +177,10 @@ class TarSamples(Samples):
 
 
 def class_folders(tars: Sequence[Path]) -> Arrays:
-    """The index of images by class: the folder an image lies in, or else the tar it lies in, which may be an inner one.
+    """Index of tars with a folder per class, or a tar per class, which may be inside another tar.
 
-    Classes are numbered as they are sorted, like those of a tree of folders. Images are sorted by their path in the
-    tar, in which numbers count as such.
+    Classes are numbered in alphabetical order, like those of a tree of folders. Images are sorted by their path in the
+    tar, with numbers as numbers: 9.png comes before 10.png.
     """
     rows = []
     for number, path in enumerate(tars):
@@ -118,7 +194,7 @@ def class_folders(tars: Sequence[Path]) -> Arrays:
 
 
 def _images_by_folder(file: BinaryIO, end: int, tar: str, prefix: str) -> Iterator[tuple[str, str, str, int, int]]:
-    """(path, name, class, start, size) of each image, those in inner tars too."""
+    """(path, name, class, offset, size) of each image, also in inner tars."""
     for member in _read_members(file, end):
         folder, base = os.path.split(member.name)
         stem, ending = os.path.splitext(base)
@@ -132,9 +208,9 @@ def _images_by_folder(file: BinaryIO, end: int, tar: str, prefix: str) -> Iterat
 
 
 def webdataset(tars: Sequence[Path]) -> Arrays:
-    """The index of WebDataset samples: neighbours with equal names up to the first dot, in the order of the shards.
+    """Index of WebDataset samples, in the order of the shards: adjacent files with the same name up to the first dot.
 
-    The class is the number in `.cls`; without such a file that in `.json`, under `cls` or else `label`.
+    The class is the number in the `.cls` file. A sample without one has it in its `.json` file as `cls` or `label`.
     """
 
     def rows() -> Iterator[tuple[str, int, int, int, int]]:
@@ -153,10 +229,10 @@ def _read_shard(file: BinaryIO, end: int) -> Iterator[tuple[tarfile.TarInfo, int
         image = next((files[ending] for ending in IMG_EXTENSIONS if ending in files), None)
         target = files.get('.cls', files.get('.json'))
         if not os.path.basename(name) or (image is None and target is None):
-            continue  # a hidden file, or something beside the samples
+            continue  # a hidden file, or one that belongs to no sample
         if image is None or target is None:
             missing = f'image ({" ".join(IMG_EXTENSIONS)})' if image is None else 'class (.cls or .json)'
-            raise ValueError(f'sample {name} has no {missing}; the files of a sample must follow one another')
+            raise ValueError(f'sample {name} has no {missing}; the files of a sample must be adjacent')
         file.seek(target.offset_data)
         yield image, _read_class(file.read(target.size), target.name)
 
@@ -177,8 +253,8 @@ def _read_class(data: bytes, member: str) -> int:
         if type(value) is not int or not 0 <= value < 2**63:
             raise ValueError
     except (StopIteration, TypeError, ValueError) as error:
-        where = f' under {" or ".join(CLASS_KEYS)}' if in_json else ''
-        raise ValueError(f'{member} must hold the number of a class, 0 or more{where}; has {data[:60]!r}') from error
+        where = f' as {" or ".join(CLASS_KEYS)}' if in_json else ''
+        raise ValueError(f'{member} must contain a class number{where}, but contains {data[:60]!r}') from error
     return value
 
 
@@ -187,83 +263,83 @@ def _read_class(data: bytes, member: str) -> int:
 
 @contextmanager
 def _open_tar(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """The file and its size; errors name it."""
+    """The open file and its size in bytes. Errors while it is used name it."""
     with open(path, 'rb') as file:
         try:
             yield file, os.fstat(file.fileno()).st_size
         except tarfile.TarError as error:
-            raise ValueError(f'{path}: not a whole tar file: {error}') from error
+            raise ValueError(f'{path} is not a complete tar file: {error}') from error
         except ValueError as error:
             raise ValueError(f'{path}: {error}') from error
 
 
 def _read_members(file: BinaryIO, end: int) -> Iterator[tarfile.TarInfo]:
-    """The files in the tar that begins where `file` stands and ends before byte `end`.
+    """The files in a tar, which starts at the position of `file` and ends before byte `end`.
 
     Raises:
-        tarfile.TarError: it is damaged or cut off.
+        tarfile.TarError: the tar is damaged or truncated.
     """
     with tarfile.open(fileobj=file, mode='r:') as tar:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # it would remember all of them
+            tar.members.clear()  # type: ignore[attr-defined]  # the list of all members is not needed
             if tar.offset > end:
-                raise tarfile.ReadError(f'{member.name} is cut off')
+                raise tarfile.ReadError(f'{member.name} is truncated')
             if member.isfile():
                 yield member
-        # tarfile takes a damaged header, or the end of the file, for the end of the tar, which is a block of zeros.
+        # A tar ends with a block of zeros. tarfile also stops, without an error, at a damaged header.
         file.seek(tar.offset)
         if tar.offset + tarfile.BLOCKSIZE > end or any(file.read(tarfile.BLOCKSIZE)):
-            raise tarfile.ReadError(f'damaged or cut off at byte {tar.offset:,}')
+            raise tarfile.ReadError(f'damaged or truncated at byte {tar.offset:,}')
 
 
-# The kept index -------------------------------------------------------------------------------------------------------
+# The saved index ------------------------------------------------------------------------------------------------------
 
 
 def open_index(tars: Sequence[Path], layout: Callable[[Sequence[Path]], Arrays]) -> TarSamples:
-    """The images in tars, from the kept index if there is one of the same tars, else from their headers.
+    """The images in tars, from the saved index if it is valid, otherwise from the headers.
 
     Args:
-        tars: their paths.
+        tars: paths of the tars.
         layout: `class_folders` or `webdataset`.
 
     Raises:
         OSError: a tar cannot be read.
-        ValueError: a tar is damaged, or is not laid out so; names the tar.
+        ValueError: a tar is damaged or has another layout; names the tar.
     """
     stamps = tuple((info.st_size, info.st_mtime_ns) for info in map(os.stat, tars))
     return TarSamples(tars, _open_index(tuple(tars), stamps, layout))
 
 
-@lru_cache(maxsize=4)  # both splits are asked for their classes first, and for their images later
+@lru_cache(maxsize=4)  # needed for both splits, first for their classes, then for their images
 def _open_index(tars: tuple[Path, ...], stamps: tuple, layout: Callable[[Sequence[Path]], Arrays]) -> Arrays:
-    path = _kept_at(tars, layout.__name__)
-    arrays = _read_kept(path, stamps)
+    path = _index_path(tars, layout.__name__)
+    arrays = _load_index(path, stamps)
     if arrays is None:
         log_rank0(f'index       reading the headers of {len(tars):,} tar file{"s"[: len(tars) != 1]}')
         arrays = {**layout(tars), 'stamps': np.array(stamps, dtype=np.int64)}
-        _keep(path, arrays)
+        _save_index(path, arrays)
     return arrays
 
 
-def _kept_at(tars: Sequence[Path], layout: str) -> Path:
+def _index_path(tars: Sequence[Path], layout: str) -> Path:
     folder = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     names = '\0'.join([layout, str(_VERSION), *map(os.path.abspath, tars)])
     return Path(folder) / 'manifold-distillation' / f'tars-{hashlib.sha256(os.fsencode(names)).hexdigest()[:16]}.npz'
 
 
-def _read_kept(path: Path, stamps: tuple) -> Arrays | None:
+def _load_index(path: Path, stamps: tuple) -> Arrays | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ('text', 'ends', 'numbers', 'class_names', 'stamps')}
-    except Exception:  # whatever is wrong with it, the tars tell the same
+    except Exception:  # whatever is wrong with the file, the index can be made again
         return None
     return arrays if np.array_equal(arrays['stamps'], stamps) else None
 
 
-def _keep(path: Path, arrays: Arrays) -> None:
-    """Writes the index as a whole or not at all; that costs only the time to make it again."""
+def _save_index(path: Path, arrays: Arrays) -> None:
+    """Writes the index atomically. If that fails, it costs only the time to make the index again."""
     data = io.BytesIO()
-    np.savez(data, **arrays)  # type: ignore[arg-type]  # mypy takes `allow_pickle` for one of them
+    np.savez(data, **arrays)  # type: ignore[arg-type]  # not `allow_pickle`
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +348,7 @@ def _keep(path: Path, arrays: Arrays) -> None:
             file.write(data.getbuffer())
         os.replace(temporary, path)
     except OSError as error:
-        log_rank0(f'warning: the index of the tar files is made again at each start, it cannot be kept: {error}')
+        log_rank0(f'warning: cannot save the index of the tar files, so each start makes it again: {error}')
         if temporary:
             with suppress(OSError):
                 os.unlink(temporary)
