@@ -1,322 +1,469 @@
-"""One epoch of training, and evaluation: a batch from its copy to the device to its metrics.
+"""One training step, one epoch, a whole run, and evaluation.
 
-Letters: B images of a batch, C classes.
+Letters: B images of a batch, N patch tokens, D channels, L layer pairs, C classes.
 """
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
 from itertools import zip_longest
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
-import loggers
-import stopping
 import utils
+from loaders import first_batch, report_bad_images
+from loggers import Progress, log_rank0
+from models import Output, TappedModel
+from readers import BadImageError
+from run_dir import CheckpointManager, TrainingState
+from stopping import iter_with_signals_blocked
 
 
-def _autocast(device: torch.device, dtype: torch.dtype):
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Mixed precision for the models; none with float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def ddp_no_sync(student: nn.Module, last: bool):
-    """Keeps DDP, where there is one, from averaging gradients before the last micro-batch has added its own."""
-    return nullcontext() if last or not hasattr(student, 'no_sync') else student.no_sync()
+def ddp_no_sync(student: nn.Module, last: bool) -> AbstractContextManager[object]:
+    """Keeps DDP from averaging gradients before the last forward pass of a step has added its own."""
+    return nullcontext() if last or not isinstance(student, DistributedDataParallel) else student.no_sync()
 
 
 class NonFiniteGuard:
-    """Withholds the update of every step in which something was not finite, on all ranks, and says what and where.
+    """Withholds the update of a step in which a value was not finite, on all ranks, and reports what it was and where.
 
-    A rank whose terms or logits are not finite multiplies its loss by NaN. So its gradients are NaN and, averaged over
-    the ranks, those of all: no rank takes the update, without a word between them and without waiting for the device.
-    The host learns of it when it looks.
+    A rank whose terms or logits are not finite multiplies its loss by NaN. Its gradients become NaN, and so do the
+    averaged gradients of all ranks: no rank takes the update, without a message between them and without waiting for
+    the device. The host learns of it at the next `sync`.
 
-    Under float16 gradients overflow as a rule, and the scaler withholds the update: only terms, logits and a scale
+    Under float16 overflowing gradients are normal, and the scaler withholds the update: only terms, logits and a scale
     below 1 count.
 
     Args:
         scaler: of the gradients.
-        every_step: look at each step; where the device is the host itself nobody waits for that.
+        every_step: sync after each step; on the CPU nothing has to wait for that.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler, every_step: bool = True) -> None:
         self.every_step = every_step
         self._scaler = scaler
+        self._step, self._indices = '', torch.empty(0)
         self._names: list[str] = []
-        self._rows: list[tuple[str, Tensor, Tensor]] = []  # since the last look: step, image indices, what is finite
-        self._here: tuple = ()
-        self._gradient: Tensor | None = None  # of this rank alone; None without DDP
+        self._finite: Tensor | None = None  # of this step, by name
+        self._own_gradients: Tensor | None = None  # finite on this rank before they are averaged; with DDP only
+        self._steps: list[tuple[str, Tensor, Tensor]] = []  # since the last sync: step, image indices, what is finite
 
-    def attach(self, wrapped: nn.parallel.DistributedDataParallel) -> None:
-        """Sees this rank's gradients before they are averaged."""
-        wrapped.register_comm_hook(self, NonFiniteGuard._average)
+    def attach(self, ddp: DistributedDataParallel) -> None:
+        """Lets the guard see this rank's gradients before they are averaged."""
+        ddp.register_comm_hook(self, NonFiniteGuard._average)
 
     def _average(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        self._gradient = self._gradient & torch.isfinite(bucket.buffer()).all()
-        return allreduce_hook(None, bucket)
+        assert self._own_gradients is not None
+        self._own_gradients = self._own_gradients & torch.isfinite(bucket.buffer()).all()
+        return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # None is the default process group
 
-    def factor(self, step: str, indices: Tensor, values: dict[str, Tensor]) -> Tensor:
-        """1, by which a loss stays what it is; NaN if one of the values is not finite.
+    def begin_step(self, name: str, indices: Tensor) -> None:
+        """Starts a step with its name and the indices of its images on this rank, on the CPU."""
+        self._step, self._indices, self._finite = name, indices, None
 
-        Args:
-            step: its name; called again with the same name for each micro-batch.
-            indices: of the step's images on this rank, on the CPU.
-            values: terms and logits by name.
-        """
+    def mask_loss(self, loss: Tensor, values: dict[str, Tensor]) -> Tensor:
+        """The loss as it is if all values (terms, logits) are finite, else NaN; for each forward pass of a step."""
         finite = torch.stack([torch.isfinite(value).all() for value in values.values()])
         self._names = list(values)
-        whole = finite & self._here[2] if self._here and self._here[0] == step else finite
-        self._here = (step, indices, whole)
-        self._gradient = torch.ones_like(finite[0])
-        return torch.where(finite.all(), 1.0, torch.nan)
+        self._finite = finite if self._finite is None else finite & self._finite
+        self._own_gradients = torch.ones_like(finite[0])
+        return loss * torch.where(finite.all(), 1.0, torch.nan)
 
-    def judge(self, norm: Tensor) -> Tensor:
-        """Whether the update may be taken, a bool on the device, the same on all ranks.
+    def check_grad_norm(self, norm: Tensor) -> Tensor:
+        """Whether the update may be taken: a bool on the device, the same on all ranks.
 
         Args:
             norm: of the gradient, averaged over the ranks.
         """
-        step, indices, finite = self._here
+        assert self._finite is not None
         good = torch.isfinite(norm)
-        gradient = self._gradient if dist.is_initialized() else good
-        self._rows.append((step, indices, torch.stack([*finite, gradient, good])))
+        gradient = self._own_gradients if dist.is_initialized() else good
+        self._steps.append((self._step, self._indices, torch.stack([*self._finite, gradient, good])))  # type: ignore[list-item]
         return good
 
-    def look(self) -> None:
-        """Stops the run if an update was withheld since the last look. Waits for the device; all ranks look together.
+    def sync(self) -> None:
+        """Raises if an update was withheld since the last call. Waits for the device; all ranks call it together.
 
         Raises:
-            FloatingPointError: names what was not finite, step, rank and images.
+            FloatingPointError: names what was not finite, the step, the rank and the images.
         """
-        rows, self._rows = self._rows, []
-        if not rows:
+        steps, self._steps = self._steps, []
+        if not steps:
             return
         if self._scaler.is_enabled() and self._scaler.get_scale() < 1:
-            raise FloatingPointError(f'not finite at {rows[-1][0]}: gradients overflow at every scale of float16')
-        bad = [(row, flags) for row, flags in zip(rows, torch.stack([r[2] for r in rows]).tolist(), strict=True)
-               if not flags[-1]]  # fmt: skip
-        if not bad:
-            return
-        # `good` is the same on all ranks, so all come here.
-        told = zip(*utils.gather_objects([self._blame(row, flags) for row, flags in bad]), strict=True)
-        for (row, _), ranks in zip(bad, told, strict=True):
-            self._stop(row[0], list(ranks))
+            raise FloatingPointError(f'not finite at {steps[-1][0]}: gradients overflow at every scale of float16')
+        for (name, indices, _), flags in zip(steps, torch.stack([step[2] for step in steps]).tolist(), strict=True):
+            if not flags[-1]:  # the same on all ranks, so all of them come here
+                what = self._describe(utils.gather_objects(self._own_faults(indices, flags)))
+                if what:
+                    raise FloatingPointError(f'not finite at {name} {what}')
 
-    def _blame(self, row: tuple, flags: list[bool]) -> tuple[str, bool]:
-        """What was not finite in a step of this rank, in words, '' if nothing was; and whether a model put it out."""
+    def _own_faults(self, indices: Tensor, flags: list[bool]) -> tuple[str, bool]:
+        """What was not finite in a step of this rank, '' for nothing; and whether it came out of a model."""
         *forward, gradient, _ = flags
         names = [name for name, finite in zip(self._names, forward, strict=True) if not finite]
         if not names and not gradient and not self._scaler.is_enabled():
             names = ['gradients']
-        words = f'{", ".join(names)}; images {" ".join(map(str, row[1].tolist()))}' if names else ''
-        return words, any(name.endswith(('logits', 'tokens')) for name in names)
+        text = f'{", ".join(names)}; images {" ".join(map(str, indices.tolist()))}' if names else ''
+        return text, any(name.endswith(('logits', 'tokens')) for name in names)
 
-    def _stop(self, step: str, ranks: list[tuple[str, bool]]) -> None:
-        # Relations of all images make a term not finite on every rank: those count whose models began it.
+    def _describe(self, ranks: list[tuple[str, bool]]) -> str:
+        # Global relations make a term non-finite on every rank: report the ranks whose models produced the values.
         origins = any(origin for _, origin in ranks)
-        blamed = [words if origin or not origins else '' for words, origin in ranks]
-        if not any(blamed) and self._scaler.is_enabled():
-            return
-        what = '; '.join(f'on rank {rank}: {words}' for rank, words in enumerate(blamed) if words)
-        what = what or 'on all ranks: the norm of the averaged gradient'
-        raise FloatingPointError(f'not finite at {step} {what}')
+        faults = [text if origin or not origins else '' for text, origin in ranks]
+        if not any(faults):
+            return '' if self._scaler.is_enabled() else 'on all ranks: the norm of the averaged gradient'
+        return '; '.join(f'on rank {rank}: {text}' for rank, text in enumerate(faults) if text)
 
 
-def train_one_epoch(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    criterion: nn.Module,
-    loader: Iterable,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    meters: utils.Meters,
-    watch: NonFiniteGuard,
-    *,
-    device: torch.device,
-    amp_dtype: torch.dtype,
-    epoch: int,
-    seed: int,
-    step: int = 0,
-    done: int = 0,
-    finish: Callable[..., Tensor] | None = None,
-    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-    average: Callable[[], None] | None = None,
-    after_step: Callable[[], None] | None = None,
-    clip_grad: float | None = None,
-    train_mode: bool = True,
-    shared_draw: bool = False,
-    grad_share: bool = False,
-    print_freq: int = 10,
-    accum_steps: int = 1,
-) -> dict[str, float]:
-    """Trains the student for one epoch, or for what is left of it.
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the steps of a run are made.
+
+    Attributes:
+        device: of the models.
+        amp_dtype: dtype of autocast for both models; float32 for none.
+        seed: of the run; with the step it determines every random number of that step.
+        epochs: length of the run.
+        accum_steps: forward passes per step. Mixing sees the whole batch; relations across images and random tokens
+            the images of one pass.
+        clip_grad: largest norm of the gradient.
+        train_mode: False keeps dropout and drop-path off.
+        global_relations: terms connect the images of all ranks, which draw the same random tokens.
+        log_grad_share: log each term's share of the gradient after each epoch.
+        eval_ema: evaluate the EMA weights too after each epoch.
+        print_freq: steps between log lines; between them the host does not wait for the device.
+    """
+
+    device: torch.device
+    amp_dtype: torch.dtype = torch.float32
+    seed: int = 0
+    epochs: int = 1
+    accum_steps: int = 1
+    clip_grad: float | None = None
+    train_mode: bool = True
+    global_relations: bool = False
+    log_grad_share: bool = False
+    eval_ema: bool = False
+    print_freq: int = 10
+
+
+class Trainer:
+    """All that takes part in a training step.
 
     Args:
-        student: images (B, 3, H, W) → output with logits and tokens; wrapped in DDP when there are several ranks.
+        student: images (B, 3, H, W) → `Output` with logits and tokens, on its device; wrapped in DDP here if there is
+            a process group.
         teacher: the same, frozen; None without distillation.
         criterion: (student_out, teacher_out, targets, generator) → weighted scalars by name; the loss is their sum.
-        loader: batches of images (B, 3, H, W), classes (B,), the images' indices (B,), and what `finish` wants beside.
-        optimizer: holds the student's parameters.
-        scaler: of the gradients, enabled for float16 only.
-        meters: of the epoch so far.
-        watch: over what is not finite.
-        device: where student and teacher are.
-        amp_dtype: dtype of autocast for both models; float32 for none.
-        epoch: counts from 0, for the log lines.
-        seed: the run's.
-        step: training steps (updates) of the run so far; with `seed` it determines every random number of the next.
-        done: steps of this epoch so far.
-        finish: images on the device → normalised ones, see `transforms.DevicePreprocess`; None: they are normalised.
+        state: optimizer, scaler, EMA, counters and meters of the run.
+        config: how the steps are made.
+        preprocess: images as they are loaded → normalised images, see `transforms.DevicePreprocess`.
         mixup: images and classes → mixed images and soft labels (B, C).
-        average: called after each step, for the moving average.
-        after_step: called after each step, when all that belongs to it is done.
-        clip_grad: largest norm of the gradient.
-        train_mode: False keeps drop-path and the like off.
-        shared_draw: terms relate the images of all ranks: these give the criterion a generator in the same state.
-        grad_share: print with each line the terms' shares of the gradient, see `gradient_shares`.
-        print_freq: steps between log lines; between them the host never waits for the device, except for an optimizer
-            that cannot be told on the device to leave an update out.
-        accum_steps: micro-batches of B/accum_steps images whose gradients make an update. Mixing sees the whole batch,
-            relations across images and random tokens those of a micro-batch.
-
-    Returns:
-        Means over steps and ranks: `lr`, `loss`, and `loss_<name>` for each term.
-
-    Raises:
-        FloatingPointError: a term, logits or gradients are not finite, see `Watch`.
     """
-    student.train(train_mode)
-    generator = torch.Generator(device)
-    lr = max(group['lr'] for group in optimizer.param_groups)
-    shares: dict[str, float] = {}
 
-    def line() -> str:
-        watch.look()
-        percent = ''.join(f'  share_{name}: {100 * share:.1f}%' for name, share in shares.items())
-        return f'lr: {lr:.6g}  {meters.line()}{percent}'
+    def __init__(
+        self,
+        student: TappedModel,
+        teacher: TappedModel | None,
+        criterion: nn.Module,
+        state: TrainingState,
+        config: TrainConfig,
+        preprocess: Callable[..., Tensor] | None = None,
+        mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        self.tapped, self.teacher, self.criterion, self.state, self.config = student, teacher, criterion, state, config
+        self.preprocess, self.mixup = preprocess, mixup
+        self.optimizer, self.scaler = state.optimizer, state.scaler
+        self.generator = torch.Generator(config.device)
+        self.guard = NonFiniteGuard(state.scaler, every_step=config.device.type == 'cpu')
+        self.student: nn.Module = student
+        if dist.is_initialized():
+            ids = [config.device.index] if config.device.type == 'cuda' else None
+            self.student = DistributedDataParallel(student, device_ids=ids)
+            self.guard.attach(self.student)
 
-    progress = loggers.Progress(f'Epoch: [{epoch}]', print_freq, line, device=device)
-    for number, (images, targets, indices, *aug_params) in enumerate(progress.over(loader, done)):
-        utils.seed_step(generator, seed, step + number, utils.get_rank(), shared_draw)
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        if finish is not None:
-            images = finish(images, *aug_params)
-        if mixup is not None:
-            images, targets = mixup(images, targets)
+    def autocast(self) -> AbstractContextManager[object]:
+        return autocast(self.config.device, self.config.amp_dtype)
 
-        name = f'step {done + number} of epoch {epoch}'
-        optimizer.zero_grad()
-        parts = list(zip(images.chunk(accum_steps), targets.chunk(accum_steps), strict=True))
-        for part, (images, targets) in enumerate(parts, start=1):
-            with ddp_no_sync(student, last=part == accum_steps):
-                with _autocast(device, amp_dtype):
-                    with torch.no_grad():  # not inference_mode: the student's backward saves the teacher's tensors
-                        teacher_out = teacher(images) if teacher is not None else None
-                    student_out = student(images)
-                losses = criterion(student_out, teacher_out, targets, generator)
-                if grad_share and progress.due and part == accum_steps:
-                    shares = gradient_shares(losses, student_out.features, scaler)
-                loss = sum(losses.values()) / accum_steps
-                loss = loss * watch.factor(name, indices, _values(losses, student_out, teacher_out, shared_draw))
-                scaler.scale(loss).backward()
-            meters.update(losses, len(images))
+    def train_step(self, batch: Sequence[Any], name: str = 'step') -> None:
+        """One step: an optimizer update from a batch.
 
-        good = watch.judge(_gradient_norm(student, optimizer, scaler, clip_grad))
-        _update(optimizer, scaler, good)
-        if watch.every_step:
-            watch.look()
-        if average is not None:
-            average()
-        if after_step is not None:
-            after_step()
-    watch.look()
-    return {'lr': lr, **meters.means()}
+        Args:
+            batch: images (B, 3, H, W), classes (B,), the images' indices (B,), and what else `preprocess` takes.
+            name: of the step, for errors.
+        """
+        images, targets = self.prepare(batch)
+        self.guard.begin_step(name, batch[2])
+        self.optimizer.zero_grad()
+        passes = self.config.accum_steps
+        for number, (x, y) in enumerate(zip(images.chunk(passes), targets.chunk(passes), strict=True), start=1):
+            with ddp_no_sync(self.student, last=number == passes):
+                losses = self.forward_backward(x, y)
+            self.state.meters.update(losses, len(x))
+        self.update()
+        self.state.step += 1
+        self.state.position += len(batch[2]) * utils.get_world_size()
+
+    def prepare(self, batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Starts the random numbers of the step; normalised and mixed images and their targets, on the device."""
+        images, targets, _, *aug_params = batch
+        config = self.config
+        utils.seed_step(self.generator, config.seed, self.state.step, utils.get_rank(), config.global_relations)
+        images = images.to(config.device, non_blocking=True)
+        targets = targets.to(config.device, non_blocking=True)
+        if self.preprocess is not None:
+            images = self.preprocess(images, *aug_params)
+        return self.mixup(images, targets) if self.mixup is not None else (images, targets)
+
+    def forward_backward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Adds the gradient of one forward pass; returns the weighted terms by name."""
+        with self.autocast():
+            with torch.no_grad():  # not inference_mode: the student's backward saves the teacher's tensors
+                teacher_out = self.teacher(images) if self.teacher else None  # logits (B, C), tokens L × (B, N, D_t)
+            student_out = self.student(images)  # logits (B, C), tokens L × (B, N, D_s)
+        losses = self.criterion(student_out, teacher_out, targets, self.generator)  # {'base': …, 'mf_patch': …}
+        loss = sum(losses.values()) / self.config.accum_steps
+        loss = self.guard.mask_loss(loss, self._values(losses, student_out, teacher_out))
+        self.scaler.scale(loss).backward()
+        return losses
+
+    def _values(self, losses: dict[str, Tensor], student_out: Output, teacher_out: Output | None) -> dict[str, Tensor]:
+        """All that must be finite, by name. With global relations the tokens too, to find the rank of the error."""
+        values = {f'loss_{name}': value.detach() for name, value in losses.items()}
+        for side, out in (('student', student_out), ('teacher', teacher_out)):
+            if out is not None and out[0] is not None:
+                values[f'{side} logits'] = out[0].detach()
+            if out is not None and self.config.global_relations and out[2]:
+                values[f'{side} tokens'] = torch.stack([x.detach().float().sum() for x in out[2]])
+        logits, kd_logits = student_out[:2]
+        if kd_logits is not None and kd_logits is not logits:
+            values['distillation logits'] = kd_logits.detach()
+        return values
+
+    def update(self) -> None:
+        """Takes the optimizer's step, unless a value was not finite, and updates the EMA."""
+        good = self.guard.check_grad_norm(self.gradient_norm())
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # skips a bad update by itself
+            self.scaler.update()
+        elif getattr(self.optimizer, '_step_supports_amp_scaling', False):
+            # What the scaler would tell a fused optimizer: the device skips the update, and the host need not know.
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~good).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif good:
+            self.optimizer.step()
+        if self.guard.every_step:
+            self.guard.sync()
+        if self.state.ema is not None:
+            self.state.ema.update(self.state.model)  # without `step`: a constant decay from the first step on
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of the gradient, which is clipped to `clip_grad`."""
+        if self.config.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            return nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip_grad)
+        return nn.utils.get_total_norm([p.grad for p in self.student.parameters() if p.grad is not None])
+
+    def gradient_shares(self, batch: Sequence[Any]) -> dict[str, float]:
+        """`gradient_shares` of the terms on a batch, on this rank. All ranks call it; the state stays as it is."""
+        images, targets = (x.chunk(self.config.accum_steps)[0] for x in self.prepare(batch))
+        self.student.train(self.config.train_mode)
+        statistics = [buffer.clone() for buffer in self.tapped.buffers()]  # BatchNorm's change in a forward pass
+        with self.autocast(), torch.compiler.set_stance('force_eager'):
+            with torch.no_grad():
+                teacher_out = self.teacher(images) if self.teacher else None
+            student_out = self.tapped(images)
+        losses = self.criterion(student_out, teacher_out, targets, self.generator)
+        shares = gradient_shares(losses, student_out.features, self.scaler)
+        for buffer, before in zip(self.tapped.buffers(), statistics, strict=True):
+            buffer.copy_(before)
+        return shares
 
 
 def gradient_shares(
     losses: dict[str, Tensor], features: Sequence[Tensor], scaler: torch.amp.GradScaler
 ) -> dict[str, float]:
-    """Norm of each term's gradient at the tapped features, over the sum of these norms. Waits for the device.
+    """Norm of each term's gradient at the tapped features, divided by the sum of these norms. Waits for the device.
 
-    Terms may pull in like or unlike directions: it is how hard each pulls. One backward pass per term that is not 0,
-    down to the first tapped block; parameters get no gradient.
+    Gradients of terms may align or conflict: a share says how large a gradient is, not where it points. One backward
+    pass per term, down to the first tapped block; parameters get no gradient.
 
     Args:
         losses: weighted terms by name.
-        features: outputs of the student's tapped blocks, on the way to the logits.
-        scaler: of the gradients; a common factor does not change the shares, and keeps those of float16 from vanishing.
+        features: outputs of the student's tapped blocks, from which the logits are computed.
+        scaler: of the gradients; a common factor does not change shares, and keeps those of float16 from underflow.
 
     Returns:
-        Shares by name, or nothing where gradients overflow at the scale of float16, or there are none.
+        Shares by name; nothing if gradients overflow at the scale of float16 or all are 0.
     """
     features = list({id(feature): feature for feature in features}.values())  # a block may be tapped twice
     norms = {}
     for name, value in losses.items():
-        pulls = ()
+        gradients: Sequence[Tensor | None] = ()
         if value.requires_grad:
-            pulls = torch.autograd.grad(scaler.scale(value), features, retain_graph=True, allow_unused=True)
-        norms[name] = nn.utils.get_total_norm([pull.float() for pull in pulls if pull is not None])
+            gradients = torch.autograd.grad(scaler.scale(value), features, retain_graph=True, allow_unused=True)
+        norms[name] = nn.utils.get_total_norm([gradient.float() for gradient in gradients if gradient is not None])
     total = float(sum(norms.values()))
     if not 0 < total < math.inf:
         return {}
     return {name: float(norm) / total for name, norm in norms.items()}
 
 
-def _values(losses: dict[str, Tensor], student_out, teacher_out, tokens: bool) -> dict[str, Tensor]:
-    """All that must be finite, by name; with `tokens` those too, one number for each side."""
-    values = {f'loss_{name}': value.detach() for name, value in losses.items()}
-    for side, out in (('student', student_out), ('teacher', teacher_out)):
-        if out is not None and out[0] is not None:
-            values[f'{side} logits'] = out[0].detach()
-        if out is not None and tokens and out[2]:
-            values[f'{side} tokens'] = torch.stack([x.detach().float().sum() for x in out[2]])
-    if student_out[1] is not student_out[0]:
-        values['distillation logits'] = student_out[1].detach()
-    return values
+def train_one_epoch(
+    trainer: Trainer,
+    loader: utils.SizedIterable,
+    epoch: int,
+    steps_done: int = 0,
+    after_step: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Trains for one epoch, or for the rest of it.
+
+    Args:
+        trainer: makes the steps.
+        loader: batches, see `Trainer.train_step`.
+        epoch: counts from 0, for log lines and errors.
+        steps_done: steps of this epoch that were made before.
+        after_step: called after each step.
+
+    Returns:
+        Means over steps and ranks: `lr`, `loss`, and `loss_<name>` for each term.
+
+    Raises:
+        FloatingPointError: a term, logits or gradients are not finite, see `NonFiniteGuard`.
+    """
+    trainer.student.train(trainer.config.train_mode)
+    lr = max(group['lr'] for group in trainer.optimizer.param_groups)
+    meters = trainer.state.meters
+
+    def line() -> str:
+        trainer.guard.sync()
+        return f'lr: {lr:.6g}  {meters.line()}'
+
+    progress = Progress(f'Epoch: [{epoch}]', trainer.config.print_freq, line, device=trainer.config.device)
+    for number, batch in enumerate(progress.over(loader, steps_done), start=steps_done):
+        trainer.train_step(batch, f'step {number} of epoch {epoch}')
+        after_step()
+    trainer.guard.sync()
+    return {'lr': lr, **meters.means()}
 
 
-def _gradient_norm(
-    student: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_grad: float | None
-) -> Tensor:
-    """Norm of the gradient, which is clipped to `clip_grad`."""
-    if clip_grad is not None:
-        scaler.unscale_(optimizer)
-        return nn.utils.clip_grad_norm_(student.parameters(), clip_grad)
-    return nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
+def fit(trainer: Trainer, train_loader: DataLoader, evaluator: 'Evaluator', manager: CheckpointManager) -> None:
+    """The epochs of a run that are left: train, evaluate, log, save."""
+    state, config, start = trainer.state, trainer.config, time.monotonic()
+    if state.epoch + 1 >= config.epochs:
+        log_rank0(f'already trained for --epochs {config.epochs}')
+    manager.drain()
+    for epoch in range(state.epoch + 1, config.epochs):
+        train_loader.sampler.set_epoch(epoch, state.position)  # type: ignore[attr-defined]
+        steps_done = state.position // ((train_loader.batch_size or 1) * utils.get_world_size())
+        stats = train_one_epoch(trainer, train_loader, epoch, steps_done, manager.after_step)
+        if config.log_grad_share:
+            shares = trainer.gradient_shares(first_batch(train_loader, epoch))
+            log_rank0('gradient    ' + ', '.join(f'{name} {share:.1%}' for name, share in shares.items()))
+            stats |= {f'share_{name}': share for name, share in shares.items()}
+        finish_epoch(trainer, evaluator, manager, stats)
+        report_bad_images(config.device, train_loader, evaluator.loader)
+    manager.finish()
+    took = time.monotonic() - start
+    share = manager.seconds / max(took, 1e-9)
+    log_rank0(f'Training time {timedelta(seconds=int(took))}, {share:.2%} of it for {manager.saves} saves')
+    report_bad_images(config.device, train_loader, evaluator.loader, again=True)
 
 
-def _update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, good: Tensor) -> None:
-    """Takes the optimizer's step if it is good."""
-    if scaler.is_enabled():
-        scaler.step(optimizer)  # finds out by itself
-        scaler.update()
-    elif getattr(optimizer, '_step_supports_amp_scaling', False):
-        # What the scaler would tell a fused optimizer: the device leaves the update out, and the host need not know.
-        optimizer.grad_scale, optimizer.found_inf = None, (~good).float()
-        optimizer.step()
-    elif good:
-        optimizer.step()
+def finish_epoch(trainer: Trainer, evaluator: 'Evaluator', manager: CheckpointManager, stats: dict[str, float]) -> None:
+    """Evaluates the student, and its EMA if asked for; writes the row of the log and the checkpoint."""
+    state = trainer.state
+    models = {'test': ('network', state.model)}
+    if trainer.config.eval_ema and state.ema is not None:
+        ema = state.ema.module if state.ema.device is None else copy.deepcopy(state.ema.module)
+        models['test_ema'] = ('EMA', ema.to(trainer.config.device))
+    row = {f'train_{key}': value for key, value in stats.items()}
+    for split, (name, model) in models.items():
+        if utils.get_world_size() > 1:  # BatchNorm statistics of the first rank count, as in DDP's next forward pass
+            distribute_bn(model, utils.get_world_size(), reduce=False)
+        found = evaluator.measure(model, name, manager.poll)
+        row |= {f'{split}_{key}': found[key] for key in ('loss', 'acc1', 'acc5')}
+    best = row['test_acc1'] >= state.best_acc1  # the later of two equal epochs
+    state.best_acc1 = max(state.best_acc1, row['test_acc1'])
+    log_rank0(f'Max accuracy: {state.best_acc1:.2f}%')
+    state.finish_epoch()
+    parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    manager.save({**row, 'epoch': state.epoch, 'n_parameters': parameters}, best)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """The validation images and how models are evaluated on them.
+
+    Attributes:
+        loader: this rank's share of the images, or all of them.
+        preprocess: images as they are loaded → normalised images.
+        device: of the models.
+        amp_dtype: dtype of autocast; float32 for none.
+        copies: how many ranks evaluate each image; 1 if they share them.
+        compiled: the blocks of the models are compiled, which evaluation does not use.
+    """
+
+    loader: DataLoader
+    preprocess: nn.Module
+    device: torch.device
+    amp_dtype: torch.dtype
+    copies: int = 1
+    compiled: bool = False
+
+    def measure(self, model: nn.Module, name: str, poll: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Evaluates a timm model and logs the result; see `evaluate`.
+
+        Raises:
+            BadImageError: no image can be read.
+        """
+        # Evaluation has other shapes and modes: compiling for them would cost more than it saves.
+        with torch.compiler.set_stance('force_eager') if self.compiled else nullcontext():
+            network = nn.Sequential(self.preprocess, model)
+            stats = evaluate(network, self.loader, self.device, self.amp_dtype, poll)
+        if not stats['images']:
+            raise BadImageError('no validation image can be read')
+        if not math.isfinite(stats['loss']):
+            log_rank0(f'warning: logits of the {name} are not finite; its accuracy means nothing')
+        log_rank0(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
+        images = int(stats['images']) // self.copies
+        log_rank0(f'Accuracy of the {name} on the {images} test images: {stats["acc1"]:.1f}%')
+        return stats
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: Iterable,
+    loader: utils.SizedIterable,
     device: torch.device,
     amp_dtype: torch.dtype,
     poll: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Accuracy and cross-entropy of a timm model, summed exactly over the batches of all ranks.
+    """Accuracy and cross-entropy of a model, summed exactly over the batches of all ranks.
 
     Args:
         model: images (B, 3, H, W) → logits (B, C).
         loader: this rank's share of the images, each image on one rank; shares may differ in length. Images of a
-            negative class count for nothing.
-        device: where the model is.
+            negative class do not count.
+        device: of the model.
         amp_dtype: dtype of autocast; float32 for none.
         poll: called after each batch, equally often on all ranks.
 
@@ -324,14 +471,13 @@ def evaluate(
         `loss` per image, `acc1` and `acc5` in percent, and the counts `correct1`, `correct5`, `images`.
     """
     model.eval()
-    # float64 holds counts exactly, so that one reduction serves them and the loss.
+    # float64 holds counts exactly, so one reduction serves them and the loss.
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    rounds = max(
-        int(length) for (length,) in utils.gather_over_ranks(torch.tensor([float(len(loader))], device=device))
-    )
-    for _, batch in zip_longest(range(rounds), stopping.iter_with_signals_blocked(loader)):
+    lengths = utils.gather_over_ranks(torch.tensor([float(len(loader))], device=device))
+    rounds = max(int(length) for (length,) in lengths)
+    for _, batch in zip_longest(range(rounds), iter_with_signals_blocked(loader)):
         if batch is not None:
-            sums += count_correct(model, *batch, device, amp_dtype)
+            sums += count_correct(model, batch[0], batch[1], device, amp_dtype)
         poll()
     loss, correct1, correct5, images = utils.sum_over_ranks(sums).tolist()
     return {
@@ -347,9 +493,9 @@ def evaluate(
 def count_correct(
     model: nn.Module, images: Tensor, targets: Tensor, device: torch.device, amp_dtype: torch.dtype
 ) -> Tensor:
-    """(4,) sums over a batch: cross-entropy, right among the first one and the first five, images."""
+    """(4,) sums over a batch: cross-entropy, labels that are the first guess, among the first five, and images."""
     images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-    with _autocast(device, amp_dtype):
+    with autocast(device, amp_dtype):
         logits = model(images)
     logits = logits.float()
     ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]

@@ -176,7 +176,7 @@ class NotSavedError(Exception):
 
 @dataclass(eq=False)
 class CheckpointManager:
-    """Counts the steps of a run, saves it when a save is due, and stops it after a signal.
+    """Saves a run when a save is due, and stops it after a signal.
 
     All ranks call its methods equally often; the first rank writes. A failed write is reported and tried again, and
     training continues. This is the only place that writes to the folder of a run.
@@ -186,7 +186,6 @@ class CheckpointManager:
         folder: where the files are written; None: nothing is saved.
         consensus: of the ranks, about stopping and saving.
         args: flags of the run, stored in each checkpoint.
-        global_batch: images per step, over all ranks.
         keep: number of older checkpoints to keep.
         interval: seconds between saves.
         every: steps between saves; 0: by time only.
@@ -201,7 +200,6 @@ class CheckpointManager:
     consensus: RankConsensus
     args: dict[str, Any]
     _: KW_ONLY
-    global_batch: int
     keep: int = 1
     interval: float = math.inf
     every: int = 0
@@ -225,13 +223,11 @@ class CheckpointManager:
                     path.unlink(missing_ok=True)
 
     def after_step(self) -> None:
-        """Counts a training step, and saves if a save is due.
+        """Saves after a training step if a save is due.
 
         Raises:
             StoppedError: as for `poll`.
         """
-        self.state.step += 1
-        self.state.position += self.global_batch
         self.poll(due=self.every > 0 and self.state.step % self.every == 0)
 
     def poll(self, due: bool = False) -> None:

@@ -176,6 +176,16 @@ class RankConsensus:
         signum, due = self._result.tolist()
         return signum, bool(due)
 
+    def raise_if_stopped(self) -> None:
+        """Stops all ranks if one has received a signal; for work that has nothing to save.
+
+        Raises:
+            StoppedError: a rank has received a signal.
+        """
+        signum, _ = self.poll()
+        if signum:
+            raise StoppedError(signum)
+
     def drain(self) -> int:
         """Waits until all ranks are here; returns the signal that any of them has received, or 0."""
         return self.poll()[0] or self.poll()[0]

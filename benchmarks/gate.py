@@ -24,8 +24,8 @@ import torch
 from torchvision.datasets import ImageFolder
 
 import benchmarks
-import main
 import utils
+from flags import POSITIVE_INT, parse_args
 
 STEPS = 200
 MAIN = Path(__file__).parent.parent / 'main.py'
@@ -96,11 +96,11 @@ def run() -> int:
     parser.add_argument('data', help='folder that holds ImageNet-like train/ and val/')
     parser.add_argument('--flags', type=str.split, action='append', required=True, help='those in question, in quotes')
     parser.add_argument('--common', type=str.split, default='--device cpu --num_workers 0', help='flags of all runs')
-    parser.add_argument('--size', type=main.COUNT, default=128, help='pixels')
-    parser.add_argument('--batch-size', type=main.COUNT, default=8, help='images')
+    parser.add_argument('--size', type=POSITIVE_INT, default=128, help='pixels')
+    parser.add_argument('--batch-size', type=POSITIVE_INT, default=8, help='images')
     parser.add_argument('--teacher-model', default='cait_xxs24_224', help='a CaiT of timm')
-    parser.add_argument('--seeds', type=main.COUNT, default=3, help='how many')
-    parser.add_argument('--jobs', type=main.COUNT, default=1, help='runs side by side')
+    parser.add_argument('--seeds', type=POSITIVE_INT, default=3, help='how many')
+    parser.add_argument('--jobs', type=POSITIVE_INT, default=1, help='runs side by side')
     args = parser.parse_args()
     if args.seeds < 2:
         parser.error(f'--seeds {args.seeds}: two at least')
@@ -117,7 +117,7 @@ def run() -> int:
                   str(weights), '--lr', str(0.0005 * 512 / args.batch_size), *args.common]  # fmt: skip
         try:
             for flags in args.flags:  # before the plain runs are made in vain
-                device = main.parse_args([*common, *flags]).device
+                device = parse_args([*common, *flags]).run.device
         except utils.UsageError as error:
             parser.error(str(error))
         plain, *changed = train_all([common, *([*common, *flags] for flags in args.flags)], args, Path(folder))

@@ -24,7 +24,7 @@ from torchvision.datasets.folder import default_loader
 
 import benchmarks
 import datasets
-import main
+import flags
 import transforms
 import utils
 from readers import load_image, to_uint8
@@ -71,7 +71,7 @@ def decibels(folder: str, count: int) -> tuple[float, float]:
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', help='folders of images')
-    parser.add_argument('--rounds', type=main.COUNT, default=7, help='batches of each way')
+    parser.add_argument('--rounds', type=flags.POSITIVE_INT, default=7, help='batches of each way')
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='of what is left to it')
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import benchmarks
+import flags
 import loggers
 import losses
-import main
 import utils
 
 
@@ -55,12 +55,12 @@ def by_definition(term: list[Callable], student: Tensor, teacher: Tensor) -> Non
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--batch-size', type=main.COUNT, default=64, help='images per rank')
-    parser.add_argument('--tokens', type=main.COUNT, default=196, help='per image')
-    parser.add_argument('--widths', type=main.COUNT, nargs=2, default=[192, 384], help='of student and teacher')
-    parser.add_argument('--K', type=main.COUNT, default=192, help='random tokens')
+    parser.add_argument('--batch-size', type=flags.POSITIVE_INT, default=64, help='images per rank')
+    parser.add_argument('--tokens', type=flags.POSITIVE_INT, default=196, help='per image')
+    parser.add_argument('--widths', type=flags.POSITIVE_INT, nargs=2, default=[192, 384], help='of student and teacher')
+    parser.add_argument('--K', type=flags.POSITIVE_INT, default=192, help='random tokens')
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='of the tokens')
-    parser.add_argument('--rounds', type=main.COUNT, default=11, help='calls of each term')
+    parser.add_argument('--rounds', type=flags.POSITIVE_INT, default=11, help='calls of each term')
     parser.add_argument('--by-definition', action='store_true', help='the full term with its maps, too')
     parser.add_argument('--relation-dtype', default='float32', choices=losses.RELATION_DTYPES, help='of the products')
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='without a GPU the CPU')

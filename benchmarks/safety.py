@@ -28,6 +28,7 @@ import main
 import run_dir
 import stopping
 import utils
+from flags import POSITIVE_INT, get_args_parser
 
 FLAGS = """--data-set FAKE --model deit_tiny_patch16_224 --teacher-model cait_s24_224 --distillation-type soft
     --distillation-alpha 1 --w-sample 0.1 --w-patch 4 --w-rand 0.2 --s-id 0 1 2 3 8 9 10 11
@@ -82,8 +83,8 @@ def measure(steps: int, batch_size: int, amp_dtype: str, folder: Path) -> tuple[
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--steps', type=main.COUNT, default=20, help='number of steps, at least two')
-    parser.add_argument('--batch-size', type=main.COUNT, default=16, help='images per rank and step')
+    parser.add_argument('--steps', type=POSITIVE_INT, default=20, help='number of steps, at least two')
+    parser.add_argument('--batch-size', type=POSITIVE_INT, default=16, help='images per rank and step')
     parser.add_argument('--amp-dtype', default='float32', choices=('float32', 'bfloat16'), help='of the models')
     args = parser.parse_args()
     if args.steps < 2:
@@ -96,7 +97,7 @@ def run() -> None:
     step = statistics.median(times)
     checks = sum(clock.spent['checks']) / args.steps
     save = statistics.median(clock.spent['saves'])
-    interval = 60 * main.get_args_parser().get_default('save_interval_minutes')
+    interval = 60 * get_args_parser().get_default('save_interval_minutes')
     if utils.get_rank():
         return
     print(f'step   {step * 1000:8.1f} ms (median of {len(times)}), batch {args.batch_size}, {args.amp_dtype}')

@@ -23,10 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmarks
+import flags
 import main
 import models
 import utils
-from engine import NonFiniteGuard, _autocast, train_one_epoch
+from engine import TrainConfig, Trainer, train_one_epoch
+from models.pair import Role, build_student, register_student_hooks, register_teacher_hooks
 from transforms import DevicePreprocess
 
 RECIPE = """--data-set FAKE --teacher-path none --distillation-type soft --distillation-alpha 1
@@ -51,58 +53,48 @@ class Calls(TorchDispatchMode):
 class Side:
     """One way to train: the program with these flags, or the baseline."""
 
-    def __init__(self, flags: list[str], device: torch.device, stock: bool, seed: int = 0) -> None:
-        self.args = args = main.parse_args([*RECIPE, *flags])
-        self.device, self.stock = device, stock
-        self.dtype = main._amp_dtype(args, device)
+    def __init__(self, argv: list[str], device: torch.device, stock: bool, seed: int = 0) -> None:
+        config = flags.parse_args([*RECIPE, *argv])
+        self.device, self.stock, self.dtype = device, stock, config.run.autocast_dtype(device)
         torch.manual_seed(seed)
-        student = main.tap_student(args, main.build_student(args, CLASSES), taught=True).to(device)
-        teacher = models.build(args.teacher_model, CLASSES, args.input_size)
+        role = Role(distills=True, alpha=config.loss.distillation_alpha)
+        student = register_student_hooks(config.model, role, build_student(config.model, CLASSES)).to(device)
+        teacher = models.build(config.model.teacher_model, CLASSES, config.model.input_size)
         stats = models.normalisation(student.model)
         if stock:  # images of the student's mean, deviation and size fit this teacher
-            tapped = models.tap(teacher, args.t_id, args.input_size)
+            tapped = models.tap(teacher, config.model.teacher_ids, config.model.input_size)
             self.teacher = models.freeze(tapped, fast_talking_heads=False).to(device)
         else:
-            self.teacher = main.tap_teacher(args, teacher, True, stats).to(device)
-        self.state = main.build_state(args, student.model)
+            self.teacher = register_teacher_hooks(config.model, role, teacher, stats).to(device)
+        scale_gradients = self.dtype == torch.float16
+        state = main.build_state(config.optim, seed, student.model, config.optim.scaled_lr(1), scale_gradients)
         if stock:
-            groups = [{**group} for group in self.state.optimizer.param_groups]
-            options = {'lr': groups[0]['lr'], 'foreach': False}
-            self.state.optimizer = torch.optim.AdamW([{'params': g['params'], 'weight_decay': g['weight_decay']}
-                                                      for g in groups], **options)  # fmt: skip
-            self.state.ema.foreach = False
-        if args.compile:
+            groups = [{'params': g['params'], 'weight_decay': g['weight_decay']} for g in state.optimizer.param_groups]
+            state.optimizer = torch.optim.AdamW(groups, state.optimizer.param_groups[0]['lr'], foreach=False)
+            state.ema.foreach = False
+        if config.run.compile:
             models.compile_blocks(student)
             models.compile_blocks(self.teacher)
-        self.student, self.criterion = student, main.build_criterion(args)
-        self.finish = DevicePreprocess(*stats).to(device)
-        self.watch = NonFiniteGuard(self.state.scaler, every_step=False)
-        self.mixup = main.build_mixup(args, CLASSES)
+        self.preprocess = DevicePreprocess(*stats).to(device)
+        criterion, mixup = main.build_criterion(config.loss, config.augment), main.build_mixup(config.augment, CLASSES)
+        settings = TrainConfig(device, self.dtype, seed, print_freq=1 << 30)
+        self.trainer = Trainer(student, self.teacher, criterion, state, settings, self.preprocess, mixup)
+        self.trainer.guard.every_step = False
         self.times: list[float] = []
         self.teacher_times: list[float] = []
 
     def train(self, batches: list[tuple]) -> None:
         """A step for each batch."""
+        state = self.trainer.state
+        state.step, state.meters = 0, utils.Meters()
         with ExitStack() as stack, open('/dev/null', 'w') as nowhere:
             stack.enter_context(patch('sys.stdout', nowhere))
             if self.stock:
                 stack.enter_context(benchmarks.by_definition())
-            meters = utils.Meters()
-            train_one_epoch(
-                *(self.student, self.teacher, self.criterion, batches, self.state.optimizer, self.state.scaler, meters),
-                self.watch,
-                device=self.device,
-                amp_dtype=self.dtype,
-                epoch=0,
-                seed=0,
-                finish=self.finish,
-                mixup=self.mixup,
-                average=lambda: self.state.ema.update(self.state.model),
                 # The release read each term and waited for the device at each step.
-                after_step=partial(self._read, meters) if self.stock else None,
-                train_mode=True,
-                print_freq=1 << 30,
-            )
+                train_one_epoch(self.trainer, batches, 0, after_step=partial(self._read, state.meters))
+            else:
+                train_one_epoch(self.trainer, batches, 0)
 
     @staticmethod
     def _read(meters: utils.Meters) -> None:
@@ -111,7 +103,7 @@ class Side:
 
     def teach(self, images: torch.Tensor) -> None:
         """The teacher's forward pass alone."""
-        with torch.no_grad(), _autocast(self.device, self.dtype):
+        with torch.no_grad(), self.trainer.autocast():
             self.teacher(images)
 
 
@@ -139,25 +131,25 @@ def sides(args: argparse.Namespace, device: torch.device) -> dict[str, Side]:
     common = ['--batch-size', str(args.batch_size), '--device', args.device, '--input-size', str(args.input_size)]
     found = {}
     for dtype in args.dtypes:
-        flags = [*common, '--amp-dtype', dtype]
-        found[f'baseline {dtype}'] = Side(flags, device, stock=True)
-        found[dtype] = Side(flags, device, stock=False)
+        argv = [*common, '--amp-dtype', dtype]
+        found[f'baseline {dtype}'] = Side(argv, device, stock=True)
+        found[dtype] = Side(argv, device, stock=False)
         low = ['--teacher-dtype', 'bfloat16', '--relation-dtype', 'bfloat16']
         if dtype == 'bfloat16':
-            found['bfloat16 throughout'] = Side([*flags, *low], device, stock=False)
+            found['bfloat16 throughout'] = Side([*argv, *low], device, stock=False)
         if args.compile:
             extra = low if dtype == 'bfloat16' else []
-            found[f'{dtype} compiled'] = Side([*flags, *extra, '--compile'], device, stock=False)
+            found[f'{dtype} compiled'] = Side([*argv, *extra, '--compile'], device, stock=False)
     return found
 
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--batch-size', type=main.COUNT, default=16, help='images')
-    parser.add_argument('--input-size', type=main.COUNT, default=224, help='pixels')
+    parser.add_argument('--batch-size', type=flags.POSITIVE_INT, default=16, help='images')
+    parser.add_argument('--input-size', type=flags.POSITIVE_INT, default=224, help='pixels')
     parser.add_argument('--dtypes', nargs='+', default=['float32'], choices=('float32', 'bfloat16'), help='of autocast')
     parser.add_argument('--compile', action='store_true', help='compiled blocks too; their first step is printed')
-    parser.add_argument('--rounds', type=main.COUNT, default=7, help='steps of each side')
+    parser.add_argument('--rounds', type=flags.POSITIVE_INT, default=7, help='steps of each side')
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='without a GPU the CPU')
     args = parser.parse_args()
     device = utils.init_distributed(args.device, 'env://')
@@ -177,7 +169,7 @@ def run() -> None:
             side.times.append(benchmarks.seconds(partial(side.train, [batch]), device))
         for dtype, found in rates.items():  # by turns too: a processor's clock wanders
             found.append(rate(dtype, device))
-        seen = side.finish(images.to(device))
+        seen = side.preprocess(images.to(device))
         for side in taking.values():
             side.teacher_times.append(benchmarks.seconds(partial(side.teach, seen), device))
     report(taking, batch, device, {dtype: statistics.median(found) for dtype, found in rates.items()})
@@ -201,7 +193,7 @@ def report(taking: dict[str, Side], batch: tuple, device: torch.device, rates: d
             waits = (waits_on_cuda(partial(side.train, [batch] * 3)) - waits_on_cuda(partial(side.train, [batch]))) / 2
         with FlopCounterMode(display=False) as flops, torch.compiler.set_stance('force_eager'):
             side.train([batch])
-        side.state.optimizer.zero_grad()
+        side.trainer.optimizer.zero_grad()
         peak = benchmarks.peak_bytes(partial(side.train, [batch]), device) >> 20
         limit = flops.get_total_flops() / time / rates[side.dtype]
         ratios = [statistics.median(other.times) / time for other in (base, same)]

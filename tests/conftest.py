@@ -11,6 +11,7 @@ import torch
 import toys
 
 import datasets
+import engine
 import main
 
 # Model families, and the kwargs that make them small.
@@ -78,7 +79,7 @@ def files(tmp_path_factory):
     toys.save(folder / 'one_group.pth', {**progress, 'optimizer': sgd.state_dict()})
     toys.save(folder / 'no_groups.pth', {**progress, 'optimizer': {'state': {}}})
     toys.save(folder / 'no_optimizer.pth', {**progress, 'optimizer': None})
-    state = main.build_state(main.parse_args(toys.flags(opt='sgd', **toys.ALONE)), student)
+    state = toys.state(student, opt='sgd', **toys.ALONE)
     for parameter in student.parameters():
         parameter.grad = torch.ones_like(parameter)
     state.optimizer.step()
@@ -116,12 +117,13 @@ def epochs(monkeypatch):
     """The arguments of each call of train_one_epoch, which is replaced and trains nothing."""
     calls = []
 
-    def record(student, teacher, criterion, loader, optimizer, scaler, meters, watch, **options) -> dict[str, float]:
-        parts = {'student': student, 'teacher': teacher, 'optimizer': copy.deepcopy(optimizer.state_dict())}
-        calls.append(SimpleNamespace(**parts, scaler=scaler.state_dict(), **options))
-        return {'lr': max(group['lr'] for group in optimizer.param_groups), 'loss': 0.0}
+    def record(trainer, loader, epoch, *_) -> dict[str, float]:
+        optimizer, config = copy.deepcopy(trainer.optimizer.state_dict()), trainer.config
+        parts = {'student': trainer.tapped, 'teacher': trainer.teacher, 'optimizer': optimizer, 'epoch': epoch}
+        calls.append(SimpleNamespace(**parts, train_mode=config.train_mode))
+        return {'lr': max(group['lr'] for group in trainer.optimizer.param_groups), 'loss': 0.0}
 
-    monkeypatch.setattr(main, 'train_one_epoch', record)
+    monkeypatch.setattr(engine, 'train_one_epoch', record)
     return calls
 
 

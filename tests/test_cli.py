@@ -183,8 +183,8 @@ def test_launch_torchrun_and_python_give_the_same_run(folder, runs):
     assert {key: launched[key] for key in same} == pytest.approx({key: plain[key] for key in same}, abs=1e-5)
     assert all(plain[f'train_loss_{term}'] > 1e-3 for term in TERMS)
     outputs = [runs['launch'][1][0], runs['torchrun'][1][0], runs['python']]
-    assert '2 ranks × 8 images = 16 a step' in outputs[0]
-    assert '1 rank × 16 images = 16 a step' in outputs[2]
+    assert '2 ranks × 8 images = 16 per step' in outputs[0]
+    assert '1 rank × 16 images = 16 per step' in outputs[2]
     # Only the first rank prints.
     assert [out.count('Max accuracy') for out in outputs] == [1, 1, 1]
 

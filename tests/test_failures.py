@@ -52,8 +52,8 @@ def poisoned(monkeypatch, *steps: int) -> None:
     def poison(module, inputs, losses):
         return {**losses, 'mf_rand': losses['mf_rand'] * (math.nan if now[-1] in steps else 1)}
 
-    def built(args):
-        criterion = build(args)
+    def built(*args):
+        criterion = build(*args)
         criterion.register_forward_hook(poison)
         return criterion
 

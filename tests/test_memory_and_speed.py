@@ -26,9 +26,9 @@ LOCAL = {
 def test_accumulated_step_equals_the_big_batch_step(run, tmp_path, capsys, mixing):
     flags = {**LOCAL, **mixing}
     big = run(**flags, batch_size=8, output_dir=tmp_path / 'big')
-    assert '1 rank × 8 images = 8 a step' in capsys.readouterr().out
+    assert '1 rank × 8 images = 8 per step' in capsys.readouterr().out
     small = run(**flags, batch_size=2, accum_steps=4, output_dir=tmp_path / 'small')
-    assert '1 rank × 2 images × 4 passes = 8 a step' in capsys.readouterr().out
+    assert '1 rank × 2 images × 4 passes = 8 per step' in capsys.readouterr().out
     for one, other in zip(small, big, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
         assert one['train_lr'] == other['train_lr'] == pytest.approx(0.3 * 8 / 512)

@@ -8,14 +8,17 @@ import timm
 import torch
 import toys
 
+import losses
 import main
+from flags import get_args_parser
+from models.pair import build_student, build_teacher
 
 pytestmark = pytest.mark.usefixtures('few_generated_images')
 
 
 def test_learning_rate_follows_the_published_recipe():
-    args = main.parse_args(toys.flags(epochs=None, batch_size=512, **toys.ALONE))  # the rest as in the release
-    state = main.build_state(args, timm.create_model('deit_tiny_patch16_224'))
+    model = timm.create_model('deit_tiny_patch16_224')
+    state = toys.state(model, epochs=None, batch_size=512, **toys.ALONE)  # the rest as in the release
     without, with_decay = sorted((len(g['params']), g['weight_decay']) for g in state.optimizer.param_groups)[::-1]
     assert (without, with_decay) == ((102, 0.0), (50, 0.05))
     rates = []
@@ -33,7 +36,7 @@ def test_learning_rate_follows_the_published_recipe():
 
 @pytest.mark.parametrize(('batch', 'scaled'), [(64, 6.25e-5), (1024, 1e-3)])
 def test_batch_size_scales_only_the_peak_learning_rate(batch, scaled):
-    state = main.build_state(main.parse_args(toys.flags(epochs=300, batch_size=batch, **toys.ALONE)), toys.student())
+    state = toys.state(toys.student(), epochs=300, batch_size=batch, **toys.ALONE)
     rate = lambda: state.optimizer.param_groups[0]['lr']  # noqa: E731
     assert rate() == 1e-6
     state.lr_scheduler.step(5)
@@ -49,8 +52,8 @@ def test_schedule_lags_one_epoch(run, epochs):
 
 
 def test_drop_sets_dropout_of_the_student_as_the_release_does(files):
-    args = main.parse_args(toys.flags(drop=0.3, drop_path=0.2, teacher_path=files / 'teacher.pth'))
-    student, teacher = main.build_student(args, 10), main.build_teacher(args)
+    config = toys.config(drop=0.3, drop_path=0.2, teacher_path=files / 'teacher.pth').model
+    student, teacher = build_student(config, 10), build_teacher(config)
     block = student.blocks[-1]
     on = [student.pos_drop, block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2]
     assert [module.p for module in on] == [0.3] * 4
@@ -68,7 +71,7 @@ def test_relation_terms_stay_at_alpha_0_and_1(run, alpha, absent):
 def test_criterion_gets_the_weights_of_the_flags(run, monkeypatch):
     seen = []
     build = main.build_criterion
-    monkeypatch.setattr(main, 'build_criterion', lambda args: seen.append(build(args)) or seen[-1])
+    monkeypatch.setattr(main, 'build_criterion', lambda *args: seen.append(build(*args)) or seen[-1])
     names = ['alpha', 'tau', 'beta', 'K', 'relations']
     values, weights = [0.25, 2.0, 3.0, 7, 'global'], {'sample': 0.1, 'patch': 4.0, 'rand': 0.2, 'full': 0.5}
     options = {f'distillation_{name}' if i < 3 else name: values[i] for i, name in enumerate(names)}
@@ -125,3 +128,19 @@ def test_start_epoch_works_without_a_checkpoint(run):
     assert [row['epoch'] for row in rows] == [2]
     # The schedule lags one epoch, so epoch 2 is one quarter into the warmup. Its end is 0.5·8/512.
     assert rows[0]['train_lr'] == pytest.approx(1e-6 + (0.5 * 8 / 512 - 1e-6) / 4)
+
+
+def test_new_relation_term_is_one_function_and_one_row(run, monkeypatch, capsys):
+    def image_means(student, teacher, options) -> torch.Tensor:
+        return losses.plain_map_distance(student.mean(dim=1), teacher.mean(dim=1))
+
+    row = losses.RelationTerm(image_means, 0.0, 'weight of relations between the means of images', 'means', reads=())
+    monkeypatch.setitem(losses.RELATION_TERMS, 'means', row)
+    (logged,) = run(w_means=3)
+    assert logged['train_loss_mf_means'] > 0
+    toys.assert_sound({key: value for key, value in logged.items() if key != 'train_loss_mf_means'} | {
+        'train_loss': logged['train_loss'] - logged['train_loss_mf_means']})  # fmt: skip
+    assert ' + 3·means)' in capsys.readouterr().out
+    assert 'weight of relations between the means of images' in get_args_parser().format_help()
+    run(**toys.ALONE, w_means=3, w_full=0, resume=None, output_dir=None)
+    assert 'warning: --w-means: no effect without a teacher' in capsys.readouterr().out

@@ -11,8 +11,8 @@ import toys
 
 import checkpoints
 import engine
-import main
 import utils
+from loaders import LoaderBuilder
 
 pytestmark = pytest.mark.usefixtures('few_generated_images')
 
@@ -22,15 +22,15 @@ def test_resume_between_epochs_is_exact(run, tmp_path, monkeypatch, changes):
     flags = {'epochs': 2, 'drop_path': 0.1, 'lr': 0.3, 'warmup_epochs': 0, 'model_ema_decay': 0.5, 'eval_ema': True}
     flags |= {'teacher_kwargs': f'{toys.RUN["teacher_kwargs"]} drop_path_rate=0.3', **changes}
     rows = run(**flags, output_dir=tmp_path / 'through')
-    finish_epoch = main.finish_epoch
+    finish_epoch = engine.finish_epoch
 
-    def killed_in_epoch_1(args, parts, state, *rest):
-        if state.epoch == 0:
+    def killed_in_epoch_1(trainer, *rest):
+        if trainer.state.epoch == 0:
             raise toys.KilledError
-        finish_epoch(args, parts, state, *rest)
+        finish_epoch(trainer, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(main, 'finish_epoch', killed_in_epoch_1)
+        patch.setattr(engine, 'finish_epoch', killed_in_epoch_1)
         with pytest.raises(toys.KilledError):
             run(**flags)
     assert run(**flags, resume=tmp_path / 'checkpoint.pth') == rows
@@ -51,7 +51,7 @@ def test_resume_without_ema(run, tmp_path):
 def released_in_mid_run(path, epoch: int) -> dict:
     """Writes a checkpoint as the release did after an epoch. Its optimizer counted steps as ints."""
     model = toys.student()
-    state = main.build_state(main.parse_args(toys.flags(**toys.ALONE)), model)
+    state = toys.state(model, **toys.ALONE)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 2.0)
     state.optimizer.step()
@@ -256,7 +256,7 @@ def test_signal_saves_and_loses_no_step(run, through, tmp_path, monkeypatch, cap
 
 
 def test_signal_before_training_saves_nothing(run, tmp_path, monkeypatch, capsys):
-    toys.after_calls(monkeypatch, main, 'build_val_loader', 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    toys.after_calls(monkeypatch, LoaderBuilder, 'val', 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as stopped:
         run()
     assert stopped.value.code == 143

@@ -8,7 +8,7 @@ import torch
 import toys
 
 import checkpoints
-import main
+import engine
 
 pytestmark = pytest.mark.usefixtures('few_generated_images')
 
@@ -19,7 +19,7 @@ def test_best_checkpoint_follows_the_raw_model(run, tmp_path, monkeypatch, epoch
     def evaluate(*_) -> dict[str, float]:
         return {'loss': 1.0, 'acc1': next(accuracies), 'acc5': 90.0, 'images': 8}
 
-    monkeypatch.setattr(main, 'evaluate', evaluate)
+    monkeypatch.setattr(engine, 'evaluate', evaluate)
     last, best = tmp_path / 'checkpoint.pth', tmp_path / 'best_checkpoint.pth'
     run(epochs=3)
     assert (toys.load(last)['epoch'], toys.load(last)['best_acc1']) == (2, 60)
@@ -138,13 +138,13 @@ def test_auto_refuses_a_log_without_checkpoint(tmp_path, capsys, epochs):
 
 @pytest.mark.parametrize(('keep', 'earlier'), [(None, [4]), (0, []), (2, [2, 4])])
 def test_keep_limits_older_checkpoints(run, tmp_path, epochs, monkeypatch, keep, earlier):
-    train = main.finish_epoch
+    finish_epoch = engine.finish_epoch
 
-    def counted(args, parts, state, *rest):
-        state.step += 2
-        train(args, parts, state, *rest)
+    def counted(trainer, *rest):
+        trainer.state.step += 2
+        finish_epoch(trainer, *rest)
 
-    monkeypatch.setattr(main, 'finish_epoch', counted)
+    monkeypatch.setattr(engine, 'finish_epoch', counted)
     run(epochs=3, keep=keep)
     assert sorted(int(path.name[11:19]) for path in tmp_path.glob('checkpoint-*.pth')) == earlier
 

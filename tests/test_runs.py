@@ -1,7 +1,6 @@
 """Toy runs on generated images: logs, the summary at the start, and pairs of models."""
 
 import json
-import re
 
 import pytest
 import safetensors.torch
@@ -10,6 +9,7 @@ import torch
 import toys
 
 import main
+from models import pair
 
 pytestmark = pytest.mark.usefixtures('few_generated_images')
 
@@ -82,17 +82,25 @@ def test_summary_describes_the_relations(run, epochs, capsys, changes, words):
     assert words in capsys.readouterr().out
 
 
-def test_gradient_shares_change_no_result(run, tmp_path, capsys):
-    silent = run(output_dir=tmp_path / 'silent')
-    assert 'share_' not in capsys.readouterr().out
-    assert run(output_dir=tmp_path / 'shown', log_grad_share=True) == silent
+def test_gradient_shares_are_logged_per_epoch_and_change_no_result(run, tmp_path, capsys):
+    options = {'epochs': 2, 'drop_path': 0.2}
+    silent = run(**options, output_dir=tmp_path / 'silent')
+    assert 'share_' not in ' '.join(silent[0])
+    shown = run(**options, output_dir=tmp_path / 'shown', log_grad_share=True)
+    assert [{key: row[key] for key in silent[0]} for row in shown] == silent
     toys.assert_same(*(toys.load(tmp_path / name / 'checkpoint.pth')['model'] for name in ('silent', 'shown')))
-    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r'Epoch: \[0\] \[', line)]
-    assert len(lines) == 2
-    for line in lines:
-        shares = dict(re.findall(r'share_(\w+): ([0-9.]+)%', line))
-        assert list(shares) == toys.TERMS
-        assert sum(map(float, shares.values())) == pytest.approx(100, abs=0.5)
+    shares = [{key: value for key, value in row.items() if 'share_' in key} for row in shown]
+    assert [list(found) for found in shares] == [[f'train_share_{term}' for term in toys.TERMS]] * 2
+    assert [sum(found.values()) for found in shares] == pytest.approx([1, 1])
+    assert shares[0] != shares[1]
+    assert capsys.readouterr().out.count('gradient    base ') == 2
+
+
+def test_gradient_shares_after_a_resume_in_mid_epoch_are_those_of_the_whole_run(run, tmp_path):
+    options = {'epochs': 1, 'batch_size': 4, 'save_interval_steps': 1, 'keep': 9, 'log_grad_share': True}
+    whole = run(**options, output_dir=tmp_path / 'whole')
+    middle = tmp_path / 'whole' / 'checkpoint-00000003.pth'
+    assert run(**options, resume=middle, output_dir=tmp_path / 'parts') == whole
 
 
 def test_summary_describes_the_run(run, capsys):
@@ -105,7 +113,7 @@ def test_summary_describes_the_run(run, capsys):
         'float32',
         'FAKE',
         '10 classes',
-        '1 rank × 4 images = 4 a step',
+        '1 rank × 4 images = 4 per step',
         f'{0.01 * 4 / 512:g}',
         '16 for training',
         '8 for validation',
@@ -125,8 +133,8 @@ def test_missing_gpu_falls_back_to_cpu(run, epochs, capsys):
 
 def test_teacher_is_frozen_and_not_saved(run, files, tmp_path, monkeypatch):
     built = []
-    tap = main.tap_teacher
-    monkeypatch.setattr(main, 'tap_teacher', lambda *args: built.append(tap(*args)) or built[0])
+    register = pair.register_teacher_hooks
+    monkeypatch.setattr(pair, 'register_teacher_hooks', lambda *args: built.append(register(*args)) or built[0])
     run(epochs=2, opt='sgd', lr=10)
     original = toys.teacher()
     toys.assert_same(built[0].model.state_dict(), original.state_dict())
@@ -173,7 +181,7 @@ def test_token_align_brings_both_grids_to_one(run, capsys, how):
     toys.assert_sound(row)
     lines = capsys.readouterr().out.splitlines()
     assert 'position embeddings resampled to 8×8' in next(line for line in lines if line.startswith('teacher  '))
-    assert f'align       {how}, of student and teacher: 4×4 and 8×8 on 4×4' in lines
+    assert f'align       {how}, student and teacher: 4×4 and 8×8 on 4×4' in lines
 
 
 def test_convolutional_student_trains_evaluates_and_fine_tunes(run, files, tmp_path, capsys):
@@ -218,4 +226,4 @@ def test_imagenet_with_two_folders_keeps_1000_classes(run, files, tmp_path, caps
     toys.assert_sound(row)
     assert toys.load(tmp_path / 'checkpoint.pth')['model']['head.weight'].shape[0] == 1000
     warning = next(line for line in capsys.readouterr().out.splitlines() if 'class folders' in line)
-    assert warning.endswith('has 2 class folders of 1000; labels are their order, not those of ImageNet')
+    assert warning.endswith("has 2 class folders of 1000; labels are their order, not ImageNet's")

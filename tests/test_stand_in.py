@@ -14,7 +14,8 @@ import main
 import models
 import transforms
 import utils
-from engine import NonFiniteGuard, train_one_epoch
+from engine import TrainConfig, Trainer, train_one_epoch
+from models.pair import Role, build_student, register_student_hooks, register_teacher_hooks
 
 CUDA, STEPS = torch.device('cuda', 0), 2
 pytestmark = pytest.mark.filterwarnings('ignore')  # torch warns about the stand-ins
@@ -59,16 +60,15 @@ def step(monkeypatch):
     monkeypatch.setattr(utils.Meters, 'means', lambda meters: {})
     torch.__future__.set_overwrite_module_params_on_conversion(True)
 
-    def run(look=lambda: 0, **changes) -> tuple:
-        args = main.parse_args(
-            toys.flags(device='cuda', teacher_path='none', batch_size=4, s_id='0 -1', t_id='0 -1', **changes)
-        )
-        student = main.tap_student(args, main.build_student(args, 10), taught=True)
+    def run(sync=lambda: None, **changes) -> Trainer:
+        changes = {'device': 'cuda', 'teacher_path': 'none', 'batch_size': 4, 's_id': '0 -1', 't_id': '0 -1', **changes}
+        config, role = toys.config(**changes), Role(distills=True)
+        student = register_student_hooks(config.model, role, build_student(config.model, 10))
         autograd[:] = [student]
         stats = models.normalisation(student.model)
-        teacher = main.tap_teacher(args, toys.teacher(), True, stats)
-        criterion, mixup = main.build_criterion(args), main.build_mixup(args, 10)
-        count = args.accum_steps * args.batch_size
+        teacher = register_teacher_hooks(config.model, role, toys.teacher(), stats)
+        criterion, mixup = main.build_criterion(config.loss, config.augment), main.build_mixup(config.augment, 10)
+        count = config.optim.rank_batch_size
         batch = (
             torch.zeros(count, 3, 32, 32, dtype=torch.uint8),
             torch.arange(count) % 10,
@@ -81,42 +81,38 @@ def step(monkeypatch):
         )
         with StandIns(allow_non_fake_inputs=True):
             student.to(CUDA), teacher.to(CUDA)
-            state = main.build_state(args, student.model)
-            watch = NonFiniteGuard(state.scaler, every_step=False)
-            monkeypatch.setattr(watch, 'look', look)
-            train_one_epoch(
-                *(student, teacher, criterion, [batch] * STEPS, state.optimizer, state.scaler, utils.Meters(), watch),
-                device=CUDA,
-                amp_dtype=main._amp_dtype(args, CUDA),
-                epoch=0,
-                seed=0,
-                finish=transforms.DevicePreprocess(*stats, args.remode).to(CUDA),
-                mixup=mixup,
-                average=lambda: state.ema.update(state.model),
-                clip_grad=args.clip_grad,
-                shared_draw=args.relations == 'global',
-                accum_steps=args.accum_steps,
+            preprocess = transforms.DevicePreprocess(*stats, config.augment.remode).to(CUDA)
+            settings = TrainConfig(
+                CUDA,
+                config.run.autocast_dtype(CUDA),
+                accum_steps=config.optim.accum_steps,
+                clip_grad=config.optim.clip_grad,
+                global_relations=config.loss.relations == 'global',
             )
-        return student, state, watch
+            state = toys.state(student.model, **changes)
+            trainer = Trainer(student, teacher, criterion, state, settings, preprocess, mixup)
+            monkeypatch.setattr(trainer.guard, 'sync', sync)
+            train_one_epoch(trainer, [batch] * STEPS, epoch=0)
+        return trainer
 
     yield run
     torch.__future__.set_overwrite_module_params_on_conversion(False)
 
 
 def test_gpu_step_mixes_no_devices_and_never_waits(step):
-    student, state, watch = step(relations='global', clip_grad=1, accum_steps=2)
-    assert {tensor.device for tensor in student.state_dict().values()} == {CUDA}
-    assert {tensor.device for tensor in state.ema.module.state_dict().values()} == {CUDA}
-    assert len(watch._rows) == STEPS
+    trainer = step(relations='global', clip_grad=1, accum_steps=2)
+    assert {tensor.device for tensor in trainer.tapped.state_dict().values()} == {CUDA}
+    assert {tensor.device for tensor in trainer.state.ema.module.state_dict().values()} == {CUDA}
+    assert trainer.state.step == STEPS
 
 
 @pytest.mark.parametrize(
     ('changes', 'error', 'words'),
     [
         ({'opt': 'sgd'}, DataDependentOutputException, '_local_scalar_dense'),  # asks the host whether to update
-        ({'look': lambda: torch.zeros((), device=CUDA).item()}, DataDependentOutputException, '_local_scalar_dense'),
-        ({'look': lambda: torch.zeros((), device=CUDA).cpu()}, AssertionError, 'waits for a value'),
-        ({'look': lambda: torch.zeros(3, device=CUDA) + torch.zeros(3)}, AssertionError, 'tensors of two devices'),
+        ({'sync': lambda: torch.zeros((), device=CUDA).item()}, DataDependentOutputException, '_local_scalar_dense'),
+        ({'sync': lambda: torch.zeros((), device=CUDA).cpu()}, AssertionError, 'waits for a value'),
+        ({'sync': lambda: torch.zeros(3, device=CUDA) + torch.zeros(3)}, AssertionError, 'tensors of two devices'),
     ],
     ids=['optimizer', 'item', 'cpu', 'mixed'],
 )

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 import main
+from flags import Config, parse_args
+from run_dir import TrainingState
 
 ROOT = Path(main.__file__).parent
 
@@ -48,6 +50,17 @@ def flags(**changes) -> list[str]:
             words.append('--' + name.replace('_', '-'))
             words += [] if value is True else str(value).split() or ['']
     return words
+
+
+def config(**changes) -> Config:
+    """The configs of a toy run."""
+    return parse_args(flags(**changes))
+
+
+def state(model: torch.nn.Module, **changes) -> TrainingState:
+    """Optimizer, schedule and EMA of a model, as the flags of a toy run ask for them."""
+    optim = config(**changes).optim
+    return main.build_state(optim, 0, model, optim.scaled_lr(1))
 
 
 def student(num_classes: int = 10, size: int = 32, **changes) -> torch.nn.Module:

@@ -160,7 +160,7 @@ def _watch_steps(injector: Injector) -> None:
     _before(loggers.Progress, 'over', lambda *_: injector.reach('first batch'))
     _before(engine, 'count_correct', lambda *_: injector.reach('eval'))
     _before(datasets.TrainDataset, '__getitem__', lambda *_: injector.reach('worker'))
-    _before(run_dir.CheckpointManager, 'after_step', lambda manager: injector.log(f'done {manager.state.step + 1}'))
+    _before(run_dir.CheckpointManager, 'after_step', lambda manager: injector.log(f'done {manager.state.step}'))
 
 
 def _corrupt(injector: Injector) -> None:

@@ -1,0 +1,513 @@
+"""Command-line flags: one dataclass field for each, from which the parser is made, and checks before any work starts.
+
+`parse_args` turns a command line into a `Config` of small frozen parts; each part of the program is given its own.
+The flags of the 2022 release keep their names, defaults and meanings.
+"""
+
+# ruff: noqa: RUF009  # `flag` is a dataclass field
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from timm.utils import ParseKwargs
+
+import datasets
+import models
+from losses import DISTILLATION_TYPES, RELATION_DTYPES, RELATION_TERMS, RELATIONS
+from utils import UsageError
+
+# Types of values ------------------------------------------------------------------------------------------------------
+
+
+def _number(kind: type, ends: str, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: numbers of `kind` in an interval, ends as in mathematics: '[)' means low ≤ x < high."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        above = low <= value if ends[0] == '[' else low < value
+        below = value <= high if ends[1] == ']' else value < high
+        if not (above and below):
+            name = 'whole number' if kind is int else 'number'
+            raise argparse.ArgumentTypeError(f'{text} is not a {name} in {ends[0]}{low:g}, {high:g}{ends[1]}')
+        return value
+
+    return convert
+
+
+POSITIVE_INT = _number(int, '[)', 1)
+NON_NEGATIVE_INT = _number(int, '[)', 0)
+SEED = _number(int, '[)', 0, 2**63)
+FRACTION = _number(float, '[]', 0, 1)
+FRACTION_BELOW_1 = _number(float, '[)', 0, 1)
+NON_NEGATIVE = _number(float, '[)', 0)
+POSITIVE = _number(float, '()', 0)
+
+
+def _block_id(text: str) -> int | str:
+    if text != 'auto' and not re.fullmatch(r'-?\d+', text):
+        raise argparse.ArgumentTypeError(f'{text} is neither a whole number nor auto')
+    return text if text == 'auto' else int(text)
+
+
+def _data_set(text: str) -> str:
+    try:
+        return datasets.parse_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+class KeyValues(ParseKwargs):
+    """timm's `key=value …` action, with an error for a word of another form."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:  # type: ignore[no-untyped-def]
+        for value in values:
+            if '=' not in value:
+                parser.error(f'{option_string} {value}: not of the form key=value')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def flag(default: Any, help: str, *names: str, no: str = '', **options: Any) -> Any:
+    """A dataclass field that is a flag.
+
+    Args:
+        default: its value if it is not typed.
+        help: its text in --help; the default is added.
+        names: all its spellings; if none, the name of the field with dashes.
+        no: makes it a switch that is on, and this the help of `--no-<name>`, which turns it off.
+        options: further arguments of `add_argument`.
+    """
+    if isinstance(default, bool) and 'action' not in options:
+        options['action'] = 'store_true'
+    metadata = {'help': help, 'names': names, 'no': no, 'options': options}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# The configs ----------------------------------------------------------------------------------------------------------
+
+
+# One flag per entry, as compact as it can be read.
+# fmt: off
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """method: logit distillation and relation terms"""
+
+    distillation_type: str = flag('none', 'logit distillation; none: no teacher', choices=DISTILLATION_TYPES)
+    distillation_alpha: float = flag(0.5, 'weight of KD; cross-entropy gets 1 − this', type=FRACTION)
+    distillation_tau: float = flag(1.0, 'temperature of soft KD', type=POSITIVE)
+    distillation_beta: float = flag(1.0, 'multiplier on all manifold terms', type=NON_NEGATIVE)
+    # `--w-<name>` of each row of RELATION_TERMS, by the row's name
+    weights: dict[str, float] = field(default_factory=lambda: {k: t.default_weight for k, t in RELATION_TERMS.items()})
+    K: int = flag(192, 'random tokens per layer pair', type=POSITIVE_INT)
+    relations: str = flag('rank', 'images that sample, random and full relations connect: those of each rank, or of '
+        'all ranks (docs/method.md says how much is sent)', choices=RELATIONS)
+    relation_dtype: str = flag('float32', 'dtype of the products of the sample, patch and random terms; sums and the '
+        'full term keep their precision', choices=RELATION_DTYPES)
+    log_grad_share: bool = flag(False, "log each term's share of the gradient norm at the tapped blocks, measured on "
+        'one batch after each epoch')
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.distillation_type != 'none'
+
+    @property
+    def has_relations(self) -> bool:
+        """Whether any relation term has a weight."""
+        return bool(self.distillation_beta and any(self.weights.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """models: student, teacher, and the blocks that are compared"""
+
+    model: str = flag('deit_base_patch16_224', "student: a name of timm's, hf-hub:OWNER/NAME or local-dir:FOLDER; "
+        'weights are random or those of --finetune')
+    model_kwargs: dict[str, Any] = flag({}, 'extra kwargs for timm.create_model', nargs='*', action=KeyValues,
+        metavar='KEY=VALUE')
+    list_blocks: bool = flag(False, 'print the blocks of --model with their grids and widths, and exit')
+    teacher_model: str = flag('cait_s24_224', "teacher: a name of timm's, or hf-hub:OWNER/NAME or local-dir:FOLDER "
+        'with its weights')
+    teacher_kwargs: dict[str, Any] = flag({}, 'extra kwargs for timm.create_model of the teacher', nargs='*',
+        action=KeyValues, metavar='KEY=VALUE')
+    teacher_dtype: str | None = flag(None, "dtype of the teacher's weights and of all its arithmetic, whatever "
+        '--amp-dtype is (default: float32 weights under --amp-dtype)', choices=('float32', 'bfloat16'))
+    teacher_path: str = flag('', "the teacher's weights: a file, URL, hf-hub:OWNER/NAME or local-dir:FOLDER")
+    teacher_pretrained: bool = flag(False, "without --teacher-path: timm's pretrained weights of the teacher")
+    finetune: str = flag('', 'start from these weights; positions are resampled, a head of another size is replaced')
+    input_size: int = flag(224, 'height and width of the images in pixels', type=POSITIVE_INT)
+    teacher_input_size: int | None = flag(None, "size of the teacher's images, resized on the device (default: the "
+        "student's)", type=POSITIVE_INT)
+    s_id: list[int | str] | None = flag(None, 'student blocks to tap, counted from 0, negative from the end; auto: '
+        'the first k and the last k, k = 4 or half of the shallower depth (default: no relation terms)',
+        type=_block_id, nargs='+')
+    t_id: list[int | str] | None = flag(None, 'teacher blocks, one for each of --s-id; auto with auto',
+        type=_block_id, nargs='+')
+    token_align: str = flag('error', 'if the paired blocks have different grids: error; pool: means on the coarser '
+        "grid; interpolate: the teacher's tokens on the student's grid, bilinear; merge: concatenate neighbours on "
+        'both sides until at most --max-patches remain', choices=models.ALIGNMENTS)
+    max_patches: int = flag(196, 'patch tokens per image that --token-align merge leaves', type=POSITIVE_INT)
+    grad_checkpointing: bool = flag(False, "recompute the student's activations in the backward pass to save memory")
+    drop: float = flag(0.0, 'dropout after position embedding, attention projection and MLP', type=FRACTION)
+    drop_path: float = flag(0.0, 'stochastic depth of the student', type=FRACTION)
+
+    @property
+    def student_ids(self) -> list[int | str]:
+        return self.s_id or []
+
+    @property
+    def teacher_ids(self) -> list[int | str]:
+        return self.t_id or []
+
+    @property
+    def teacher_size(self) -> int:
+        return self.teacher_input_size or self.input_size
+
+    @property
+    def has_teacher_weights(self) -> bool:
+        """Whether the flags say where the teacher's weights are."""
+        return bool(self.teacher_path or self.teacher_pretrained or models.has_source(self.teacher_model))
+
+    def __post_init__(self) -> None:
+        ids = f'--s-id {format_values(self.student_ids)} and --t-id {format_values(self.teacher_ids)}'
+        if 'auto' in self.student_ids + self.teacher_ids and not self.s_id == self.t_id == ['auto']:
+            raise UsageError(f'{ids}: auto must be the only value of both')
+        if len(self.student_ids) != len(self.teacher_ids):
+            counts = f'{len(self.student_ids)} and {len(self.teacher_ids)}'
+            raise UsageError(f'{ids}: blocks are paired one to one, but there are {counts}')
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """optimizer, schedule and moving average"""
+
+    batch_size: int = flag(64, 'images per rank and forward pass', type=POSITIVE_INT)
+    accum_steps: int = flag(1, 'forward passes per optimizer step; sample, random and full relations connect the '
+        'images of one pass', type=POSITIVE_INT)
+    epochs: int = flag(300, 'length of the run and of the schedule', type=POSITIVE_INT)
+    opt: str = flag('adamw', "name of one of timm's optimizers")
+    opt_eps: float = flag(1e-8, 'epsilon of the optimizer', type=POSITIVE)
+    opt_betas: list[float] | None = flag(None, "betas of the optimizer (default: the optimizer's own)", type=FRACTION,
+        nargs='+')
+    momentum: float = flag(0.9, 'momentum (SGD-type optimizers)', type=NON_NEGATIVE)
+    weight_decay: float = flag(0.05, 'weight decay of matrices; biases and norms have none', type=NON_NEGATIVE)
+    clip_grad: float | None = flag(None, 'largest gradient norm (default: no clipping)', type=POSITIVE)
+    lr: float = flag(5e-4, 'learning rate at a global batch of 512; scaled in proportion', type=POSITIVE)
+    sched: str = flag('cosine', 'schedule, stepped once per epoch', choices=('cosine', 'tanh', 'step', 'poly'))
+    warmup_epochs: int = flag(5, 'epochs of linear warmup', type=NON_NEGATIVE_INT)
+    warmup_lr: float = flag(1e-6, 'initial warmup LR (not scaled by batch size)', type=NON_NEGATIVE)
+    min_lr: float = flag(1e-5, 'final LR of the schedule (not scaled by batch size)', type=NON_NEGATIVE)
+    decay_epochs: float = flag(30, 'epochs between decays of --sched step', type=POSITIVE)
+    decay_rate: float = flag(0.1, 'factor of --sched step, power of --sched poly', '--decay-rate', '--dr',
+        type=POSITIVE)
+    lr_noise: list[float] | None = flag(None, 'fraction of the run from which on, or between which, the LR is noisy',
+        type=FRACTION, nargs='+')
+    lr_noise_pct: float = flag(0.67, 'largest relative LR noise', type=NON_NEGATIVE)
+    lr_noise_std: float = flag(1.0, 'standard deviation of the LR noise', type=NON_NEGATIVE)
+    model_ema: bool = flag(True, 'keep an exponential moving average (EMA) of the student (default)', no='keep no EMA')
+    model_ema_decay: float = flag(0.99996, 'decay of the EMA, constant from the first step', type=FRACTION)
+    model_ema_force_cpu: bool = flag(False, 'keep the EMA in CPU memory')
+
+    @property
+    def rank_batch_size(self) -> int:
+        """Images of one rank in an optimizer step."""
+        return self.batch_size * self.accum_steps
+
+    def scaled_lr(self, world_size: int) -> float:
+        """The learning rate of the global batch: `lr` is that of 512 images."""
+        return self.lr * self.rank_batch_size * world_size / 512
+
+    def __post_init__(self) -> None:
+        betas = self.opt_betas
+        if betas and (len(betas) not in (2, 3) or max(betas) == 1):
+            raise UsageError(
+                f'--opt-betas {format_values(betas)}: needs two numbers below 1 (three for some optimizers)'
+            )
+        if self.lr_noise is not None and len(self.lr_noise) > 2:
+            raise UsageError(f'--lr-noise {format_values(self.lr_noise)}: needs one or two numbers')
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """augmentation of the training images"""
+
+    aa: str = flag('rand-m9-mstd0.5-inc1', "timm's auto-augmentation policy; none or '' for none")
+    device_augment: bool = flag(False, 'apply --aa on the device, to whole batches: the same decisions, nearly the '
+        'same pixels')
+    no_aug: bool = flag(False, 'train on images as in evaluation; mixup and cutmix are separate')
+    color_jitter: float = flag(0.4, 'strength of color jitter, used without auto-augmentation only', type=NON_NEGATIVE)
+    train_interpolation: str = flag('bicubic', 'interpolation of random crops',
+        choices=('random', 'bilinear', 'bicubic'))
+    smoothing: float = flag(0.1, 'label smoothing', type=FRACTION_BELOW_1)
+    # 'always' if it is typed: then also in one process
+    repeated_aug: bool | str = flag(True, 'three copies of an image per epoch (default from two ranks on; if typed, '
+        'also in one process)', action='store_const', const='always', no='shuffle without repeats')
+    reprob: float = flag(0.25, 'probability of random erasing', type=FRACTION)
+    remode: str = flag('pixel', 'random-erasing fill mode', choices=('const', 'rand', 'pixel'))
+    recount: int = flag(1, 'number of rectangles that random erasing fills', type=POSITIVE_INT)
+    mixup: float = flag(0.8, 'alpha of mixup; 0 for none', type=NON_NEGATIVE)
+    cutmix: float = flag(1.0, 'alpha of cutmix; 0 for none', type=NON_NEGATIVE)
+    cutmix_minmax: list[float] | None = flag(None, 'smallest and largest side of the cutmix box, instead of an alpha',
+        type=FRACTION, nargs='+')
+    mixup_prob: float = flag(1.0, 'probability of mixing a batch', type=FRACTION)
+    mixup_switch_prob: float = flag(0.5, 'probability of cutmix where both are on', type=FRACTION)
+    mixup_mode: str = flag('batch', 'draw the mixing per batch, pair or image', choices=('batch', 'pair', 'elem'))
+
+    @property
+    def policy(self) -> str | None:
+        """timm's auto-augmentation policy, if any."""
+        return None if self.aa in ('', 'none') or self.no_aug else self.aa
+
+    @property
+    def uses_mixing(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
+    def __post_init__(self) -> None:
+        if self.device_augment and self.policy is None:
+            cause = '--no-aug' if self.no_aug else f'--aa {self.aa or repr("")}'
+            raise UsageError(f'--device-augment: there is no auto-augmentation to apply with {cause}')
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """data: what is read, and how"""
+
+    data_set: str = flag('IMNET', 'FOLDER: any tree of class folders; TAR: train.tar and val.tar, or folders of tars, '
+        'of class folders; wds/NAME: WebDataset shards in the folder NAME of --data-path, wds/: in --data-path itself',
+        type=_data_set, metavar='{' + ','.join(datasets.DATA_SETS) + '}')
+    data_path: str = flag('', 'folder with train/ and val/, or with the files of the data set')
+    num_classes: int | None = flag(None, 'number of classes, for --data-set wds/… only (default: largest class + 1)',
+        type=POSITIVE_INT)
+    inat_category: str = flag('name', 'level of the taxonomy that is the class', choices=datasets.INAT_CATEGORIES)
+    num_workers: int = flag(10, 'data loading processes per rank', '--num_workers', '--num-workers',
+        type=NON_NEGATIVE_INT)
+    bad_images: str = flag('stop', 'images that cannot be decoded: stop the run, or skip them: train on the next one '
+        'instead, leave them out of evaluation, and list them', choices=('stop', 'skip'))
+    pin_mem: bool = flag(True, 'use page-locked memory for batches, with a GPU only (default)',
+        no='use pageable memory for batches')
+    dist_eval: bool = flag(True, 'split evaluation among the ranks (default)', no='every rank evaluates all images')
+
+    def __post_init__(self) -> None:
+        if self.num_classes is not None and not self.data_set.startswith('wds/'):
+            raise UsageError(
+                f'--num-classes {self.num_classes}: --data-set {self.data_set} has its own number of classes'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """run: files, evaluation, device"""
+
+    output_dir: str = flag('', 'folder for checkpoints and log.txt; empty: nothing is kept', '--output_dir',
+        '--output-dir')
+    resume: str = flag('', 'continue from this checkpoint, a file or URL; weights alone start at epoch 0; auto: from '
+        'the newest intact one in --output_dir, or start a new run')
+    save_interval_minutes: float = flag(10.0, 'minutes between checkpoints within an epoch; 0: none', type=NON_NEGATIVE)
+    save_interval_steps: int = flag(0, 'training steps between checkpoints; 0: by time only', type=NON_NEGATIVE_INT)
+    keep: int = flag(1, 'number of older checkpoints to keep', type=NON_NEGATIVE_INT)
+    start_epoch: int = flag(0, 'first epoch, unless --resume tells it', '--start_epoch', '--start-epoch',
+        type=NON_NEGATIVE_INT)
+    eval: bool = flag(False, 'evaluate --resume or --finetune and exit')
+    eval_ema: bool = flag(False, 'EMA weights: in place of the raw ones with --eval, in addition during training')
+    eval_teacher: bool = flag(False, 'evaluate the teacher first')
+    device: str = flag('cuda', 'cuda, cuda:N or cpu; without a GPU cuda becomes cpu')
+    amp_dtype: str | None = flag(None, 'dtype of autocast (default: bfloat16 on a GPU that has it, else float16 with '
+        'a gradient scaler; float32 on the CPU)', choices=('bfloat16', 'float16', 'float32'))
+    compile: bool = flag(False, 'compile the blocks of both models; evaluation is not compiled')
+    seed: int = flag(0, 'seed of weights, order, augmentation, mixing and random tokens', type=SEED)
+    dist_url: str = flag('env://', 'init URL of the process group', '--dist_url', '--dist-url')
+    print_freq: int = flag(10, 'steps between log lines', type=POSITIVE_INT)
+
+    def autocast_dtype(self, device: torch.device) -> torch.dtype:
+        """dtype of autocast on a device; float32 for none."""
+        if self.amp_dtype:
+            return getattr(torch, self.amp_dtype)
+        if device.type == 'cpu':
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r'cpu|cuda(:\d+)?', self.device):
+            raise UsageError(f'--device {self.device}: must be cpu, cuda or cuda:N')
+
+
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole command line: one part for each group of flags."""
+
+    loss: LossConfig
+    model: ModelConfig
+    optim: OptimConfig
+    augment: AugmentConfig
+    data: DataConfig
+    run: RunConfig
+
+    @property
+    def distills(self) -> bool:
+        """Whether this run trains a student with a teacher."""
+        return self.loss.has_teacher and not self.run.eval
+
+    def flags(self) -> dict[str, Any]:
+        """All flags by name, as a checkpoint keeps them."""
+        parts = [dataclasses.asdict(getattr(self, part.name)) for part in dataclasses.fields(self)]
+        merged = {name: value for part in parts for name, value in part.items()}
+        weights = merged.pop('weights')
+        return merged | {f'w_{name}': value for name, value in weights.items()}
+
+    def check(self) -> None:
+        """Raises UsageError if flags of several groups do not fit together."""
+        self._check_weights()
+        self._check_batch()
+
+    def _check_weights(self) -> None:
+        loss, model, run = self.loss, self.model, self.run
+        if self.distills and not model.has_teacher_weights:
+            raise UsageError(
+                f"--distillation-type {loss.distillation_type}: needs the teacher's weights, "
+                '--teacher-path FILE or --teacher-pretrained'
+            )
+        if loss.log_grad_share and not run.eval and not (self.distills and model.s_id):
+            raise UsageError('--log-grad-share: there are no tapped blocks; it needs a teacher, --s-id and --t-id')
+        if run.eval_teacher and not model.has_teacher_weights:
+            raise UsageError('--eval-teacher: needs --teacher-path FILE or --teacher-pretrained')
+        if run.eval and not (run.resume or model.finetune):
+            raise UsageError('--eval: needs the weights to evaluate, --resume FILE or --finetune FILE')
+        if run.resume == 'auto' and not run.output_dir:
+            raise UsageError('--resume auto: needs the folder to look in, --output_dir')
+        if run.eval and run.eval_ema and not run.resume:
+            raise UsageError('--eval-ema: needs the checkpoint that holds the EMA weights, --resume FILE')
+
+    def _check_batch(self) -> None:
+        data, optim, augment = self.data, self.optim, self.augment
+        if data.data_set != 'FAKE' and not data.data_path:
+            raise UsageError(f"--data-path '': --data-set {data.data_set} needs the folder of the data")
+        # timm draws the side of the box in pixels, below the larger one.
+        sides = [int(self.model.input_size * side) for side in augment.cutmix_minmax or (0, 1)]
+        if len(sides) != 2 or sides[0] >= sides[1]:
+            values = format_values(augment.cutmix_minmax or [])
+            raise UsageError(f'--cutmix-minmax {values}: needs two numbers, the smaller one first')
+        if augment.uses_mixing and optim.rank_batch_size % 2 and not self.run.eval:
+            raise UsageError(
+                f'--batch-size {optim.batch_size}: mixup and cutmix pair the images and need an even batch'
+            )
+
+
+PARTS: dict[str, type] = {part.name: part.type for part in dataclasses.fields(Config)}  # type: ignore[misc]
+
+
+# The parser -----------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Accepts dashes and underscores alike, and reports an error in one line."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_dashed(arg) for arg in args], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message.removeprefix('argument '))
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults that are numbers or words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default = action.default
+        shown = isinstance(default, int | float | str) and not isinstance(default, bool) and default != ''
+        return (action.help or '') + (' (%(default)s)' if shown and default != argparse.SUPPRESS else '')
+
+
+def _dashed(arg: str) -> str:
+    if not arg.startswith('--'):
+        return arg
+    name, equals, value = arg.partition('=')
+    return name.replace('_', '-') + equals + value
+
+
+def get_args_parser(description: str | None = None) -> Parser:
+    """The parser of all flags, one argument group for each config."""
+    parser = Parser('main.py', usage='main.py [flags]', description=description, formatter_class=_Help)
+    parser.allow_abbrev = False
+    for part in PARTS.values():
+        group = parser.add_argument_group(part.__doc__)
+        for each in dataclasses.fields(part):
+            if each.name == 'weights':
+                for name, term in RELATION_TERMS.items():
+                    group.add_argument(f'--w-{name}', type=NON_NEGATIVE, default=term.default_weight, help=term.help)
+            else:
+                _add_flag(group, each)
+    _add_flags_without_effect(parser)
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, each: dataclasses.Field) -> None:  # type: ignore[type-arg]
+    name = each.name.replace('_', '-')
+    default = each.default if each.default is not dataclasses.MISSING else {}
+    names = each.metadata['names'] or [f'--{name}']
+    group.add_argument(*names, dest=each.name, default=default, help=each.metadata['help'], **each.metadata['options'])
+    if each.metadata['no']:
+        group.add_argument(f'--no-{name}', action='store_false', dest=each.name, help=each.metadata['no'])
+
+
+def _add_flags_without_effect(parser: Parser) -> None:
+    add = parser.add_argument_group('accepted for old scripts').add_argument
+    for name in ('--distributed', '--resplit'):
+        add(name, action='store_true', help='no effect')
+    for name, default in (('local_rank', 0), ('world_size', 1), ('cooldown-epochs', 10), ('patience-epochs', 10)):
+        add(*dict.fromkeys((f'--{name}', _dashed(f'--{name}'))), type=int, default=default, help='no effect')
+
+
+def parse_args(argv: list[str] | None = None, description: str | None = None) -> Config:
+    """The configs of a command line, checked as far as possible without touching a file.
+
+    Args:
+        argv: the words; those of the process if None.
+        description: head of --help.
+
+    Raises:
+        UsageError: the first error, in one line that names the flag and its value.
+    """
+    parser = get_args_parser(description)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [name for action in parser._actions for name in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split('=')[0], known, n=1)
+        raise UsageError(f'{unknown[0]}: unrecognized argument' + (f'; did you mean {near[0]}?' if near else ''))
+    values = vars(args)
+    values['weights'] = {name: values[f'w_{name}'] for name in RELATION_TERMS}
+    parts = {
+        name: part(**{each.name: values[each.name] for each in dataclasses.fields(part)})
+        for name, part in PARTS.items()
+    }
+    config = Config(**parts)
+    if not config.model.list_blocks:
+        config.check()
+    return config
+
+
+# Words ----------------------------------------------------------------------------------------------------------------
+
+
+def flag_name(field_name: str) -> str:
+    """A field as it is typed, `--teacher-path`."""
+    return '--' + field_name.replace('_', '-')
+
+
+def format_values(values: Iterable[object]) -> str:
+    """The values of a flag as they are typed."""
+    return ' '.join(map(str, values)) or '(none)'

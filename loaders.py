@@ -1,0 +1,153 @@
+"""Data loaders: this rank's share of the training and validation images, in batches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+import datasets
+import transforms
+import utils
+from datasets import EvalDataset, TrainDataset
+from flags import AugmentConfig, DataConfig
+from loggers import log_rank0
+from models import format_grid
+from samplers import KeyedSampler, build_train_sampler
+from utils import UsageError, usage_error_context
+
+
+@dataclass(frozen=True)
+class LoaderBuilder:
+    """Builds the loaders of a run.
+
+    Attributes:
+        data: what is read, and how.
+        input_size: height and width of the images in pixels.
+        seed: of the run.
+        device: that the batches go to.
+    """
+
+    data: DataConfig
+    input_size: int
+    seed: int
+    device: torch.device
+
+    def train(self, augment: AugmentConfig, batch_size: int, repeated_aug: bool, mean: tuple[float, ...]) -> DataLoader:
+        """Augmented training images in whole batches.
+
+        Args:
+            augment: what is done to the images.
+            batch_size: images of one rank in an optimizer step.
+            repeated_aug: three copies of each image, see `samplers.RASampler`.
+            mean: of each channel of the normalised images, values in 0 … 1.
+
+        Raises:
+            UsageError: the data cannot be read, or are too few for a batch.
+        """
+        dataset = self._open(True, _train_transform(augment, self.input_size, mean))
+        world, shuffle_seed = utils.get_world_size(), utils.counter_seed(self.seed, 'shuffle')
+        sampler = build_train_sampler(dataset, world, utils.get_rank(), repeated_aug, shuffle_seed)
+        loader = DataLoader(dataset, batch_size, sampler=sampler, drop_last=True, **self._options())
+        if not len(loader):
+            raise UsageError(
+                f'--batch-size: {len(sampler)} images on each of {world} ranks do not fill one step of {batch_size}; '
+                f'the training set has {len(dataset)} images'
+            )
+        return loader
+
+    def val(self, batch_size: int) -> DataLoader:
+        """The validation images, each on one rank without padding; with --no-dist-eval all of them on every rank.
+
+        Raises:
+            UsageError: the data cannot be read.
+        """
+        dataset = self._open(False, transforms.build_eval_transform(self.input_size))
+        rank, world = (utils.get_rank(), utils.get_world_size()) if self.data.dist_eval else (0, 1)
+        return DataLoader(dataset, batch_size, sampler=range(rank, len(dataset), world), **self._options())
+
+    def _open(self, train: bool, transform: Callable[..., Any]) -> TrainDataset | EvalDataset:
+        data, skip_bad = self.data, self.data.bad_images == 'skip'
+        with usage_error_context('--data-path', data.data_path):
+            images, _ = datasets.build_dataset(
+                data.data_set,
+                data.data_path,
+                train,
+                transform,
+                input_size=self.input_size,
+                inat_category=data.inat_category,
+                num_classes=data.num_classes,
+            )
+        dataset = TrainDataset(images, skip_bad, self.seed) if train else EvalDataset(images, skip_bad)
+        shape = datasets.image_size(dataset)
+        if shape != (self.input_size, self.input_size):
+            raise UsageError(
+                f'--input-size {self.input_size}: the images are {format_grid(shape)} pixels, and up to '
+                f'{transforms.SMALL_SIZE} pixels images are not resized'
+            )
+        return dataset
+
+    def _options(self) -> dict[str, Any]:
+        workers, pin = self.data.num_workers, self.data.pin_mem and self.device.type == 'cuda'
+        return {'num_workers': workers, 'pin_memory': pin, 'persistent_workers': workers > 0}
+
+
+def _train_transform(augment: AugmentConfig, input_size: int, mean: tuple[float, ...]) -> transforms.TrainTransform:
+    if augment.no_aug:
+        return transforms.TrainTransform(transforms.build_eval_transform(input_size))
+    value = f'{augment.aa}{" with --device-augment" * augment.device_augment}'
+    with usage_error_context('--aa', value, AssertionError, KeyError):
+        return transforms.build_train_transform(
+            input_size,
+            augment.color_jitter,
+            augment.policy,
+            augment.train_interpolation,
+            augment.reprob,
+            augment.recount,
+            mean,
+            on_device=augment.device_augment,
+        )
+
+
+def choose_repeated_aug(flag: bool | str, resume: str, checkpoint: dict[str, Any]) -> bool:
+    """Whether the order of training is that of repeated augmentation.
+
+    In one process the three copies of an image would be in the same batch, so there it is used only if it is typed. A
+    run that is resumed keeps its order, whatever the number of ranks, unless a flag is typed.
+
+    Args:
+        flag: True by default, 'always' for --repeated-aug, False for --no-repeated-aug.
+        resume: the value of --resume, for the error.
+        checkpoint: what is resumed, {} for nothing.
+
+    Raises:
+        UsageError: a typed flag contradicts a checkpoint in mid-epoch.
+    """
+    typed = {'always': True, False: False}.get(flag)
+    started = checkpoint.get('repeated_aug')
+    if typed is None:
+        return utils.get_world_size() > 1 if started is None else bool(started)
+    if checkpoint.get('position') and typed != started:
+        name = '--repeated-aug' if typed else '--no-repeated-aug'
+        raise UsageError(f'{name}: cannot be changed in mid-epoch; --resume {resume} was started without it')
+    return typed
+
+
+def first_batch(loader: DataLoader, epoch: int) -> Any:
+    """The batch an epoch starts with on this rank, loaded by this process: the same after a resume in mid-epoch."""
+    sampler = loader.sampler
+    assert isinstance(sampler, KeyedSampler)
+    sampler.set_epoch(epoch)
+    return default_collate([loader.dataset[key] for key in islice(sampler, loader.batch_size)])
+
+
+def report_bad_images(device: torch.device, *loaders: DataLoader, again: bool = False) -> None:
+    """Lists the images that were left out on any rank: those since the last list, or all of them again."""
+    for loader in loaders:
+        dataset = loader.dataset
+        assert isinstance(dataset, TrainDataset | EvalDataset)
+        what = 'left out of evaluation' if isinstance(dataset, EvalDataset) else 'replaced by the next one'
+        for image in dataset.list_bad(lambda bad: utils.sum_over_ranks(bad.to(device)), again):
+            log_rank0(f'warning: cannot be read, {what}: {image}')
