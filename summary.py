@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import timm
 import torch
@@ -115,10 +114,9 @@ def counted(number: int, noun: str) -> str:
 Condition = tuple[tuple[str, ...], str, Callable[[Config], object]]
 
 
-def _terms_read(option: str, config: Config) -> bool:
+def _read_by_terms(option: str) -> Callable[[Config], bool]:
     """Whether a relation term that has a weight reads this flag."""
-    weights = config.loss.weights.items()
-    return any(weight and option in RELATION_TERMS[name].reads for name, weight in weights)
+    return lambda c: any(weight and option in RELATION_TERMS[name].reads for name, weight in c.loss.weights.items())
 
 
 # fmt: off
@@ -140,7 +138,7 @@ def _conditions() -> Iterator[Condition]:
     for option in ('K', 'relations', 'relation_dtype'):
         readers = [f'--w-{name}' for name, term in RELATION_TERMS.items() if option in term.reads]
         listed = ' or '.join([', '.join(readers[:-1]), readers[-1]] if readers[1:] else readers)
-        yield (option,), f'{listed} above 0', partial(_terms_read, option)
+        yield (option,), f'{listed} above 0', _read_by_terms(option)
     yield ('max_patches',), '--token-align merge', lambda c: c.model.token_align == 'merge'
     yield ('model_ema_decay', 'model_ema_force_cpu', 'eval_ema'), '--model-ema', lambda c: c.optim.model_ema
     yield ('decay_epochs',), '--sched step', lambda c: c.optim.sched == 'step'
