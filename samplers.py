@@ -1,49 +1,49 @@
-"""Which image stands at which position of which epoch on which rank.
+"""Which image is at which position of which epoch, and on which rank.
 
-Position p of an epoch is global: rank r of W reads positions r, r + W, r + 2W, … so that one step of all ranks takes
-W·B consecutive positions, whatever W is.
+Positions count through an epoch over all ranks: rank r of W reads the positions r, r + W, r + 2W, … So a step of all
+ranks takes W·B consecutive positions, for any W.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from itertools import islice
 
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch.utils.data import Dataset, DistributedSampler, Sampler
+from torch.utils.data import DistributedSampler, Sampler
 
-# DeiT keeps a multiple of this many images per epoch.
+# DeiT rounds the number of images per epoch down to a multiple of this.
 SELECTED_ROUND = 256
 
 
 class RASampler(RepeatAugSampler):
-    """DeiT's repeated augmentation (Hoffer et al., 2020): three copies of an image, spread over the ranks.
+    """DeiT's repeated augmentation (Hoffer et al., 2020): three copies of each image, spread over the ranks.
 
-    The order depends on the epoch alone, as in the release: `randperm(N)`, each index three times in a row, rank r of W
-    takes every W-th from r on, of these the first (N//256·256)//W. Below 256 images, where the release yields
-    none, each rank gets ceil(N/W).
+    The order depends only on the epoch, as in the release: `randperm(N)` with each index three times in a row. Rank r
+    of W takes every W-th index from r on, and of these the first (N//256·256)//W. Below 256 images, where the release
+    selects none, each rank gets ceil(N/W).
 
     Args:
-        dataset: anything with a length N.
-        num_replicas: number of ranks W; the process group's if None.
-        rank: this rank; the process group's if None.
-        shuffle: False keeps the data set's order.
+        dataset: any object with a length N.
+        num_replicas: number of ranks W; None: that of the process group.
+        rank: this rank; None: that of the process group.
+        shuffle: False keeps the order of the data set.
     """
 
-    def __init__(self, dataset, num_replicas: int | None = None, rank: int | None = None, shuffle: bool = True):
-        # timm before 1.0.25 selects nothing at all below `selected_round` images; 0 switches the rounding off.
+    def __init__(self, dataset: Sized, num_replicas: int | None = None, rank: int | None = None, shuffle: bool = True):
+        # timm 1.0.25 also selects no image below `selected_round`; 0 switches the rounding off.
         rounding = SELECTED_ROUND if len(dataset) >= SELECTED_ROUND else 0
         super().__init__(dataset, num_replicas, rank, shuffle, num_repeats=3, selected_round=rounding)
 
 
 class KeyedSampler(Sampler[tuple[int, int, int]]):
-    """Each index of `sampler` with its place, (index, epoch, position): the counter of its random augmentation.
+    """Adds the position to each index: (index, epoch, position), the key of the image's random augmentation.
 
     Args:
         sampler: yields the indices of one rank, in order.
         num_replicas: number of ranks W.
-        rank: this rank r; its i-th index stands at position r + W·i.
+        rank: this rank r; its i-th index is at position r + W·i.
     """
 
-    def __init__(self, sampler: Sampler[int], num_replicas: int, rank: int) -> None:
+    def __init__(self, sampler: RASampler | DistributedSampler, num_replicas: int, rank: int) -> None:
         self.sampler = sampler
         self.num_replicas = num_replicas
         self.rank = rank
@@ -51,40 +51,46 @@ class KeyedSampler(Sampler[tuple[int, int, int]]):
         self.start = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Chooses the epoch, and the position from which all ranks together go on in it."""
+        """Sets the epoch, and the position at which all ranks continue in it."""
         self.epoch = epoch
         self.start = start
         self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
-        """As many on each rank, whatever position was begun at."""
+        """The number of images left in the epoch, the same on each rank for any start."""
         return max(0, len(self.sampler) * self.num_replicas - self.start) // self.num_replicas
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        # Fewer ranks may have stopped between two positions that are this rank's: its first is the one behind.
+        # After a change of W the start may be between two positions of this rank: round up.
         first = max(0, -(-(self.start - self.rank) // self.num_replicas))
         for i, index in enumerate(islice(self.sampler, first, first + len(self)), start=first):
             yield index, self.epoch, self.rank + self.num_replicas * i
 
 
 def build_train_sampler(
-    dataset: Dataset, num_replicas: int, rank: int, repeated_aug: bool, shuffle_seed: int
+    dataset: Sized, num_replicas: int, rank: int, repeated_aug: bool, shuffle_seed: int
 ) -> KeyedSampler:
-    """The order of training: repeated augmentation, or a shuffle of (shuffle_seed, epoch) without repeats.
+    """The order of training: repeated augmentation, or a shuffle without repeats that depends on (seed, epoch).
 
     Args:
         dataset: the training images.
         num_replicas: number of ranks.
         rank: this rank.
         repeated_aug: three copies of each image (`RASampler`).
-        shuffle_seed: seed of the plain shuffle; repeated augmentation has DeiT's own rule.
+        shuffle_seed: seed of the shuffle; repeated augmentation does not depend on it.
     """
     if repeated_aug:
-        sampler = RASampler(dataset, num_replicas, rank)
-    else:
-        # drop_last: padding would repeat images, and another number of images for another number of ranks.
-        sampler = DistributedSampler(dataset, num_replicas, rank, shuffle=True, seed=shuffle_seed, drop_last=True)
-    return KeyedSampler(sampler, num_replicas, rank)
+        return KeyedSampler(RASampler(dataset, num_replicas, rank), num_replicas, rank)
+    # drop_last: padding would repeat images, a different number for each number of ranks.
+    shuffled: DistributedSampler = DistributedSampler(
+        dataset,  # type: ignore[arg-type]  # only its length is used
+        num_replicas,
+        rank,
+        shuffle=True,
+        seed=shuffle_seed,
+        drop_last=True,
+    )
+    return KeyedSampler(shuffled, num_replicas, rank)
 
 
 def distinct_images(batch_size: int, num_replicas: int) -> int:

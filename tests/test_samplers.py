@@ -1,4 +1,4 @@
-"""The order of training images, against the published hashes and against the rule written out in plain Python."""
+"""The order of training images, against published hashes and against the rule in plain Python."""
 
 import hashlib
 from itertools import cycle
@@ -10,7 +10,7 @@ import torch
 
 from samplers import KeyedSampler, RASampler, build_train_sampler, distinct_images
 
-IMAGENET = range(1_281_167)  # a sampler asks its data set for nothing but its length
+IMAGENET = range(1_281_167)  # a sampler needs only the length of the data set
 
 
 def epoch_of(sampler, epoch):
@@ -24,7 +24,7 @@ def epoch_of(sampler, epoch):
 @pytest.mark.parametrize(
     ('epoch', 'published'), [(0, '6b31cf8c60017f9a'), (1, '537739e63ee562a8'), (299, 'bdac24be183cf0d0')]
 )
-def test_repeated_augmentation_of_imagenet_on_eight_ranks_has_the_published_order(epoch, published):
+def test_repeated_augmentation_has_published_order_on_imagenet(epoch, published):
     ranks = [epoch_of(RASampler(IMAGENET, 8, rank), epoch) for rank in range(8)]
     digest = hashlib.sha256(b''.join(np.array(indices, dtype='<i8').tobytes() for indices in ranks))
     assert digest.hexdigest().startswith(published)
@@ -39,7 +39,7 @@ def test_repeated_augmentation_follows_its_rule(images, ranks):
         order = torch.randperm(images, generator=torch.Generator().manual_seed(epoch)).tolist()
         copies = [index for index in order for _ in range(3)]
         while len(copies) % ranks:
-            copies.append(copies[len(copies) - 3 * images])  # wrapped to a multiple of the ranks
+            copies.append(copies[len(copies) - 3 * images])  # padded to a multiple of the ranks
         for rank in range(ranks):
             sampler = RASampler(range(images), ranks, rank)
             expected = copies[rank::ranks][: images // 256 * 256 // ranks]
@@ -49,7 +49,7 @@ def test_repeated_augmentation_follows_its_rule(images, ranks):
 
 @pytest.mark.parametrize('ranks', [1, 2, 3, 8])
 @pytest.mark.parametrize('images', [2, 5, 100, 255])
-def test_below_256_images_every_rank_gets_its_share_of_repeated_augmentation(images, ranks):
+def test_repeated_augmentation_below_256_images(images, ranks):
     order = torch.randperm(images, generator=torch.Generator().manual_seed(4)).tolist()
     copies = [index for index in order for _ in range(3)]
     for rank in range(ranks):
@@ -60,13 +60,13 @@ def test_below_256_images_every_rank_gets_its_share_of_repeated_augmentation(ima
 
 
 @pytest.mark.parametrize(('ranks', 'published'), [(1, 22), (2, 43), (4, 64), (8, 64)])
-def test_a_batch_of_64_holds_as_many_distinct_images_as_published(ranks, published):
+def test_distinct_images_match_published_numbers(ranks, published):
     assert distinct_images(64, ranks) == published
 
 
 @pytest.mark.parametrize('ranks', range(1, 9))
 @pytest.mark.parametrize('batch', [1, 2, 7, 64])
-def test_distinct_images_are_those_of_the_first_batch_of_the_sampler(batch, ranks):
+def test_distinct_images_match_first_batch(batch, ranks):
     first = epoch_of(RASampler(range(1024), ranks, 0), 0)[:batch]
     assert distinct_images(batch, ranks) == len(set(first))
 
@@ -75,7 +75,7 @@ def test_distinct_images_are_those_of_the_first_batch_of_the_sampler(batch, rank
 
 
 def steps(images, ranks, repeated_aug, epoch=3, seed=0, global_batch=8):
-    """What all ranks read in each step, whole batches only."""
+    """The keys that all ranks read in each step, in whole batches."""
     samplers = [build_train_sampler(range(images), ranks, rank, repeated_aug, seed) for rank in range(ranks)]
     read = [epoch_of(sampler, epoch) for sampler in samplers]
     assert [len(sampler) for sampler in samplers] == [len(keys) for keys in read]
@@ -88,7 +88,7 @@ def steps(images, ranks, repeated_aug, epoch=3, seed=0, global_batch=8):
 
 @pytest.mark.parametrize('repeated_aug', [False, True])
 @pytest.mark.parametrize('images', [50, 256, 301])
-def test_every_step_reads_the_same_images_at_the_same_positions_on_1_2_and_4_ranks(images, repeated_aug):
+def test_every_step_reads_same_images_on_1_2_and_4_ranks(images, repeated_aug):
     one, two, four = (steps(images, ranks, repeated_aug) for ranks in (1, 2, 4))
     assert one == two == four
     used = images // 256 * 256 if repeated_aug and images >= 256 else images
@@ -111,24 +111,24 @@ def test_keyed_sampler_numbers_positions_across_ranks():
 
 
 @pytest.mark.parametrize('ranks', [1, 2, 3])
-def test_the_shuffle_repeats_no_image_and_pads_none(ranks):
+def test_shuffle_has_no_repeats_and_no_padding(ranks):
     keys = [key for rank in range(ranks) for key in epoch_of(build_train_sampler(range(50), ranks, rank, False, 0), 0)]
     indices = [index for index, _, _ in keys]
     assert len(indices) == len(set(indices)) == 50 // ranks * ranks
 
 
-def test_the_shuffle_is_a_function_of_seed_and_epoch():
+def test_shuffle_depends_on_seed_and_epoch():
     def order(seed, epoch):
         return [index for index, _, _ in epoch_of(build_train_sampler(range(50), 1, 0, False, seed), epoch)]
 
     orders = {(seed, epoch): order(seed, epoch) for seed in (0, 5) for epoch in (0, 1)}
     assert orders == {key: order(*key) for key in orders}
     assert all(sorted(indices) == list(range(50)) for indices in orders.values())
-    # torch's sampler adds seed and epoch; these are four different sums
+    # torch's sampler adds seed and epoch: these are four different sums.
     assert len({tuple(indices) for indices in orders.values()}) == 4
 
 
-def test_repeated_augmentation_ignores_the_seed_but_not_the_epoch():
+def test_repeated_augmentation_depends_on_epoch_not_seed():
     def order(seed, epoch):
         return epoch_of(build_train_sampler(range(300), 2, 0, True, seed), epoch)
 
@@ -140,7 +140,7 @@ def test_repeated_augmentation_ignores_the_seed_but_not_the_epoch():
 
 
 def rest(images, ranks, repeated_aug, start):
-    """What each rank reads of epoch 3 from a position on."""
+    """The keys that each rank reads of epoch 3 from a position on."""
     samplers = [build_train_sampler(range(images), ranks, rank, repeated_aug, 0) for rank in range(ranks)]
     for sampler in samplers:
         sampler.set_epoch(3, start)
@@ -152,14 +152,14 @@ def rest(images, ranks, repeated_aug, start):
 @pytest.mark.parametrize('repeated_aug', [False, True])
 @pytest.mark.parametrize('ranks', [1, 2, 3, 4])
 @pytest.mark.parametrize('images', [23, 24, 259])
-def test_the_rest_of_an_epoch_is_read_without_gap_or_repeat_from_any_position(images, ranks, repeated_aug):
+def test_rest_of_epoch_has_no_gap_or_repeat(images, ranks, repeated_aug):
     whole = {key[2]: key for keys in rest(images, ranks, repeated_aug, 0) for key in keys}
     assert sorted(whole) == list(range(len(whole)))
     for start in [*range(26), len(whole) - 1, len(whole), len(whole) + 1]:
         read = rest(images, ranks, repeated_aug, start)
-        assert len({len(keys) for keys in read}) == 1  # or one rank would wait for the others
+        assert len({len(keys) for keys in read}) == 1  # otherwise some ranks would wait for others
         steps = max(0, len(whole) - start) // ranks
-        for step in range(steps):  # a batch of 1; larger ones are several of these
+        for step in range(steps):  # with batches of 1
             assert sorted(keys[step][2] for keys in read) == list(
                 range(start + step * ranks, start + (step + 1) * ranks)
             )
@@ -169,7 +169,7 @@ def test_the_rest_of_an_epoch_is_read_without_gap_or_repeat_from_any_position(im
 
 @pytest.mark.parametrize('repeated_aug', [False, True])
 @pytest.mark.parametrize('images', [50, 301])
-def test_other_numbers_of_ranks_in_mid_epoch_read_the_same_in_each_step(images, repeated_aug):
+def test_change_of_ranks_in_mid_epoch_keeps_every_step(images, repeated_aug):
     expected = steps(images, 1, repeated_aug)
     for step, ranks in zip(range(len(expected)), cycle([1, 2, 4, 1, 4]), strict=False):
         read = rest(images, ranks, repeated_aug, 8 * step)
@@ -177,7 +177,7 @@ def test_other_numbers_of_ranks_in_mid_epoch_read_the_same_in_each_step(images, 
         assert len(read[0]) // (8 // ranks) == len(expected) - step
 
 
-def test_the_next_epoch_begins_at_its_beginning():
+def test_next_epoch_starts_at_position_0():
     sampler = build_train_sampler(range(50), 1, 0, False, 0)
     sampler.set_epoch(3, 40)
     assert len(sampler) == 10
