@@ -1,10 +1,11 @@
-"""What an image costs the loader: the augmentation of timm on PIL images against ours, one core, no loader processes.
+"""Time per image in the loader: timm's augmentation of PIL images against ours, on one core, in one process.
 
     python -m benchmarks.input IMAGENET/train        any tree of folders of JPEGs
     python -m benchmarks.input IMAGENET/train --device cuda
 
-All take turns on the same images, boxes and decisions; medians over rounds of milliseconds an image. `device` is what
-`transforms.DevicePreprocess` then takes for an image of a batch of 64. The last line compares the crops with PIL's.
+All pipelines take turns on the same images with the same random numbers. The table has medians over rounds, in
+milliseconds per image. `device` is the time of `transforms.DevicePreprocess` per image of a batch of 64. The last line
+compares our crops with PIL's.
 """
 
 import argparse
@@ -33,20 +34,20 @@ AA, SIZE, BATCH = 'rand-m9-mstd0.5-inc1', 224, 64
 STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class Timm(datasets.CheckedDataset):
-    """The release's input: PIL decodes and crops, timm augments, normalises and erases each image by itself."""
+class TimmDataset(datasets.CheckedDataset):
+    """The input of the release: PIL decodes and crops, timm augments, normalises and erases image by image."""
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple:
         transforms.seed_augmentation(utils.counter_seed(0, 'augment', key[1], key[2]))
         return self.read(key[0])
 
 
-def ways(folder: str) -> dict[str, datasets.CheckedDataset]:
-    """Data sets by name, the baseline first."""
+def build_pipelines(folder: str) -> dict[str, datasets.CheckedDataset]:
+    """Data sets by name. The first is the baseline."""
     options = {'color_jitter': 0.4, 'auto_augment': AA, 'interpolation': 'bicubic'}
     by_timm = create_transform(SIZE, is_training=True, re_prob=0.25, re_mode='pixel', re_count=1, **options)
     transforms.patch_posterize(by_timm.transforms)
-    found = {'PIL and timm': Timm(ImageFolder(folder, by_timm, loader=default_loader), False)}
+    found = {'PIL and timm': TimmDataset(ImageFolder(folder, by_timm, loader=default_loader), False)}
     for name, on_device in (('ours', False), ('--device-augment', True)):
         transform = transforms.build_train_transform(SIZE, **options, reprob=0.25, recount=1, on_device=on_device)
         images = ImageFolder(folder, transform, loader=load_image)
@@ -54,15 +55,15 @@ def ways(folder: str) -> dict[str, datasets.CheckedDataset]:
     return found
 
 
-def decibels(folder: str, count: int) -> tuple[float, float]:
-    """Likeness of our crops to PIL's: of all together, and of the least like one."""
+def crop_psnr(folder: str, count: int) -> tuple[float, float]:
+    """PSNR of our crops against PIL's in dB: over all images, and of the worst image."""
     crop = RandomResizedCropAndInterpolation(SIZE, interpolation='bicubic')
     ours, errors = transforms.RandomResizedCrop(crop), []
     for index, (path, _) in zip(range(count), ImageFolder(folder).samples, strict=False):
         crops = []
-        for load, way in ((default_loader, crop), (load_image, ours)):
+        for load, resized_crop in ((default_loader, crop), (load_image, ours)):
             transforms.seed_augmentation(index)
-            crops.append(to_uint8(way(load(path))).float())
+            crops.append(to_uint8(resized_crop(load(path))).float())
         errors.append((crops[0] - crops[1]).square().mean().item())
     of_all = (statistics.fmean(errors), max(errors))
     return tuple(10 * math.log10(255**2 / error) if error else math.inf for error in of_all)
@@ -70,20 +71,20 @@ def decibels(folder: str, count: int) -> tuple[float, float]:
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('folder', help='folders of images')
-    parser.add_argument('--rounds', type=flags.POSITIVE_INT, default=7, help='batches of each way')
-    parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='of what is left to it')
+    parser.add_argument('folder', help='folder with a folder of images per class')
+    parser.add_argument('--rounds', type=flags.POSITIVE_INT, default=7, help='batches per pipeline')
+    parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='device of DevicePreprocess')
     args = parser.parse_args()
     torch.set_num_threads(1)
     device = utils.init_distributed(args.device, 'env://')
     try:
-        taking = ways(args.folder)
+        pipelines = build_pipelines(args.folder)
     except FileNotFoundError as error:
         parser.error(str(error))
-    length = len(next(iter(taking.values())))
-    finish = transforms.DevicePreprocess(*STATS, 'pixel', [round(255 * value) for value in STATS[0]]).to(device)
+    length = len(next(iter(pipelines.values())))
+    preprocess = transforms.DevicePreprocess(*STATS, 'pixel', [round(255 * value) for value in STATS[0]]).to(device)
     loads: dict[str, Callable] = {}
-    for name, dataset in taking.items():
+    for name, dataset in pipelines.items():
         loads[name] = lambda keys, dataset=dataset: default_collate([dataset[key] for key in keys])
         loads[f'{name}, 3 repeats'] = loads[name]
     times, costs = {name: [] for name in loads}, {name: [] for name in loads}
@@ -95,14 +96,14 @@ def run() -> None:
             images, *_, aug_params = load(keys)
             times[name].append(time.perf_counter() - start)
             if isinstance(aug_params, dict):
-                costs[name].append(benchmarks.seconds(partial(finish, images.to(device), aug_params), device))
+                costs[name].append(benchmarks.seconds(partial(preprocess, images.to(device), aug_params), device))
     base = statistics.median(times['PIL and timm'][1:])
     print(f'{"":32}{"ms":>7}{"img/s":>8}{"ratio":>7}{"device ms":>11}{"ratio with it":>15}')
     for name, found in times.items():
         median, cost = statistics.median(found[1:]), statistics.median(costs[name][1:] or [0.0])
         print(f'{name:32}{1000 * median / BATCH:7.2f}{BATCH / median:8.0f}{base / median:7.2f}'
               f'{1000 * cost / BATCH:11.3f}{base / (median + cost):15.2f}')  # fmt: skip
-    print('our crops against PIL: {:.1f} dB together, {:.1f} dB the least like one'.format(*decibels(args.folder, 200)))
+    print('our crops against PIL: {:.1f} dB over all, {:.1f} dB the worst'.format(*crop_psnr(args.folder, 200)))
     print(benchmarks.machine(device))
 
 

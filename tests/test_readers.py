@@ -1,4 +1,4 @@
-"""Images inside tars: trees of class folders, WebDataset shards, damaged files, and the index that is kept."""
+"""Images inside tars: tars of class folders, WebDataset shards, damaged tars, and the saved index."""
 
 import io
 import json
@@ -47,7 +47,7 @@ def pixel(image: torch.Tensor) -> tuple[int, int, int]:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache folder for the indexes, and nothing remembered from other tests."""
+    """An empty folder for saved indexes; indexes in memory are dropped."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     readers._open_index.cache_clear()
     return tmp_path / 'cache' / 'manifold-distillation'
@@ -73,7 +73,7 @@ def test_tars_have_the_classes_of_a_tree_of_folders(tmp_path, kind):
                 write_tar(tmp_path / split / f'{n}.tar', members)
     dataset, num_classes = build_dataset('TAR', str(tmp_path), True)
     assert num_classes == 3
-    assert dataset.classes == names  # as ImageFolder sorts them
+    assert dataset.classes == names  # in the order of ImageFolder
     found = sorted((target, pixel(image)) for image, target in (dataset[i] for i in range(len(dataset))))
     assert found == sorted((k, colours(10 * k + i)) for k in range(3) for i in range(2))
 
@@ -158,7 +158,7 @@ def open_shards(root: Path, train: bool = True, name: str = 'wds/', **options):
 
 
 def numbers_of(dataset) -> list[int]:
-    """Which images there are, by their colours. Checks their classes."""
+    """The numbers of the images, found by their colours. Checks their classes."""
     known = {colours(n): n for n in range(30)}
     found = []
     for image, target in (dataset[i] for i in range(len(dataset))):
@@ -191,7 +191,7 @@ def test_training_reads_shards_in_the_order_of_the_sampler(shards, world):
         sampler.set_epoch(2, 6)
     keys = [key for sampler in samplers for key in sampler]
     assert {position for _, _, position in keys} == set(range(6, 6 + len(keys)))
-    for key in keys:  # repeated augmentation: an image comes several times, with other random numbers
+    for key in keys:  # repeated augmentation: several copies of an image, with different random numbers
         image, target, index, _ = dataset[key]
         assert (pixel(image), target, index) == (colours(key[0]), key[0] % 7, key[0])
     default_collate([dataset[key] for key in keys])
@@ -329,7 +329,7 @@ def cut(data: bytes, end: int) -> bytes:
 
 
 def flip_header(data: bytes) -> bytes:
-    """Another letter in the name of the second file: its checksum is wrong then."""
+    """Changes a letter in the name of the second file, so that the checksum of its header is wrong."""
     at = data.index(b'0000.cls')
     return data[:at] + b'X' + data[at + 1 :]
 
@@ -373,30 +373,30 @@ def test_long_names_and_odd_letters_are_read(tmp_path, format):
     assert pixel(dataset[0][0]) == colours(0)
 
 
-# The index that is kept -----------------------------------------------------------------------------------------------
+# The saved index ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def scans(monkeypatch):
-    """The tars that were read, one entry per reading."""
+    """The names of the tars that are read, each time they are read."""
     read, open_tar = [], readers._open_tar
     monkeypatch.setattr(readers, '_open_tar', lambda path: read.append(path.name) or open_tar(path))
     return read
 
 
 def reopen(root: Path, name: str = 'wds/'):
-    """As another process does."""
+    """Opens the validation split as a new process does."""
     readers._open_index.cache_clear()
     return build_dataset(name, str(root), False)[0]
 
 
 @pytest.mark.parametrize('name', ['wds/', 'TAR'])
-def test_index_is_kept_and_used(tmp_path, cache, scans, name):
+def test_index_is_saved_and_used(tmp_path, cache, scans, name):
     write_tar(tmp_path / 'val.tar', {f'{c}/{key}': data for c in 'ab' for key, data in sample(3).items()})
     first = reopen(tmp_path, name)
     assert scans == ['val.tar']
-    (kept,) = cache.iterdir()
-    assert kept.suffix == '.npz'
+    (saved,) = cache.iterdir()
+    assert saved.suffix == '.npz'
     again = reopen(tmp_path, name)
     assert scans == ['val.tar']
     assert list(again.samples) == list(first.samples)
@@ -424,7 +424,7 @@ def test_index_of_changed_shards_is_not_used(shards, cache, scans, change):
     else:
         write_tar(shards / 'val' / '5.tar', sample(0))
     expected = {'size': 26, 'time': 30, 'shard': 31}[change]
-    assert len(build_dataset('wds/', str(shards), False)[0]) == expected  # in the same process too
+    assert len(build_dataset('wds/', str(shards), False)[0]) == expected  # also in the same process
     assert len(scans) > scanned
     assert len(reopen(shards)) == expected
 
@@ -444,15 +444,15 @@ class Bomb:
 @pytest.mark.parametrize('kind', ['empty', 'text', 'cut off', 'flipped', 'pickle', 'objects', 'another array', 'npy'])
 def test_damaged_index_is_made_again_and_nothing_is_unpickled(shards, cache, scans, kind):
     expected = list(reopen(shards).samples)
-    kept = max(cache.iterdir(), key=os.path.getmtime)
-    for kept in cache.iterdir():
-        data = kept.read_bytes()
+    saved = max(cache.iterdir(), key=os.path.getmtime)
+    for saved in cache.iterdir():
+        data = saved.read_bytes()
         objects = np.empty(1, dtype=object)
         objects[0] = Bomb()
-        arrays = dict(np.load(kept, allow_pickle=False))
+        arrays = dict(np.load(saved, allow_pickle=False))
         npy = io.BytesIO()
         np.save(npy, np.zeros(3))
-        kept.write_bytes({
+        saved.write_bytes({
             'empty': b'',
             'text': b'no index',
             'cut off': data[: len(data) // 2],
@@ -472,7 +472,7 @@ def test_damaged_index_is_made_again_and_nothing_is_unpickled(shards, cache, sca
 
 
 @pytest.mark.parametrize('kind', ['file', 'no permission', 'full'])
-def test_index_that_cannot_be_kept_costs_only_time(shards, cache, monkeypatch, capsys, kind):
+def test_index_that_cannot_be_saved_costs_only_time(shards, cache, monkeypatch, capsys, kind):
     if kind == 'file':
         cache.parent.write_text('no folder')
     elif kind == 'no permission':
@@ -491,7 +491,7 @@ def test_index_that_cannot_be_kept_costs_only_time(shards, cache, monkeypatch, c
     assert not cache.is_dir() or not list(cache.iterdir())
 
 
-def test_index_is_kept_in_the_home_folder_by_default(shards, tmp_path, monkeypatch):
+def test_index_is_saved_in_the_home_folder_by_default(shards, tmp_path, monkeypatch):
     monkeypatch.delenv('XDG_CACHE_HOME')
     monkeypatch.setenv('HOME', str(tmp_path / 'home'))
     reopen(shards)

@@ -1,4 +1,4 @@
-"""The batch against timm and Pillow image by image, the draws against timm's, erasing, and no waiting for a device."""
+"""Augmentation of batches, against timm and Pillow image by image, and erasing; nothing waits for the device."""
 
 import copy
 import pickle
@@ -38,7 +38,7 @@ LEVELS = (0, 1, 2.3, 5, 7.7, 9, 10)
 
 
 def pictures(kind='all', number=3):
-    """(number, 3, H, W) uint8: gradients of another slope in each channel, noise, both, or a pale plane, in turn."""
+    """(number, 3, H, W) uint8: gradients, noise, both, or a constant, in turn or of one kind."""
     generator = torch.Generator().manual_seed(1)
     x, y = torch.meshgrid(torch.linspace(0, 1, W), torch.linspace(0, 1, H), indexing='xy')
     found = []
@@ -74,7 +74,7 @@ def states():
 
 
 def posterize(image, bits, **_):
-    # Pillow 13 refuses to keep no bit; what Pillow 12 answered was black.
+    # Pillow 13 raises an error for 0 bits; Pillow 12 returned black.
     return image.point(lambda value: 0) if bits <= 0 else ImageOps.posterize(image, min(bits, 8))
 
 
@@ -99,7 +99,7 @@ def one_operation(name, level, resample=Image.Resampling.BILINEAR):
 
 
 def both_ways(policies, images):
-    """The images by timm and Pillow, and as a batch, image i by policy i with seed i: each (B, 3, H, W) int."""
+    """Results of timm with Pillow, and of the batch, each (B, 3, H, W) int. Image i has policy i and seed i."""
     plans, expected = [], []
     for i, (policy, image) in enumerate(zip(policies, images, strict=True)):
         seed(i)
@@ -118,14 +118,14 @@ def of_each_level(name, kind, resample=Image.Resampling.BILINEAR, each=4):
 
 
 def every_operation(copies=1):
-    """(copies · number of operations, 1, 3): a plan with something to do for each operation."""
+    """A plan (copies · number of operations, 1, 3) with every operation."""
     arguments = {'Rotate': 20, 'Posterize': 3, 'Solarize': 100, 'SolarizeAdd': 60, 'TranslateX': 4, 'TranslateY': -5}
     rows = [[number, arguments.get(name, 0.3), 3] for number, name in enumerate(OPERATIONS)]
     return torch.tensor(rows, dtype=torch.float32)[:, None].repeat(copies, 1, 1)
 
 
-class Watched(TorchDispatchMode):
-    """Counts what is asked of torch, indexing by a mask under a name of its own: it hides a `nonzero`."""
+class CallCounter(TorchDispatchMode):
+    """Counts the calls of torch. Indexing by a mask counts as `mask`: it calls `nonzero` inside."""
 
     def __init__(self):
         super().__init__()
@@ -139,35 +139,37 @@ class Watched(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# Pixels ---------------------------------------------------------------------------------------------------------------
+# Results against Pillow -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', COLOURS)
-def test_a_colour_operation_is_pillows_to_within_one_of_255(name):
+def test_colour_operation_matches_pillow_to_1_of_255(name):
     difference = of_each_level(name, 'all')
     assert difference.max() <= 1
-    assert (difference > 0).float().mean() < 0.002  # AutoContrast, where Pillow's product misses a whole number
+    assert (
+        difference > 0
+    ).float().mean() < 0.002  # AutoContrast, where Pillow's product is slightly below a whole number
 
 
 @pytest.mark.parametrize('name', MOVING)
-def test_bilinear_motion_is_pillows_to_within_one_of_255_and_fills_the_same_pixels(name):
-    for kind in ('smooth', 'noise', 'plane'):  # against the plane a pixel that is filled stands out
+def test_bilinear_geometry_matches_pillow_to_1_of_255(name):
+    for kind in ('smooth', 'noise', 'plane'):  # in a constant image a filled pixel is visible
         difference = of_each_level(name, kind)
         assert difference.max() <= 1
         assert (difference > 0).float().mean() < 0.03
 
 
 @pytest.mark.parametrize('name', MOVING)
-def test_bicubic_motion_fills_the_same_pixels_and_differs_from_pillows_by_its_softer_kernel(name):
+def test_bicubic_geometry_is_close_to_pillow(name):
     bicubic = Image.Resampling.BICUBIC
     assert of_each_level(name, 'plane', bicubic).max() == 0
     assert of_each_level(name, 'smooth', bicubic).max() <= 1
-    assert of_each_level(name, 'noise', bicubic).float().mean() < 4  # of 255; 85 between two images of noise
+    assert of_each_level(name, 'noise', bicubic).float().mean() < 4  # of 255; two images of noise differ by 85
 
 
 @pytest.mark.parametrize('name', MOVING)
-def test_motion_without_interpolation_is_pillows(name):
-    # At levels 5 and 10 a pixel lies halfway between two, and either is right.
+def test_nearest_geometry_equals_pillow(name):
+    # At levels 5 and 10 a position is halfway between two pixels, and both are right.
     levels = [level for level in LEVELS if level % 5 or 'Translate' not in name for _ in range(4)]
     policies = [one_operation(name, level, Image.Resampling.NEAREST) for level in levels]
     expected, found = both_ways(policies, pictures('noise', len(levels)))
@@ -175,15 +177,15 @@ def test_motion_without_interpolation_is_pillows(name):
 
 
 @pytest.mark.parametrize('words', POLICIES)
-def test_a_whole_policy_does_to_a_batch_what_timm_does_to_each_image(words):
+def test_whole_policy_matches_timm_image_by_image(words):
     policy = timm_policy(words, interpolation=Image.Resampling.BILINEAR)
     expected, found = both_ways([policy] * 60, pictures('all', 60))
-    # A difference of 1 grows where Equalize or Posterize follow.
+    # Equalize and Posterize make an earlier difference of 1 larger.
     assert ((expected - found).abs() > 1).float().mean() < 0.01
     assert (expected != pictures('all', 60)).float().mean() > 0.2
 
 
-def test_the_bits_that_are_kept_may_be_none_or_all():
+def test_posterize_in_a_batch_keeps_no_bits_or_all():
     number = OPERATIONS.index('Posterize')
     plan = torch.tensor([[[number, bits, 0]] for bits in (0.0, 8.0, 9.0, 1.0)])
     none, whole, more, one = apply_policy(pictures('noise', 4), plan, FILL)
@@ -193,11 +195,11 @@ def test_the_bits_that_are_kept_may_be_none_or_all():
     assert set(one.flatten().tolist()) == {0, 128}
 
 
-def test_an_image_is_the_same_in_a_mixed_batch_as_alone():
+def test_result_for_an_image_does_not_depend_on_its_batch():
     policy = timm_policy('rand-m9-n3-p0.9-mstd1-inc1')
-    recorder, images = PolicySampler(policy), pictures('all', 40)
+    sampler, images = PolicySampler(policy), pictures('all', 40)
     seed(0)
-    plan = torch.stack([recorder() for _ in images])
+    plan = torch.stack([sampler() for _ in images])
     assert set(plan[..., 0].flatten().tolist()) >= {0, *map(OPERATIONS.index, ('Equalize', 'Sharpness', 'Rotate'))}
     assert {2, 3} < set(plan[..., 2].flatten().tolist())
     together, untouched = apply_policy(images, plan, FILL), pictures('all', 40)
@@ -206,15 +208,15 @@ def test_an_image_is_the_same_in_a_mixed_batch_as_alone():
         assert torch.equal(together[i : i + 1], apply_policy(images[i : i + 1], plan[i : i + 1], FILL))
 
 
-def test_rows_of_zeros_do_nothing():
+def test_zero_rows_do_nothing():
     assert torch.equal(apply_policy(pictures(), torch.zeros(3, 2, 3), FILL), pictures())
 
 
-# Draws ----------------------------------------------------------------------------------------------------------------
+# Drawing --------------------------------------------------------------------------------------------------------------
 
 
-class Spied:
-    """Takes a filter where an image would be moved."""
+class RecordingImage:
+    """Replaces an image and records the filter of a geometric operation."""
 
     size = (W, H)
 
@@ -226,7 +228,7 @@ class Spied:
 
 
 def spied(policy):
-    """The policy, and the list to which it adds what it does: name, argument, filter."""
+    """A copy of the policy, and the list to which it adds (name, argument, filter) of each operation."""
     policy, done = copy.deepcopy(policy), []
 
     def spy(op, function):
@@ -246,47 +248,47 @@ def spied(policy):
 
 @pytest.mark.parametrize('resample', [None, Image.Resampling.BICUBIC])
 @pytest.mark.parametrize('words', POLICIES)
-def test_the_recorder_draws_what_timm_draws_and_leaves_the_generators_as_timm_does(words, resample):
+def test_policy_sampler_draws_as_timm(words, resample):
     policy = timm_policy(words, **({'interpolation': resample} if resample is not None else {}))
-    recorder, (spy, done), image = PolicySampler(policy), spied(policy), as_pil(pictures()[0])
+    sampler, (spy, done), image = PolicySampler(policy), spied(policy), as_pil(pictures()[0])
     seen = set()
-    assert recorder.rows == {'-n3': 3, '-n4': 4}.get(re.sub('.*(-n.).*', r'\1', words), 2)
+    assert sampler.rows == {'-n3': 3, '-n4': 4}.get(re.sub('.*(-n.).*', r'\1', words), 2)
     for number in range(60):
         seed(number)
         policy(image)
         after = states()
         seed(number)
         done.clear()
-        spy(Spied())
+        spy(RecordingImage())
         seed(number)
-        plan = recorder()
+        plan = sampler()
         assert states() == after
         assert plan.dtype == torch.float32
-        assert plan.shape == (recorder.rows, 3)
+        assert plan.shape == (sampler.rows, 3)
         expected = [[OPERATIONS.index(name), argument, resample] for name, argument, resample in done]
-        expected += [[0, 0, 0]] * (recorder.rows - len(done))
+        expected += [[0, 0, 0]] * (sampler.rows - len(done))
         assert torch.equal(plan, torch.tensor(expected, dtype=torch.float32))
         seen.update(name for name, *_ in done)
     assert len(seen) > 5
 
 
-def test_the_recorder_works_on_timms_own_transform_and_leaves_it_as_it_is():
+def test_policy_sampler_does_not_change_timm_transform():
     policy = create_transform(32, is_training=True, auto_augment='rand-m9-mstd0.5-inc1', mean=MEAN).transforms[2]
     seed(3)
     before = policy(as_pil(pictures('both')[0]))
-    recorder = PolicySampler(policy)
-    assert recorder.fill == (124, 116, 104)  # ImageNet's mean, of 255
+    sampler = PolicySampler(policy)
+    assert sampler.fill == (124, 116, 104)  # ImageNet's mean, of 255
     seed(3)
-    recorder()
+    sampler()
     seed(3)
     assert policy(as_pil(pictures('both')[0])) == before
 
 
-def test_a_copy_of_the_recorder_in_another_process_draws_the_same():
-    recorder = PolicySampler(timm_policy('rand-m9-n4-p1-mstd0.5'))
-    twin = pickle.loads(pickle.dumps(recorder))
+def test_pickled_policy_sampler_draws_the_same():
+    sampler = PolicySampler(timm_policy('rand-m9-n4-p1-mstd0.5'))
+    twin = pickle.loads(pickle.dumps(sampler))
     seed(5)
-    plan = recorder()
+    plan = sampler()
     seed(5)
     assert torch.equal(twin(), plan)
     assert plan.any()
@@ -303,7 +305,7 @@ def test_a_copy_of_the_recorder_in_another_process_draws_the_same():
     ],
     ids=lambda value: value if isinstance(value, str) else '',
 )
-def test_what_cannot_be_done_to_a_batch_is_refused_by_its_name(policy, named):
+def test_unsupported_policy_is_named(policy, named):
     with pytest.raises(ValueError, match=named):
         PolicySampler(policy)
 
@@ -313,7 +315,7 @@ def test_what_cannot_be_done_to_a_batch_is_refused_by_its_name(policy, named):
 
 @pytest.mark.parametrize('mode', ['pixel', 'rand', 'const'])
 @pytest.mark.parametrize(('probability', 'count'), [(0.5, 1), (1, 1), (0.8, 3)])
-def test_rectangles_are_timms(probability, count, mode):
+def test_rectangles_match_timm(probability, count, mode):
     erasing = RandomErasing(probability, max_area=0.5, mode=mode, max_count=count, device='cpu')
     sizes = Counter()
     for number in range(80):
@@ -347,7 +349,7 @@ def erased(rectangles, keys, mode='pixel'):
     return images
 
 
-def test_the_filling_depends_on_the_key_alone():
+def test_fill_depends_on_the_key_only():
     first, untouched, last = erased(RECTANGLES, [11, 12, 2**63 - 1])
     again = erased(RECTANGLES[[2, 0, 0]], [2**63 - 1, 11, 12])
     assert torch.equal(again[0], last)
@@ -357,7 +359,7 @@ def test_the_filling_depends_on_the_key_alone():
 
 
 @pytest.mark.parametrize(('mode', 'values'), [('pixel', 3 * 8 * 10), ('rand', 3), ('const', 1)])
-def test_a_rectangle_is_filled_with_noise_one_colour_or_zeros_and_nothing_beside_it_is(mode, values):
+def test_fill_modes_change_only_the_rectangle(mode, values):
     images = erased(RECTANGLES, [11, 12, 13], mode)
     area = images[2, :, 12:20, 4:14]
     assert len(area.unique()) == values
@@ -365,7 +367,7 @@ def test_a_rectangle_is_filled_with_noise_one_colour_or_zeros_and_nothing_beside
     assert (images != 9).sum((1, 2, 3)).tolist() == [3 * 9 * 7, 0, 3 * (5 * 6 + 8 * 10)]
 
 
-def test_noise_has_mean_0_and_deviation_1_and_differs_between_the_rectangles_of_an_image():
+def test_noise_is_standard_normal_and_differs_between_rectangles():
     areas = torch.tensor([[[0, 0, 12, W], [12, 0, 12, W]]])
     image = erased(areas, [5])[0]
     assert abs(float(image.mean())) < 0.1
@@ -373,10 +375,10 @@ def test_noise_has_mean_0_and_deviation_1_and_differs_between_the_rectangles_of_
     assert not torch.equal(image[:, :12], image[:, 12:])
 
 
-# Finish ---------------------------------------------------------------------------------------------------------------
+# DevicePreprocess -----------------------------------------------------------------------------------------------------
 
 
-def test_without_a_plan_the_bits_are_those_of_totensor_and_normalize():
+def test_normalisation_equals_totensor_and_normalize():
     images = torch.stack([torch.arange(256, dtype=torch.uint8).view(16, 16)] * 3)[None].repeat(2, 1, 1, 1)
     images[1] = images[1].flip(2)
     normalise = Compose([ToTensor(), Normalize(MEAN, STD)])
@@ -386,7 +388,7 @@ def test_without_a_plan_the_bits_are_those_of_totensor_and_normalize():
     assert torch.equal(found, expected)
 
 
-def test_finish_applies_the_plan_then_normalises_then_erases():
+def test_preprocess_applies_plan_then_normalises_then_erases():
     images, plan = pictures(), every_operation()[[4, 11, 12]]
     aug_params = {'plan': plan, 'erase': RECTANGLES, 'key': torch.tensor([1, 2, 3])}
     expected = DevicePreprocess(MEAN, STD)(apply_policy(images, plan, FILL), {})
@@ -395,7 +397,7 @@ def test_finish_applies_the_plan_then_normalises_then_erases():
     assert torch.equal(images, pictures())
 
 
-def test_images_that_are_floating_point_already_are_refused():
+def test_normalised_images_are_refused():
     with pytest.raises(TypeError, match=r'must be uint8, but are torch\.float32'):
         DevicePreprocess(MEAN, STD)(torch.rand(2, 3, H, W), {})
 
@@ -404,13 +406,13 @@ def test_images_that_are_floating_point_already_are_refused():
 
 
 def calls(copies, erasing):
-    """What `Finish` asks of torch, by name, for every operation at once on so many images each."""
-    plan, finish = every_operation(copies), DevicePreprocess(MEAN, STD)
+    """The calls of torch by `DevicePreprocess` for a batch with `copies` images of every operation."""
+    plan, preprocess = every_operation(copies), DevicePreprocess(MEAN, STD)
     images, aug_params = pictures('all', len(plan)), {'plan': plan}
     if erasing:
         aug_params |= {'erase': RECTANGLES[:1].repeat(len(plan), 1, 1), 'key': torch.arange(len(plan))}
-    with Watched() as watched:
-        finish(images, aug_params)
+    with CallCounter() as watched:
+        preprocess(images, aug_params)
     return watched.calls
 
 
@@ -421,12 +423,12 @@ def test_no_call_waits_for_the_device(erasing):
     assert not found.keys() & {'_local_scalar_dense', 'nonzero', 'mask', 'masked_select', 'equal'}
 
 
-def test_calls_do_not_grow_with_the_batch():
+def test_number_of_calls_does_not_grow_with_the_batch():
     assert calls(1, False) == calls(8, False)
     assert calls(1, False).total() < 300
 
 
-def test_a_plan_can_be_applied_where_there_are_no_values_to_wait_for():
+def test_plan_works_on_the_meta_device():
     plan = torch.cat([every_operation(2), every_operation(2).flip(0)], 1)
     images = torch.empty(len(plan), 3, H, W, dtype=torch.uint8, device='meta')
     found = DevicePreprocess(MEAN, STD).to('meta')(images, {'plan': plan})

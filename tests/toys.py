@@ -7,12 +7,14 @@ import math
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 
 import main
+import transforms
 from flags import Config, parse_args
 from run_dir import TrainingState
 
@@ -115,6 +117,26 @@ def write_shard(path: Path, numbers: range, classes: int, size: int) -> None:
                 tar.addfile(member, io.BytesIO(data))
 
 
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.RandomState(seed).randint(1, 256, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(image: Image.Image, form: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def as_bytes(image: Image.Image | torch.Tensor) -> torch.Tensor:
+    """(3, H, W) uint8."""
+    return image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def train_transform(size: int = 16, **changes) -> transforms.TrainTransform:
+    flags = {'color_jitter': 0.4, 'auto_augment': DEFAULT_AA, 'interpolation': 'bicubic', 'reprob': 0.25, 'recount': 1}
+    return transforms.build_train_transform(size, **{**flags, **changes})
+
+
 def log_rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / 'log.txt').read_text().splitlines()]
 
@@ -142,6 +164,7 @@ def assert_same(left, right) -> None:
         assert left == right
 
 
+DEFAULT_AA = 'rand-m9-mstd0.5-inc1'
 TRAIN_IMAGES, VAL_IMAGES = 16, 8
 FOLDER = {'data_set': 'FOLDER', **ALONE}
 SHARDS = {'data_set': 'wds/', **ALONE}

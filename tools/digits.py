@@ -1,9 +1,9 @@
-"""Writes the handwritten digits that ship with scikit-learn as a tree of class folders.
+"""Writes scikit-learn's handwritten digits as a tree of class folders.
 
     python tools/digits.py runs/digits
 
 1,797 real 8×8 scans (E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998), enlarged to
-32×32 by repeating pixels; every fifth image is for validation.
+32×32 by repeating pixels. Every fifth image is for validation.
 """
 
 import sys
@@ -15,12 +15,12 @@ from sklearn.datasets import load_digits
 
 
 def write_digits(root: Path) -> None:
-    """Makes root/{train,val}/<digit>/<number>.png; writing again gives the same files."""
+    """Writes root/{train,val}/<digit>/<number>.png. A second call writes the same files."""
     digits = load_digits()
     for i, (scan, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
         folder = root / ('train' if i % 5 else 'val') / str(digit)
         folder.mkdir(parents=True, exist_ok=True)
-        grey = np.rint(scan * (255 / 16)).astype(np.uint8)  # scans count 0 to 16
+        grey = np.rint(scan * (255 / 16)).astype(np.uint8)  # pixel values are 0 to 16
         Image.fromarray(grey.repeat(4, axis=0).repeat(4, axis=1)).save(folder / f'{i:04}.png')
 
 
