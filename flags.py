@@ -382,6 +382,12 @@ class Config:
             )
         if loss.log_grad_share and not run.eval and not (self.distills and model.s_id):
             raise UsageError('--log-grad-share: there are no tapped blocks; it needs a teacher, --s-id and --t-id')
+        if not (loss.has_teacher or run.eval or run.eval_teacher):
+            given = {'--teacher-path': model.teacher_path, '--s-id': format_values(model.student_ids)}
+            given |= {'--teacher-pretrained': 'is set' if model.teacher_pretrained else ''}
+            for name, value in given.items():
+                if value and value != NO_VALUES:
+                    raise UsageError(f'{name} {value}: a teacher needs --distillation-type soft or hard')
         if run.eval_teacher and not model.has_teacher_weights:
             raise UsageError('--eval-teacher: needs --teacher-path FILE or --teacher-pretrained')
         if run.eval and not (run.resume or model.finetune):
@@ -472,6 +478,48 @@ def _add_flags_without_effect(parser: Parser) -> None:
         add(*dict.fromkeys((f'--{name}', _dashed(f'--{name}'))), type=int, default=default, help='no effect')
 
 
+# What people type who know other programs, by the flag they mean.
+GUESSES = {
+    '--amp-dtype': '--amp --fp16 --bf16 --half --mixed-precision --precision --dtype',
+    '--batch-size': '--batch --bs --batchsize --train-batch-size --per-device-train-batch-size -b',
+    '--clip-grad': '--grad-clip --max-grad-norm --clip --gradient-clip-val',
+    '--accum-steps': '--gradient-accumulation-steps --grad-accum-steps --accumulate-grad-batches --accum-iter',
+    '--data-path': '--data --data-dir --root --dataset-path --imagenet --train-dir',
+    '--data-set': '--dataset --data-name',
+    '--device': '--gpu --cuda --cpu',
+    '--distillation-alpha': '--alpha --kd-alpha --kd-weight',
+    '--distillation-beta': '--beta',
+    '--distillation-tau': '--tau --temperature --kd-temperature -T',
+    '--distillation-type': '--distill --distillation --kd --kd-type',
+    '--drop-path': '--drop-path-rate --stochastic-depth',
+    '--eval': '--evaluate --validate --test --test-only --eval-only',
+    '--finetune': '--pretrained --init --weights --initial-checkpoint',
+    '--input-size': '--img-size --image-size --size --resolution',
+    '--lr': '--learning-rate --base-lr',
+    '--model': '--student --student-model --arch --net',
+    '--model-ema': '--ema',
+    '--num_workers': '--workers --num-worker -j',
+    '--opt': '--optimizer --optim',
+    '--output_dir': '--output --out --out-dir --save-dir --save-path --log-dir --logdir --work-dir',
+    '--print-freq': '--log-interval --log-freq --print-every',
+    '--resume': '--checkpoint --ckpt --load --resume-from --from-checkpoint',
+    '--sched': '--scheduler --lr-scheduler --schedule',
+    '--s-id': '--student-layers --student-blocks --student-id',
+    '--t-id': '--teacher-layers --teacher-blocks --teacher-id',
+    '--teacher-model': '--teacher --teacher-arch --kd-model-name',
+    '--teacher-path': '--teacher-weights --teacher-checkpoint --teacher-ckpt --teacher-resume',
+    '--warmup-epochs': '--warmup --warm-up --warmup-epoch',
+    '--weight-decay': '--wd --decay',
+}
+
+
+def nearest_flag(typed: str, known: list[str]) -> str:
+    """The flag that is meant by a word that is none, '' if that is not clear."""
+    guessed = [flag for flag, words in GUESSES.items() if typed in words.split()]
+    close = difflib.get_close_matches(typed, known, n=1, cutoff=0.75) if typed.startswith('--') else []
+    return next(iter(guessed + close), '')
+
+
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> Config:
     """The configs of a command line, checked as far as possible without touching a file.
 
@@ -486,8 +534,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [name for action in parser._actions for name in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split('=')[0], known, n=1)
-        raise UsageError(f'{unknown[0]}: unrecognized argument' + (f'; did you mean {near[0]}?' if near else ''))
+        near = nearest_flag(unknown[0].split('=')[0], known)
+        raise UsageError(f'{unknown[0]}: unrecognized argument' + (f'; did you mean {near}?' if near else ''))
     values = vars(args)
     values['weights'] = {name: values[f'w_{name}'] for name in RELATION_TERMS}
     parts = {
@@ -508,6 +556,9 @@ def flag_name(field_name: str) -> str:
     return '--' + field_name.replace('_', '-')
 
 
+NO_VALUES = '(none)'
+
+
 def format_values(values: Iterable[object]) -> str:
     """The values of a flag as they are typed."""
-    return ' '.join(map(str, values)) or '(none)'
+    return ' '.join(map(str, values)) or NO_VALUES

@@ -141,10 +141,21 @@ def test_help_exits_with_0(capsys):
 
 
 @pytest.mark.parametrize(
-    ('word', 'meant'), [('--batchsize', '--batch-size'), ('--w-smaple=3', '--w-sample'), ('stray', None)]
+    ('word', 'meant'),
+    [
+        *((word, flag) for flag, words in flags.GUESSES.items() for word in words.split()),
+        ('--w-smaple=3', '--w-sample'),
+        ('--save_intervall_steps', '--save-interval-steps'),
+        ('--learning-rates', None),
+        ('--frobnicate', None),
+        ('stray', None),
+    ],
 )
 def test_unknown_flag_suggests_the_nearest_one(word, meant):
-    with pytest.raises(UsageError, match=f'^{word}: unrecognized argument' + (f'.*{meant}' if meant else '$')):
+    with pytest.raises(
+        UsageError,
+        match=f'^{word.replace("_", "-")}: unrecognized argument' + (f'; did you mean {meant}\\?$' if meant else '$'),
+    ):
         flags.parse_args([word])
 
 
@@ -162,6 +173,9 @@ WRONG = [
     ({'distillation_type': 'medium'},),
     ({'distillation_type': 'soft', 'teacher_path': ''}, '--teacher-path'),
     ({'distillation_type': 'hard', 'teacher_path': ''}, '--teacher-path'),
+    ({'teacher_path': '{files}/teacher.pth', 'distillation_type': 'none', 's_id': None, 't_id': None}, 'soft or hard'),
+    ({'s_id': '0 1', 't_id': '0 1', 'distillation_type': 'none', 'teacher_path': None}, '--distillation-type'),
+    ({'teacher_pretrained': True, **toys.ALONE}, '--distillation-type'),
     ({'distillation_alpha': 1.5},),
     ({'distillation_tau': 0},),
     ({'w_patch': -1},),
