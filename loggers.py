@@ -38,12 +38,15 @@ def log_rank0(text: str) -> None:
 
 
 def unbuffer_stdio() -> None:
-    """Makes prints unbuffered, so that what cannot be written is lost and does not fail again at a later flush."""
+    """Makes prints unbuffered, so that what cannot be written is lost and does not fail again at a later flush.
+
+    Characters that the encoding of the terminal does not have become question marks.
+    """
     for name in ('stdout', 'stderr'):
         stream = getattr(sys, name)
         if stream is not None:
             raw = io.FileIO(stream.fileno(), 'wb', closefd=False)
-            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, write_through=True))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, 'replace', write_through=True))
 
 
 class Progress:

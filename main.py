@@ -80,7 +80,7 @@ def run(config: Config, device: torch.device, signals: StopSignals) -> None:
     if flags.eval_teacher:
         evaluate_teacher(pair, evaluator, consensus)
     if flags.eval:
-        evaluator.measure(pair.student.model, 'network', consensus.raise_if_stopped)
+        evaluator.measure(pair.student.model, 'EMA' if flags.eval_ema else 'network', consensus.raise_if_stopped)
         report_bad_images(device, val_loader)
     else:
         signals.defer()

@@ -53,7 +53,9 @@ def test_eval_reads_every_layout_of_weights(evaluation, tmp_path, layout):
     assert evaluation(finetune=path) == C0
 
 
-@pytest.mark.parametrize(('eval_ema', 'lines'), [(True, C1), (None, C0)])
+@pytest.mark.parametrize(
+    ('eval_ema', 'lines'), [(True, [line.replace('network', 'EMA') for line in C1]), (None, C0)], ids=['ema', 'raw']
+)
 def test_eval_ema_evaluates_the_moving_average(evaluation, tmp_path, eval_ema, lines):
     states = [toys.favouring(toys.student(2), winner).state_dict() for winner in (0, 1)]
     assert evaluation(resume=toys.save(tmp_path / 'released.pth', toys.as_release(*states)), eval_ema=eval_ema) == lines

@@ -66,3 +66,13 @@ def test_progress_of_a_resumed_epoch_keeps_its_lines(capsys, first, printed):
     assert list(loggers.Progress('Epoch: [0]', 3, str, CPU).over(range(first, 8), first)) == list(range(first, 8))
     lines = [text for text in capsys.readouterr().out.splitlines() if 'eta' in text]
     assert [text.split()[2] for text in lines] == [f'[{number}/8]' for number in printed]
+
+
+def test_characters_the_terminal_does_not_have_become_question_marks(tmp_path, monkeypatch):
+    path = tmp_path / 'ascii.txt'
+    with open(path, 'w', encoding='ascii') as stdout, open(tmp_path / 'err', 'w', encoding='ascii') as stderr:
+        monkeypatch.setattr(sys, 'stdout', stdout)
+        monkeypatch.setattr(sys, 'stderr', stderr)
+        loggers.unbuffer_stdio()
+        loggers.log_rank0('τ 1, 2 × 8')
+    assert path.read_text() == '? 1, 2 ? 8\n'
