@@ -12,7 +12,7 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -22,7 +22,7 @@ from timm.utils import ParseKwargs
 import datasets
 import models
 from losses import DISTILLATION_TYPES, RELATION_DTYPES, RELATION_TERMS, RELATIONS
-from utils import UsageError
+from utils import NO_VALUES, UsageError, format_values
 
 # Types of values ------------------------------------------------------------------------------------------------------
 
@@ -546,19 +546,3 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     if not config.model.list_blocks:
         config.check()
     return config
-
-
-# Words ----------------------------------------------------------------------------------------------------------------
-
-
-def flag_name(field_name: str) -> str:
-    """A field as it is typed, `--teacher-path`."""
-    return '--' + field_name.replace('_', '-')
-
-
-NO_VALUES = '(none)'
-
-
-def format_values(values: Iterable[object]) -> str:
-    """The values of a flag as they are typed."""
-    return ' '.join(map(str, values)) or NO_VALUES

@@ -34,7 +34,7 @@ import stopping
 import summary
 import utils
 from engine import Evaluator, TrainConfig, Trainer, fit
-from flags import AugmentConfig, Config, LossConfig, OptimConfig, RunConfig, format_values, parse_args
+from flags import AugmentConfig, Config, LossConfig, OptimConfig, RunConfig, parse_args
 from loaders import LoaderBuilder, choose_repeated_aug, report_bad_images
 from loggers import log_rank0
 from losses import ManifoldDistillationLoss
@@ -43,7 +43,7 @@ from readers import BadImageError
 from run_dir import CheckpointManager, TrainingState
 from stopping import RankConsensus, StoppedError, StopSignals
 from transforms import DevicePreprocess
-from utils import UsageError, usage_error_context
+from utils import UsageError, format_values, usage_error_context
 
 
 def run(config: Config, device: torch.device, signals: StopSignals) -> None:

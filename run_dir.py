@@ -21,7 +21,7 @@ import utils
 from checkpoints import BEST, EARLIER, FORMAT, KEPT, LAST, LOG
 from loggers import log_rank0
 from stopping import RankConsensus, StoppedError
-from utils import UsageError, usage_error_context
+from utils import UsageError, flag_name, format_values, usage_error_context
 
 RETRY = 60.0  # seconds until a failed write is tried again
 LAST_TRIES = (1.0, 2.0, 4.0)  # seconds between the last attempts of a run that is about to end
@@ -32,8 +32,7 @@ RESUME_MUST_MATCH = ('model', 'model_kwargs', 'seed', 'opt')
 RESUME_MAY_DIFFER = (
     'output_dir', 'resume', 'eval', 'eval_ema', 'eval_teacher', 'start_epoch', 'data_path', 'num_workers',
     'pin_mem', 'device', 'dist_url', 'dist_eval', 'print_freq', 'keep', 'save_interval_steps', 'save_interval_minutes',
-    'distributed', 'local_rank', 'world_size', 'cooldown_epochs', 'patience_epochs', 'resplit', 'log_grad_share',
-    'list_blocks', 'num_classes',
+    'log_grad_share', 'list_blocks', 'num_classes',
 )  # fmt: skip
 
 # Training state -------------------------------------------------------------------------------------------------------
@@ -44,31 +43,20 @@ class TrainingState:
     """Everything that a run needs in order to continue. The teacher is not part of it.
 
     No state of a random generator is saved: all random numbers are functions of `epoch`, `position` and `step`.
-
-    Attributes:
-        model: the student, a plain timm model.
-        ema: EMA of the model, if any.
-        epoch: the last finished epoch, −1 before the first.
-        position: images of the next epoch that all ranks together have processed.
-        step: training steps so far.
-        best_acc1: best accuracy of the raw model so far, in percent.
-        meters: means of the unfinished epoch.
-        data: identifies the training data, see `datasets.fingerprint`.
-        repeated_aug: whether the training order is that of repeated augmentation.
     """
 
-    model: nn.Module
+    model: nn.Module  # the student, a plain timm model
     optimizer: torch.optim.Optimizer
     lr_scheduler: Scheduler
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
-    epoch: int = -1
-    position: int = 0
-    step: int = 0
-    best_acc1: float = 0.0
-    meters: utils.Meters = field(default_factory=utils.Meters)
-    data: dict[str, Any] = field(default_factory=dict)
-    repeated_aug: bool = False
+    epoch: int = -1  # the last finished epoch, −1 before the first
+    position: int = 0  # images of the next epoch that all ranks together have processed
+    step: int = 0  # training steps so far
+    best_acc1: float = 0.0  # best accuracy of the raw model so far, in percent
+    meters: utils.Meters = field(default_factory=utils.Meters)  # means of the unfinished epoch
+    data: dict[str, Any] = field(default_factory=dict)  # `datasets.fingerprint` of the training data
+    repeated_aug: bool = False  # whether the training order is that of repeated augmentation
 
     def state_dict(self, args: dict[str, Any], meters: dict[str, Any]) -> dict[str, Any]:
         """Returns the checkpoint: the keys of the 2022 release and more, plain types only.
@@ -77,24 +65,13 @@ class TrainingState:
             args: flags of the run.
             meters: `Meters.state_dict()`, which holds the values of all ranks.
         """
-        state = {
-            'model': self.model.state_dict(),
-            'optimizer': self.optimizer.state_dict(),
-            'lr_scheduler': self.lr_scheduler.state_dict(),
-            'epoch': self.epoch,
-            'scaler': self.scaler.state_dict(),
-            'args': args,
-            'best_acc1': self.best_acc1,
-            'position': self.position,
-            'step': self.step,
-            'meters': meters,
-            'data': self.data,
-            'repeated_aug': self.repeated_aug,
-            'ranks': utils.get_world_size(),
-            'format': FORMAT,
-            'versions': {'torch': str(torch.__version__), 'timm': timm.__version__},
-        }
-        return state | ({'model_ema': self.ema.module.state_dict()} if self.ema else {})
+        stateful = ('model', 'optimizer', 'lr_scheduler', 'scaler')
+        plain = ('epoch', 'position', 'step', 'best_acc1', 'data', 'repeated_aug')
+        states = {name: getattr(self, name).state_dict() for name in stateful}
+        values = {name: getattr(self, name) for name in plain}
+        versions = {'torch': str(torch.__version__), 'timm': timm.__version__}
+        run = {'args': args, 'meters': meters, 'ranks': utils.get_world_size(), 'format': FORMAT, 'versions': versions}
+        return states | values | run | ({'model_ema': self.ema.module.state_dict()} if self.ema else {})
 
     def load_progress(self, checkpoint: dict[str, Any], device: torch.device) -> None:
         """Loads everything but the weights, which are loaded elsewhere.
@@ -109,19 +86,17 @@ class TrainingState:
         Raises:
             ValueError: the optimizer belongs to another model, or a value is invalid.
         """
-        if not isinstance(checkpoint['epoch'], int) or checkpoint['epoch'] < -1:
-            raise ValueError(f'epoch is {checkpoint["epoch"]!r}, not the number of an epoch')
         if checkpoint.get('format', 0) > FORMAT:
             raise ValueError(f'format {checkpoint["format"]} is newer than this program, which reads up to {FORMAT}')
-        counts = {name: checkpoint.get(name, 0) for name in ('position', 'step')}
-        for name, value in counts.items():
-            if not isinstance(value, int) or value < 0:
+        for name, lowest in (('epoch', -1), ('position', 0), ('step', 0)):
+            value = checkpoint.get(name, 0)
+            if not isinstance(value, int) or value < lowest:
                 raise ValueError(f'{name} is {value!r}, not a count')
         self._load_optimizer(checkpoint['optimizer'])
         if checkpoint.get('scaler'):
             self.scaler.load_state_dict(checkpoint['scaler'])
         self.best_acc1 = float(checkpoint.get('best_acc1', 0.0))
-        self.position, self.step = counts.values()
+        self.position, self.step = checkpoint.get('position', 0), checkpoint.get('step', 0)
         self.meters.load_state_dict(checkpoint.get('meters') or {}, device)
         self.start_after(checkpoint['epoch'])
 
@@ -181,76 +156,49 @@ class CheckpointManager:
     All ranks call its methods equally often; the first rank writes. A failed write is reported and tried again, and
     training continues. This is the only place that writes to the folder of a run.
 
-    Attributes:
-        state: of the run.
-        folder: where the files are written; None: nothing is saved.
-        consensus: of the ranks, about stopping and saving.
-        args: flags of the run, stored in each checkpoint.
-        keep: number of older checkpoints to keep.
-        interval: seconds between saves.
-        every: steps between saves; 0: by time only.
-        last_step: step of the undamaged `checkpoint.pth` in the folder; None: there is none.
-        before_save: called before each save; an exception means that nothing is saved.
-        saves: number of saves so far.
-        seconds: time they took.
+    After a signal on any rank the methods `after_step`, `poll`, `drain` and `finish` save the state and raise
+    StoppedError. They raise NotSavedError if it cannot be written.
     """
 
     state: TrainingState
-    folder: Path | None
+    folder: Path | None  # None: nothing is saved
     consensus: RankConsensus
-    args: dict[str, Any]
+    args: dict[str, Any]  # flags of the run, stored in each checkpoint
     _: KW_ONLY
-    keep: int = 1
-    interval: float = math.inf
-    every: int = 0
-    last_step: int | None = None
-    before_save: Callable[[], object] = lambda: None
-    saves: int = field(default=0, init=False)
-    seconds: float = field(default=0.0, init=False)
+    keep: int = 1  # number of older checkpoints
+    interval: float = math.inf  # seconds between saves
+    every: int = 0  # steps between saves; 0: by time only
+    last_step: int | None = None  # step of the undamaged `checkpoint.pth` in the folder; None: there is none
+    before_save: Callable[[], object] = lambda: None  # an exception means that nothing is saved
+    saves: int = field(default=0, init=False)  # so far
+    seconds: float = field(default=0.0, init=False)  # that they took
 
     def __post_init__(self) -> None:
         self._pending: dict[str, bytes | memoryview] = {}  # files that are not written yet, by name
         self._pending_step = 0
         self._last_save = self._last_attempt = time.monotonic()
-        self._rows: list[dict[str, Any]] = []
         if utils.get_rank() > 0:
             self.folder = None
-        if self.folder is not None:
-            self._rows = checkpoints.read_log(self.folder / LOG)
-            for path in self.folder.glob('.*.tmp'):  # unfinished writes of a run that was killed
-                name = path.name[1:-4]
-                if name in KEPT or EARLIER.fullmatch(name):
-                    path.unlink(missing_ok=True)
+        self._rows = checkpoints.read_log(self.folder / LOG) if self.folder else []
+        for path in self.folder.glob('.*.tmp') if self.folder else ():  # unfinished writes of a run that was killed
+            name = path.name[1:-4]
+            if name in KEPT or EARLIER.fullmatch(name):
+                path.unlink(missing_ok=True)
 
     def after_step(self) -> None:
-        """Saves after a training step if a save is due.
-
-        Raises:
-            StoppedError: as for `poll`.
-        """
+        """Saves after a training step if a save is due."""
         self.poll(due=self.every > 0 and self.state.step % self.every == 0)
 
     def poll(self, due: bool = False) -> None:
-        """Saves if `due`, or if the time has come.
-
-        Raises:
-            StoppedError: a rank has received a signal. The state is saved.
-        """
+        """Saves if `due`, or if the time has come."""
         signum, agreed = self.consensus.poll(self.is_due())
-        if signum:
-            self._stop(signum)
+        self._stop_if(signum)
         if due or agreed:
             self.save()
 
     def drain(self) -> None:
-        """Waits for all ranks.
-
-        Raises:
-            StoppedError: as for `poll`.
-        """
-        signum = self.consensus.drain()
-        if signum:
-            self._stop(signum)
+        """Waits for all ranks."""
+        self._stop_if(self.consensus.drain())
 
     def is_due(self) -> bool:
         """Whether it is time to save or to try a failed write again. Always False on ranks that do not write."""
@@ -275,35 +223,29 @@ class CheckpointManager:
             self._pending[LOG] = ''.join(json.dumps(each) + '\n' for each in self._rows).encode()
         data = checkpoints.serialize(self.state.state_dict(self.args, meters))
         self._pending |= {LAST: data, BEST: data} if best else {LAST: data}
-        self._pending_step = self.state.step
-        self._last_save = start
-        error = self.write_pending()
-        if error:
-            log_rank0(
-                f'warning: not saved: {error}; training continues, the next attempt is in {RETRY:.0f} s or with the '
-                'next save'
-            )
+        self._pending_step, self._last_save = self.state.step, start
+        if error := self.write_pending():
+            advice = f'training continues, the next attempt is in {RETRY:.0f} s or with the next save'
+            log_rank0(f'warning: not saved: {error}; {advice}')
         self.saves += 1
         self.seconds += time.monotonic() - start
 
     def write_pending(self) -> str:
         """Writes the pending files in order, each one that can be written; returns the first error, '' if none."""
-        self._last_attempt = time.monotonic()
-        errors = [self._write(name) for name in KEPT if name in self._pending]
-        return next(filter(None, errors), '')
-
-    def _write(self, name: str) -> str:
         assert self.folder is not None
-        path = self.folder / name
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)  # the folder may have been removed during the run
-            checkpoints.write_durably(path, self._pending[name], self._rotate if name == LAST else None)
-        except OSError as error:
-            return f'{path}: {error.strerror or error}'
-        del self._pending[name]
-        if name == LAST:
+        self._last_attempt, errors = time.monotonic(), []
+        for path in [self.folder / name for name in KEPT if name in self._pending]:
+            before_replace = self._rotate if path.name == LAST else None
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)  # the folder may have been removed during the run
+                checkpoints.write_durably(path, self._pending[path.name], before_replace)
+            except OSError as error:
+                errors.append(f'{path}: {error.strerror or error}')
+            else:
+                del self._pending[path.name]
+        if LAST not in self._pending:
             self.last_step = self._pending_step
-        return ''
+        return errors[0] if errors else ''
 
     def _rotate(self) -> None:
         """Gives the present `checkpoint.pth` a second name with its step, and removes the oldest ones."""
@@ -324,34 +266,27 @@ class CheckpointManager:
         self.last_step = None  # until the new file is in place
 
     def finish(self) -> None:
-        """Makes sure that everything is written.
-
-        Raises:
-            NotSavedError: a file cannot be written.
-            StoppedError: as for `poll`.
-        """
+        """Makes sure that everything is written."""
         self._finish_writing()
         self.drain()
 
     def _finish_writing(self) -> None:
         error = ''
         for pause in LAST_TRIES:
-            if not self._pending:
-                return
-            time.sleep(pause)
-            error = self.write_pending()
+            if self._pending:
+                time.sleep(pause)
+                error = self.write_pending()
         if self._pending:
             raise NotSavedError(f'not saved: {error}')
 
-    def _stop(self, signum: int) -> None:
-        self.save()
-        self._finish_writing()
-        # A launcher kills all ranks once one has exited, so the rank that writes must be done before.
-        self.consensus.wait_for_all()
-        where = (
-            'not saved, because there is no --output_dir' if self.folder is None else f'saved in {self.folder / LAST}'
-        )
-        raise StoppedError(signum, f'{self.state.describe()}, {where}')
+    def _stop_if(self, signum: int) -> None:
+        if signum:
+            self.save()
+            self._finish_writing()
+            # A launcher kills all ranks once one has exited, so the rank that writes must be done before.
+            self.consensus.wait_for_all()
+            where = f'saved in {self.folder / LAST}' if self.folder else 'not saved, because there is no --output_dir'
+            raise StoppedError(signum, f'{self.state.describe()}, {where}')
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------
@@ -403,14 +338,13 @@ def check_same_flags(resume: str, flags: dict[str, Any], checkpoint: dict[str, A
     from_release = 'format' not in checkpoint  # only the optimizer must fit then
     for name in ('opt',) if from_release else RESUME_MUST_MATCH:
         if name in saved and saved[name] != flags[name]:
-            raise UsageError(
-                f'--resume {resume}: was trained with {_flag(name)} {_format(saved[name])}, '
-                f'now it is {_format(flags[name])}'
-            )
+            was = f'{flag_name(name)} {format_values(saved[name])}'
+            raise UsageError(f'--resume {resume}: was trained with {was}, now it is {format_values(flags[name])}')
     if from_release:
         return
-    shown = [name for name in saved if name in flags and name not in RESUME_MUST_MATCH + RESUME_MAY_DIFFER]
-    rows = [(_flag(name), _format(saved[name]), _format(flags[name])) for name in shown if saved[name] != flags[name]]
+    hidden = RESUME_MUST_MATCH + RESUME_MAY_DIFFER
+    changed = [name for name, now in flags.items() if name not in hidden and saved.get(name, now) != now]
+    rows = [(flag_name(name), format_values(saved[name]), format_values(flags[name])) for name in changed]
     if checkpoint.get('ranks', utils.get_world_size()) != utils.get_world_size():
         rows.append(('(ranks)', str(checkpoint['ranks']), str(utils.get_world_size())))
     if rows:
@@ -427,20 +361,11 @@ def check_same_data(data_path: str, resume: str, state: TrainingState, checkpoin
     """
     was, now = checkpoint.get('data'), state.data
     if isinstance(was, dict) and was != now:
-        kind = 'classes with other names' if {**was, 'names': now['names']} == now else (
-            f'{was.get("images")} images of {was.get("classes")} classes, '
-            f'now there are {now["images"]} of {now["classes"]}'
-        )  # fmt: skip
+        kind = f'{was.get("images")} images of {was.get("classes")} classes'
+        kind += f', now there are {now["images"]} of {now["classes"]}'
+        if {**was, 'names': now['names']} == now:
+            kind = 'classes with other names'
         raise UsageError(f'--data-path {data_path}: --resume {resume} was trained on {kind}')
-
-
-def _flag(name: str) -> str:
-    return '--' + name.replace('_', '-')
-
-
-def _format(value: object) -> str:
-    text = ' '.join(map(str, value)) if isinstance(value, list) else str(value)
-    return '(none)' if text in ('', '{}') else text
 
 
 def restore(state: TrainingState, checkpoint: dict[str, Any], resume: str, start_epoch: int, steps: int) -> None:
@@ -500,10 +425,9 @@ def prepare_folder(
         # A run that was killed between the first row of its log and its first checkpoint may start again.
         restart = resume == 'auto' and found == [LOG] and epochs in ([], [start_epoch])
         if found and not own and not restart:
-            can_resume = LAST in found and resume != 'auto'
-            advice = (
-                'pass --resume auto to continue' if can_resume else f'move {"it" if len(found) == 1 else "them"} away'
-            )
+            advice = f'move {"it" if len(found) == 1 else "them"} away'
+            if LAST in found and resume != 'auto':
+                advice = 'pass --resume auto to continue'
             raise ValueError(f'already contains {" and ".join(found)}; {advice}, or choose another folder')
     if checkpoints.has_progress(checkpoint) and not own:
         log_rank0(f'note        {folder}: new run; its log.txt and best_checkpoint.pth do not include earlier epochs')

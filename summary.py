@@ -10,10 +10,11 @@ from torch.utils.data import DataLoader
 
 import utils
 from datasets import ImageNetFolder
-from flags import Config, DataConfig, OptimConfig, RunConfig, flag_name, get_args_parser
+from flags import Config, DataConfig, OptimConfig, RunConfig, get_args_parser
 from loggers import log_rank0
 from losses import RELATION_TERMS, ManifoldDistillationLoss
 from samplers import distinct_images
+from utils import flag_name
 
 
 def log_environment(flags: RunConfig, data: DataConfig, device: torch.device, num_classes: int) -> None:

@@ -42,6 +42,20 @@ def usage_error_context(flag: str, value: object, *kinds: type[Exception]) -> It
         raise UsageError(f'{flag} {value}: {" ".join(str(error).split())}') from error
 
 
+def flag_name(field_name: str) -> str:
+    """A field of the flags as it is typed, `--teacher-path`."""
+    return '--' + field_name.replace('_', '-')
+
+
+NO_VALUES = '(none)'
+
+
+def format_values(value: object) -> str:
+    """The value of a flag, or its list of values, as they are typed."""
+    text = ' '.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return NO_VALUES if text in ('', '{}') else text
+
+
 def init_distributed(device: str, dist_url: str) -> torch.device:
     """Joins the process group that a launcher announces in the environment, if any; returns this rank's device.
 
