@@ -1,13 +1,17 @@
 """The pages and the files about the project, against the program."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
+from test_flags import FLAGS as RELEASE_FLAGS
 
 import main
+from tools import flags_page
 
 ROOT = Path(main.__file__).parent
+SCRIPTS = [*sorted(ROOT.glob('scripts/*.sh')), ROOT / '.ci' / 'run']
 
 
 def requirements(name: str) -> list[str]:
@@ -35,3 +39,16 @@ def test_version_of_citation_equals_pyproject(pyproject):
 
 def test_no_module_is_installed(pyproject):
     assert pyproject['tool']['setuptools'] == {'packages': [], 'py-modules': []}
+
+
+def test_flags_page_equals_the_parser():
+    assert flags_page.PAGE.read_text() == flags_page.page(), 'run python -m tools.flags_page'
+
+
+def test_flags_page_marks_the_flags_of_the_release():
+    assert {f'--{flag}' for flag, _, _ in RELEASE_FLAGS} == flags_page.RELEASE
+
+
+@pytest.mark.parametrize('script', SCRIPTS, ids=lambda path: path.name)
+def test_script_parses(script):
+    subprocess.run(['bash', '-n', script], check=True)
