@@ -1,12 +1,21 @@
 #!/usr/bin/env bash
-# Makes .venv and installs what is needed, once; sourced by the other scripts. PYTHON chooses the interpreter.
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-stamp=.venv/.installed
-if [ ! -e "$stamp" ] || [ requirements.txt -nt "$stamp" ] || [ requirements-dev.txt -nt "$stamp" ]; then
-    echo "Setting up .venv (torch alone is several GB; a minute or more) …"
-    "${PYTHON:-python3}" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
-    touch "$stamp"
+# Makes the virtual environment .venv once and installs what training needs, or also what tests and demo need:
+#   bash scripts/setup.sh [dev]
+# Then `source .venv/bin/activate`. PYTHON chooses the interpreter.
+if [ "${BASH_SOURCE[0]:-}" != "$0" ]; then
+    echo 'Do not source this script, run it: bash scripts/setup.sh; then: source .venv/bin/activate' >&2
+    return 1
 fi
-export PATH="$PWD/.venv/bin:$PATH"
+set -euo pipefail
+cd "$(dirname "$0")/.."
+files=(requirements.txt)
+[ "${1:-}" != dev ] || files+=(requirements-dev.txt)
+for file in "${files[@]}"; do
+    stamp=.venv/.installed-$file
+    if [ ! -e "$stamp" ] || [ "$file" -nt "$stamp" ]; then
+        echo "Installing $file into .venv (torch alone is several GB; a minute or more) …"
+        [ -e .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file"
+        touch "$stamp"
+    fi
+done

@@ -4,5 +4,7 @@
 #   -m slow    the longer proofs
 #   -n 0       one process instead of two
 set -euo pipefail
-source "$(dirname "$0")/setup.sh"
-python -m pytest -n 2 --dist loadfile "$@"
+root=$(cd "$(dirname "$0")/.." && pwd)
+bash "$root/scripts/setup.sh" dev
+cd "$root"
+.venv/bin/python -m pytest -n 2 --dist loadfile "$@"

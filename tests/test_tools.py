@@ -1,11 +1,12 @@
-"""tools.compare_runs: what counts as a difference between two runs."""
+"""Tools and scripts: what counts as a difference between two runs, and what a script leaves."""
 
 import copy
+import subprocess
 
 import pytest
 import torch
 
-from tools.compare_runs import differences, digest
+from tools.compare_runs import ROOT, differences, digest
 
 RUN = {
     'log': [{'epoch': 0, 'train_loss': 2.5, 'test_acc1': 10.0}, {'epoch': 1, 'train_loss': 2.25, 'test_acc1': 20.0}],
@@ -51,3 +52,10 @@ def test_digest_sees_one_bit_dtype_shape_and_place():
     states = [x, flipped, x.view(torch.int32), x.view(2, 2), x.flip(0), [x], {'x': x}, {'y': x}]
     states += [torch.tensor(0.0), torch.tensor(-0.0), torch.tensor(0), 0, 0.0, '0', None]
     assert len({digest(state) for state in states}) == len(states)
+
+
+def test_sourced_setup_script_leaves_the_shell_as_it_was():
+    command = 'before="$- $PWD"; source scripts/setup.sh; [ "$- $PWD" = "$before" ] && echo unchanged'
+    done = subprocess.run(['bash', '-c', command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == 'unchanged\n'
+    assert 'bash scripts/setup.sh' in done.stderr
