@@ -135,34 +135,19 @@ class NonFiniteGuard:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the steps of a run are made.
+    """How the steps of a run are made."""
 
-    Attributes:
-        device: of the models.
-        amp_dtype: dtype of autocast for both models; float32 for none.
-        seed: of the run; with the step it determines every random number of that step.
-        epochs: length of the run.
-        accum_steps: forward passes per step. Mixing sees the whole batch; relations across images and random tokens
-            the images of one pass.
-        clip_grad: largest norm of the gradient.
-        train_mode: False keeps dropout and drop-path off.
-        global_relations: terms connect the images of all ranks, which draw the same random tokens.
-        log_grad_share: log each term's share of the gradient after each epoch.
-        eval_ema: evaluate the EMA weights too after each epoch.
-        print_freq: steps between log lines; between them the host does not wait for the device.
-    """
-
-    device: torch.device
-    amp_dtype: torch.dtype = torch.float32
-    seed: int = 0
+    device: torch.device  # of the models
+    amp_dtype: torch.dtype = torch.float32  # of autocast for both models; float32 for none
+    seed: int = 0  # with the step it determines every random number of that step
     epochs: int = 1
-    accum_steps: int = 1
-    clip_grad: float | None = None
-    train_mode: bool = True
-    global_relations: bool = False
-    log_grad_share: bool = False
-    eval_ema: bool = False
-    print_freq: int = 10
+    accum_steps: int = 1  # forward passes per step; relations across images see one pass, mixing the whole batch
+    clip_grad: float | None = None  # largest norm of the gradient
+    train_mode: bool = True  # False keeps dropout and drop-path off
+    global_relations: bool = False  # terms connect the images of all ranks, which draw the same random tokens
+    log_grad_share: bool = False  # log each term's share of the gradient after each epoch
+    eval_ema: bool = False  # evaluate the EMA weights too after each epoch
+    print_freq: int = 10  # steps between log lines; between them the host does not wait for the device
 
 
 class Trainer:
@@ -411,23 +396,14 @@ def finish_epoch(trainer: Trainer, evaluator: 'Evaluator', manager: CheckpointMa
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The validation images and how models are evaluated on them.
+    """The validation images and how models are evaluated on them."""
 
-    Attributes:
-        loader: this rank's share of the images, or all of them.
-        preprocess: images as they are loaded → normalised images.
-        device: of the models.
-        amp_dtype: dtype of autocast; float32 for none.
-        copies: how many ranks evaluate each image; 1 if they share them.
-        compiled: the blocks of the models are compiled, which evaluation does not use.
-    """
-
-    loader: DataLoader
-    preprocess: nn.Module
+    loader: DataLoader  # this rank's share of the images, or all of them
+    preprocess: nn.Module  # images as they are loaded → normalised images
     device: torch.device
-    amp_dtype: torch.dtype
-    copies: int = 1
-    compiled: bool = False
+    amp_dtype: torch.dtype  # of autocast; float32 for none
+    copies: int = 1  # how many ranks evaluate each image; 1 if they share them
+    compiled: bool = False  # the blocks are compiled; evaluation runs them without
 
     def measure(self, model: nn.Module, name: str, poll: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Evaluates a timm model and logs the result; see `evaluate`.

@@ -103,17 +103,7 @@ def train(
     checkpoint: dict[str, Any],
     own: Path | None,
 ) -> None:
-    """Builds what training needs beside the models, and hands over to the engine.
-
-    Args:
-        config: the flags.
-        pair: student and teacher.
-        loaders: builds the loader of the training images.
-        evaluator: of the validation images.
-        consensus: of the ranks, about stopping and saving.
-        checkpoint: that is resumed, {} for none.
-        own: its path, if it is one of the run in --output_dir.
-    """
+    """Builds what training needs beside the models, and hands over to the engine."""
     flags, optim, augment, world = config.run, config.optim, config.augment, utils.get_world_size()
     last_step = run_dir.prepare_folder(flags.output_dir, flags.resume, flags.start_epoch, checkpoint, own)
     repeated_aug = choose_repeated_aug(augment.repeated_aug, flags.resume, checkpoint)
