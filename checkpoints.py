@@ -22,7 +22,6 @@ from urllib.parse import urlparse
 import safetensors.torch
 import torch
 from timm.models import load_state_dict_from_hf
-from torch import Tensor
 from torch.hub import download_url_to_file, get_dir
 
 FORMAT = 1
@@ -49,27 +48,28 @@ def read_checkpoint(source: str | Path) -> dict[str, Any]:
     """
     kind, _, rest = str(source).partition(':')
     if kind in ('hf-hub', 'hf_hub'):
-        return _read_hub(rest)
+        try:
+            return load_state_dict_from_hf(rest, weights_only=True)
+        except Exception as error:  # the Hub's client raises many types
+            raise ValueError(f'download from the Hub failed: {" ".join(str(error).split())}') from error
     if kind == 'local-dir':
-        source = _find_weights(Path(rest))
+        found = [Path(rest) / name for name in HUB_FILES if (Path(rest) / name).exists()]
+        if not found:
+            raise ValueError(f'contains none of {", ".join(HUB_FILES)}')
+        source = found[0]
     is_url = '://' in str(source)
     path = _download(str(source)) if is_url else Path(source)
     cached = f' (downloaded to {path}; delete it to download it again)' if is_url else ''
     with open(path, 'rb') as file:  # errors of the file system come first: not found, a folder, no permission
         try:
-            checkpoint = _read_safetensors(path) if path.suffix == '.safetensors' else _read_torch(file)
+            checkpoint = safetensors.torch.load_file(path) if path.suffix == '.safetensors' else _read_torch(file)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f'{_UNREADABLE}{cached}') from error
         except ValueError as error:
             raise ValueError(f'{error}{cached}') from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f'contains a {type(checkpoint).__name__}, not a dictionary of weights')
     return checkpoint
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(_UNREADABLE) from error
 
 
 def _read_torch(file: BinaryIO) -> object:
@@ -88,11 +88,7 @@ def _read_torch(file: BinaryIO) -> object:
 
 
 def _check_archive(file: BinaryIO) -> None:
-    """Compares the members of a zip archive with their checksums, which torch writes but does not check.
-
-    Raises:
-        ValueError: a member is damaged.
-    """
+    """Compares the members of a zip archive with their checksums, which torch writes but does not check."""
     try:
         if zipfile.is_zipfile(file):
             archive = zipfile.ZipFile(file)
@@ -106,21 +102,6 @@ def _check_archive(file: BinaryIO) -> None:
     except Exception as error:  # a damaged header can lead to any type
         raise ValueError(f'is damaged: {" ".join(str(error).split()) or type(error).__name__}') from error
     file.seek(0)
-
-
-def _read_hub(name: str) -> dict[str, Tensor]:
-    try:
-        return load_state_dict_from_hf(name, weights_only=True)
-    except Exception as error:  # the Hub's client raises many types
-        raise ValueError(f'download from the Hub failed: {" ".join(str(error).split())}') from error
-
-
-def _find_weights(folder: Path) -> Path:
-    """Finds the weights file in a folder that was saved for the Hub."""
-    found = [folder / name for name in HUB_FILES if (folder / name).exists()]
-    if not found:
-        raise ValueError(f'contains none of {", ".join(HUB_FILES)}')
-    return found[0]
 
 
 def _download(url: str) -> Path:
@@ -155,7 +136,7 @@ def step_of(path: Path) -> int:
 
 def find_earlier(folder: Path) -> list[Path]:
     """The `checkpoint-<step>.pth` of a run, newest first."""
-    found = [path for path in (folder.iterdir() if folder.is_dir() else ()) if EARLIER.fullmatch(path.name)]
+    found = (path for path in folder.glob('checkpoint-*.pth') if EARLIER.fullmatch(path.name))
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -165,7 +146,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """Reads the newest checkpoint in the folder of a run that is not damaged.
+    """Reads the newest checkpoint of a run that is not damaged.
 
     Returns:
         Its path, its contents, and an error message for each newer one.
@@ -203,10 +184,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def write_durably(path: Path, data: bytes | memoryview, before_replace: Callable[[], None] | None = None) -> None:
     """Replaces a file in one step. Whatever happens, either the old or the new file is there, complete.
 
-    Args:
-        path: of the file.
-        data: its new contents.
-        before_replace: called when the new contents are on the disk under a temporary name.
+    It calls `before_replace` when the new contents are on the disk under a temporary name.
 
     Raises:
         OSError: the disk is full or broken. The old file is unchanged.

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -49,25 +50,15 @@ def unbuffer_stdio() -> None:
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, 'replace', write_through=True))
 
 
+@dataclass
 class Progress:
-    """Iterates over an epoch and logs every few steps: time left, times per step, memory, and further text.
+    """Iterates over an epoch and logs every few steps: time left, times per step, memory, and further text."""
 
-    Args:
-        header: start of each line.
-        print_freq: steps between lines; the first and the last step always have one.
-        line: returns the further text; called only for a step that has a line.
-        device: its memory is reported.
-
-    Attributes:
-        due: whether the present step has a line.
-    """
-
-    def __init__(self, header: str, print_freq: int, line: Callable[[], str], device: torch.device) -> None:
-        self.header = header
-        self.print_freq = print_freq
-        self.line = line
-        self.device = device
-        self.due = False
+    header: str  # start of each line
+    print_freq: int  # steps between lines; the first and the last step always have one
+    line: Callable[[], str]  # returns the further text; called only for a step that has a line
+    device: torch.device  # its memory is reported
+    due: bool = field(default=False, init=False)  # whether the present step has a line
 
     def over(self, loader: utils.SizedIterable, first: int = 0) -> Iterator[Any]:
         """Yields the batches of the rest of an epoch, of which `first` steps are done."""

@@ -40,9 +40,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0  # the first signal, 0 for none
-        self._deferred = False
-        self._last_heartbeat, self._longest_interval = 0.0, 0.0
-        self._received_at, self._stopping = 0.0, False
+        self._deferred, self._stopping = False, False
+        self._received_at, self._last_heartbeat, self._longest_interval = 0.0, 0.0, 0.0
         # The ranks survive if their launcher is killed, and nothing would ever end them.
         self._launcher = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else 0
         self._handlers: dict[int, Any] = {}  # those from before
@@ -82,10 +81,9 @@ class StopSignals:
         return until - time.monotonic()
 
     def _time_out(self, *_: object) -> None:
-        if self._seconds_left() > 0:
-            self.set_alarm(self._seconds_left())
-        else:
+        if (left := self._seconds_left()) <= 0:
             raise self._timeout_error()
+        self.set_alarm(left)
 
     def _timeout_error(self) -> StoppedError:
         return StoppedError(self.received, f'no step ended within {self.PATIENCE:.0f} s; the last checkpoint remains')
@@ -135,13 +133,11 @@ class RankConsensus:
 
     With nccl its result is read one poll later, so that the host waits neither for its device nor, usually, for other
     hosts. With gloo, where steps are long, it is read at once. All ranks must poll equally often.
-
-    Attributes:
-        lagged: whether the result is read one poll later.
     """
 
     def __init__(self, signals: StopSignals) -> None:
         self._signals = signals
+        # Whether the result is read one poll later.
         self.lagged = utils.get_world_size() > 1 and dist.get_backend() != 'gloo'
         self._group = cast(dist.ProcessGroup, dist.new_group(backend='gloo')) if self.lagged else None
         self._work: dist.Work | None = None
@@ -170,18 +166,13 @@ class RankConsensus:
         return previous if self.lagged else self._read()
 
     def _read(self) -> tuple[int, bool]:
-        if self._work is None:
-            return 0, False
-        self._work.wait()
+        if self._work is not None:
+            self._work.wait()
         signum, due = self._result.tolist()
         return signum, bool(due)
 
     def raise_if_stopped(self) -> None:
-        """Stops all ranks if one has received a signal; for work that has nothing to save.
-
-        Raises:
-            StoppedError: a rank has received a signal.
-        """
+        """Raises StoppedError on all ranks if one has received a signal; for work that has nothing to save."""
         signum, _ = self.poll()
         if signum:
             raise StoppedError(signum)
@@ -199,10 +190,8 @@ class RankConsensus:
 
 def is_peer_failure(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank has exited."""
-    text = str(error)
-    return dist.is_initialized() and (
-        'gloo' in text or isinstance(error, dist.DistBackendError) or 'Connection' in text
-    )
+    failed = isinstance(error, dist.DistBackendError) or 'gloo' in str(error) or 'Connection' in str(error)
+    return dist.is_initialized() and failed
 
 
 def iter_with_signals_blocked(loader: Iterable[T]) -> Iterator[T]:

@@ -25,21 +25,15 @@ class UsageError(Exception):
 
 @contextmanager
 def usage_error_context(flag: str, value: object, *kinds: type[Exception]) -> Iterator[None]:
-    """Turns an error about bad input into a UsageError that names the flag.
-
-    Args:
-        flag: such as `--teacher-path`.
-        value: of the flag.
-        kinds: types of errors about bad input, besides OSError and ValueError.
-    """
-    bad_input: tuple[type[Exception], ...] = (ValueError, *kinds)
+    """Turns OSError, ValueError and errors of these `kinds` into a UsageError that names the flag and its value."""
+    bad_input: tuple[type[Exception], ...] = (OSError, ValueError, *kinds)
     try:
         yield
-    except OSError as error:
-        where = f'{error.filename}: ' if error.filename not in (None, value) else ''
-        raise UsageError(f'{flag} {value}: {where}{error.strerror or " ".join(str(error).split())}') from error
     except bad_input as error:
-        raise UsageError(f'{flag} {value}: {" ".join(str(error).split())}') from error
+        file = getattr(error, 'filename', None)
+        where = f'{file}: ' if file not in (None, value) else ''
+        reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())
+        raise UsageError(f'{flag} {value}: {where}{reason}') from error
 
 
 def flag_name(field_name: str) -> str:
@@ -66,25 +60,24 @@ def init_distributed(device: str, dist_url: str) -> torch.device:
     Raises:
         UsageError: this machine does not have this GPU, or has fewer GPUs than ranks.
     """
-    ranks = _ranks_from_environment()
+    env = os.environ
+    launched = 'RANK' in env and 'WORLD_SIZE' in env  # by torchrun or torch.distributed.launch
     cuda = device.startswith('cuda') and torch.cuda.is_available()
     chosen = torch.device('cpu')
     if cuda:
-        index = ranks[2] if ranks else torch.device(device).index or 0
+        index = int(env.get('LOCAL_RANK', 0)) if launched else torch.device(device).index or 0
         # All ranks of a machine compute the same, so that all stop: they would wait for a rank without a GPU.
-        needed = int(os.environ.get('LOCAL_WORLD_SIZE', index + 1)) if ranks else index + 1
-        if needed > torch.cuda.device_count():
-            raise UsageError(
-                f'--device {device}: {needed} GPUs are needed, this machine has {torch.cuda.device_count()}'
-            )
+        needed = int(env.get('LOCAL_WORLD_SIZE', index + 1)) if launched else index + 1
+        if needed > (found := torch.cuda.device_count()):
+            raise UsageError(f'--device {device}: {needed} GPUs are needed, this machine has {found}')
         chosen = torch.device('cuda', index)
         torch.cuda.set_device(chosen)
-    if ranks is not None:
-        store, rank, world_size = next(rendezvous(dist_url, *ranks[:2]))
+    if launched:
+        store, rank, world_size = next(rendezvous(dist_url, int(env['RANK']), int(env['WORLD_SIZE'])))
         dist.init_process_group(
             'nccl' if cuda else 'gloo',
             # torchrun keeps its store when it restarts the ranks, and the addresses of dead ranks are still in it.
-            store=dist.PrefixStore(f'attempt {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store),
+            store=dist.PrefixStore(f'attempt {env.get("TORCHELASTIC_RESTART_COUNT", 0)}', store),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(minutes=30),
@@ -97,14 +90,6 @@ def destroy_distributed() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _ranks_from_environment() -> tuple[int, int, int] | None:
-    """(rank, world size, rank on this machine) as torchrun and torch.distributed.launch set them."""
-    env = os.environ
-    if 'RANK' in env and 'WORLD_SIZE' in env:
-        return int(env['RANK']), int(env['WORLD_SIZE']), int(env.get('LOCAL_RANK', 0))
-    return None
 
 
 def get_rank() -> int:
