@@ -7,11 +7,22 @@ from pathlib import Path
 import pytest
 from test_flags import FLAGS as RELEASE_FLAGS
 
+import flags
 import main
 from tools import flags_page
 
 ROOT = Path(main.__file__).parent
+PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md'), ROOT / 'benchmarks' / 'README.md'])
 SCRIPTS = [*sorted(ROOT.glob('scripts/*.sh')), ROOT / '.ci' / 'run']
+PAGE_IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+
+# Flags on the pages that belong to other programs.
+FOREIGN_FLAGS = {
+    'nproc_per_node', 'standalone', 'max-restarts', 'nnodes', 'rdzv-backend', 'rdzv-endpoint',  # torchrun
+    'open-mode', 'signal',  # sbatch
+}  # fmt: skip
+# Flags that are gone, by the page that says so.
+REMOVED_FLAGS = {'CHANGELOG.md': {'non-finite', 'relation-scale'}}
 
 
 def requirements(name: str) -> list[str]:
@@ -41,12 +52,56 @@ def test_no_module_is_installed(pyproject):
     assert pyproject['tool']['setuptools'] == {'packages': [], 'py-modules': []}
 
 
+def test_readme_is_short():
+    assert len((ROOT / 'README.md').read_text().splitlines()) <= 150
+
+
 def test_flags_page_equals_the_parser():
     assert flags_page.PAGE.read_text() == flags_page.page(), 'run python -m tools.flags_page'
 
 
 def test_flags_page_marks_the_flags_of_the_release():
     assert {f'--{flag}' for flag, _, _ in RELEASE_FLAGS} == flags_page.RELEASE
+
+
+def known_flags() -> set[str]:
+    """Without their dashes: the flags of main.py, tools and benchmarks, and those of other programs."""
+    main_flags = {name.lstrip('-') for action in flags.get_args_parser()._actions for name in action.option_strings}
+    sources = [path.read_text() for folder in ('tools', 'benchmarks') for path in (ROOT / folder).glob('*.py')]
+    others = {name for source in sources for name in re.findall(r"add_argument\('--([\w-]+)'", source)}
+    return {name.replace('_', '-') for name in main_flags | others | FOREIGN_FLAGS}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=PAGE_IDS)
+def test_every_flag_on_a_page_exists(page):
+    # `--w-<name>` is a pattern and not a flag.
+    code = re.findall(r'```.*?```|`[^`]+`', page.read_text(), re.DOTALL)
+    named = {
+        name.replace('_', '-')
+        for text in code
+        for name in re.findall(r'(?<![\w-])--([A-Za-z](?:[\w-]*\w)?)(?![\w<-])', text)
+    }
+    assert named - known_flags() - REMOVED_FLAGS.get(page.name, set()) == set()
+
+
+@pytest.mark.parametrize('page', PAGES, ids=PAGE_IDS)
+def test_every_relative_link_leads_to_a_file(page):
+    targets = re.findall(r'\]\(([^)\s]+)\)', page.read_text())
+    files = {target.split('#')[0] for target in targets if not target.startswith(('http://', 'https://', '#'))}
+    assert [file for file in sorted(files) if not (page.parent / file).exists()] == []
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    text = re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL)
+    titles = re.findall(r'^#+ (.+)$', text, re.MULTILINE)
+    return {re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-') for title in titles}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=PAGE_IDS)
+def test_every_anchor_is_a_heading(page):
+    for file, anchor in re.findall(r'\]\(([\w./-]*)#([^)\s]+)\)', page.read_text()):
+        assert anchor in headings(page.parent / file if file else page), f'{file}#{anchor}'
 
 
 @pytest.mark.parametrize('script', SCRIPTS, ids=lambda path: path.name)
