@@ -29,21 +29,13 @@ FAKE_CLASSES, FAKE_TRAIN, FAKE_VAL = 10, 1024, 256
 
 @dataclass(frozen=True)
 class DatasetRequest:
-    """Which split to open and how.
+    """Which split to open and how."""
 
-    Args:
-        root: the folder of the data set.
-        train: the training split, otherwise the validation split.
-        transform: applied to each image.
-        input_size: height and width of generated images.
-        inat_category: level of iNaturalist's taxonomy that is the class.
-    """
-
-    root: Path
-    train: bool
-    transform: Callable | None
-    input_size: int
-    inat_category: str
+    root: Path  # the folder of the data set
+    train: bool  # the training split, otherwise the validation split
+    transform: Callable | None  # applied to each image
+    input_size: int  # height and width of generated images
+    inat_category: str  # level of iNaturalist's taxonomy that is the class
 
     @property
     def split(self) -> str:
@@ -51,13 +43,7 @@ class DatasetRequest:
 
 
 class ListedImages(Dataset):
-    """The images of a list.
-
-    Args:
-        samples: the list.
-        transform: applied to each image.
-        classes: names of the classes by number, if they have names.
-    """
+    """The images of a list; `classes` are the names of the classes by number, if they have names."""
 
     def __init__(self, samples: Samples, transform: Callable | None, classes: list[str] | None) -> None:
         self.samples, self.transform = samples, transform
@@ -114,10 +100,8 @@ def _same_classes(find: Callable[[str], list[str]], has_train: bool) -> list[str
     train = find('train') if has_train else val
     if train != val:
         odd = min(set(train) ^ set(val))
-        where = 'train' if odd in train else 'val'
-        raise ValueError(
-            f'train/ has {len(train)} classes, val/ {len(val)}, and they differ: {odd} is only in {where}/'
-        )
+        only = f'{odd} is only in {"train" if odd in train else "val"}/'
+        raise ValueError(f'train/ has {len(train)} classes, val/ {len(val)}, and they differ: {only}')
     return train
 
 
@@ -244,17 +228,12 @@ def _open_fake(request: DatasetRequest) -> Dataset:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A data set of the table.
+    """A data set of the table."""
 
-    Args:
-        open: opens a split.
-        classes: finds the class names from (folder, level of iNaturalist's taxonomy), without reading an image.
-        num_classes: size of the head, if it is fixed.
-    """
-
-    open: Callable[[DatasetRequest], Dataset]
+    open: Callable[[DatasetRequest], Dataset]  # opens a split
+    # Finds the class names from (folder, level of iNaturalist's taxonomy), without reading an image.
     classes: Callable[[Path, str], Sequence] | None = None
-    num_classes: int | None = None
+    num_classes: int | None = None  # size of the head, if it is fixed
 
 
 DATA_SETS = {
@@ -298,7 +277,7 @@ def count_classes(name: str, root: str, inat_category: str = 'name', num_classes
 
     Args:
         name: a name that `parse_name` accepts.
-        root: the folder of the data set.
+        root: the folder of the data set; for `IMNET` and `FOLDER` it contains `train/` and `val/`.
         inat_category: level of iNaturalist's taxonomy that is the class.
         num_classes: the size to use; None: the number of classes found, or the fixed size of the data set.
 
@@ -331,17 +310,13 @@ def build_dataset(
     """Opens a split of a data set. Returns it and the size of the head.
 
     Args:
-        name: a name that `parse_name` accepts.
-        root: the folder of the data set; for `IMNET` and `FOLDER` it contains `train/` and `val/`.
+        name, root, inat_category, num_classes: as in `count_classes`.
         train: the training split, otherwise the validation split.
         transform: applied to each image, bytes (3, H, W) or a PIL image.
         input_size: height and width of the generated images of `FAKE`.
-        inat_category: level of iNaturalist's taxonomy that is the class.
-        num_classes: see `count_classes`.
 
     Raises:
-        ValueError: as in `count_classes`, or files are missing.
-        OSError: its files cannot be read.
+        ValueError, OSError: as in `count_classes`, or files are missing.
     """
     size = count_classes(name, root, inat_category, num_classes)
     spec, folder = _find_spec(name, root)
@@ -379,11 +354,7 @@ class CheckedDataset(Dataset):
         return len(self.dataset)
 
     def read(self, index: int) -> tuple | None:
-        """An image and its class; None if the image is bad and to be skipped.
-
-        Raises:
-            BadImageError: the image is bad; names its file and class.
-        """
+        """An image and its class; None if the image is bad and to be skipped. BadImageError names file and class."""
         try:
             return self.dataset[index]
         except BadImageError as error:
@@ -407,12 +378,7 @@ class CheckedDataset(Dataset):
         return self.dataset.classes[target] if hasattr(self.dataset, 'classes') else str(target)
 
     def list_bad(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], again: bool = False) -> list[str]:
-        """File and class of the images that were skipped on any rank since the last call.
-
-        Args:
-            sum_over_ranks: adds a vector up over the ranks.
-            again: list all of them again.
-        """
+        """File and class of the images that were skipped on any rank since the last call, or, with `again`, so far."""
         if not self.skip_bad:
             return []
         bad = sum_over_ranks(self.bad.int()).nonzero().flatten().tolist()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -96,11 +96,7 @@ def to_uint8(image: Image.Image | torch.Tensor) -> torch.Tensor:
 
 
 class Samples:
-    """(name, class) of each image, in arrays: every loader process would copy a million Python objects.
-
-    Args:
-        samples: path and class of each image file.
-    """
+    """(name, class) of each image file, in arrays: every loader process would copy a million Python objects."""
 
     def __init__(self, samples: Iterable[tuple[str, int]]) -> None:
         self.arrays = _pack(samples, 1)
@@ -136,12 +132,7 @@ def _pack(rows: Iterable[tuple], columns: int) -> Arrays:
 class TarSamples(Samples):
     """Images inside tars. Their names are `TAR:MEMBER` or `TAR:INNER_TAR:MEMBER`.
 
-    Args:
-        tars: paths of the tars.
-        arrays: the index, from `class_folders` or `webdataset`.
-
-    Attributes:
-        classes: names of the classes, if they have names.
+    `arrays` is the index from `class_folders` or `webdataset`. `classes` is None if the classes have no names.
     """
 
     def __init__(self, tars: Sequence[Path], arrays: Arrays) -> None:
@@ -185,7 +176,7 @@ def class_folders(tars: Sequence[Path]) -> Arrays:
     rows = []
     for number, path in enumerate(tars):
         with _open_tar(path) as (file, end):
-            rows += [(*row, number) for row in _images_by_folder(file, end, path.stem, '')]
+            rows += [(*row, number) for row in _images_by_folder(file, end, path.stem)]
     rows.sort(key=lambda row: natural_key(row[0]))
     classes = sorted({label for _, _, label, *_ in rows})
     numbers = {label: i for i, label in enumerate(classes)}
@@ -193,18 +184,15 @@ def class_folders(tars: Sequence[Path]) -> Arrays:
     return {**packed, 'class_names': np.frombuffer(os.fsencode('/'.join(classes)), np.uint8)}
 
 
-def _images_by_folder(file: BinaryIO, end: int, tar: str, prefix: str) -> Iterator[tuple[str, str, str, int, int]]:
+def _images_by_folder(file: BinaryIO, end: int, tar: str, prefix: str = '') -> Iterator[tuple[str, str, str, int, int]]:
     """(path, name, class, offset, size) of each image, also in inner tars."""
     for member in _read_members(file, end):
-        folder, base = os.path.split(member.name)
-        stem, ending = os.path.splitext(base)
-        if ending.lower() == '.tar':
+        path, ending = PurePosixPath(member.name), os.path.splitext(member.name)[1].lower()
+        if ending == '.tar':
             file.seek(member.offset_data)
-            inner_end = member.offset_data + member.size
-            yield from _images_by_folder(file, inner_end, stem, f'{prefix}{member.name}:')
-        elif ending.lower() in IMG_EXTENSIONS:
-            label = [tar, *(part for part in folder.split('/') if part not in ('', '.'))][-1]
-            yield member.name, prefix + member.name, label, member.offset_data, member.size
+            yield from _images_by_folder(file, member.offset_data + member.size, path.stem, f'{prefix}{member.name}:')
+        elif ending in IMG_EXTENSIONS:
+            yield member.name, prefix + member.name, path.parent.name or tar, member.offset_data, member.size
 
 
 def webdataset(tars: Sequence[Path]) -> Arrays:
@@ -274,11 +262,7 @@ def _open_tar(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def _read_members(file: BinaryIO, end: int) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar, which starts at the position of `file` and ends before byte `end`.
-
-    Raises:
-        tarfile.TarError: the tar is damaged or truncated.
-    """
+    """The files in a tar, which starts at the position of `file` and ends before byte `end`."""
     with tarfile.open(fileobj=file, mode='r:') as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # the list of all members is not needed
@@ -312,19 +296,15 @@ def open_index(tars: Sequence[Path], layout: Callable[[Sequence[Path]], Arrays])
 
 @lru_cache(maxsize=4)  # needed for both splits, first for their classes, then for their images
 def _open_index(tars: tuple[Path, ...], stamps: tuple, layout: Callable[[Sequence[Path]], Arrays]) -> Arrays:
-    path = _index_path(tars, layout.__name__)
+    folder = Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')) / 'manifold-distillation'
+    names = '\0'.join([layout.__name__, str(_VERSION), *map(os.path.abspath, tars)])
+    path = folder / f'tars-{hashlib.sha256(os.fsencode(names)).hexdigest()[:16]}.npz'
     arrays = _load_index(path, stamps)
     if arrays is None:
         log_rank0(f'index       reading the headers of {len(tars):,} tar file{"s"[: len(tars) != 1]}')
         arrays = {**layout(tars), 'stamps': np.array(stamps, dtype=np.int64)}
         _save_index(path, arrays)
     return arrays
-
-
-def _index_path(tars: Sequence[Path], layout: str) -> Path:
-    folder = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    names = '\0'.join([layout, str(_VERSION), *map(os.path.abspath, tars)])
-    return Path(folder) / 'manifold-distillation' / f'tars-{hashlib.sha256(os.fsencode(names)).hexdigest()[:16]}.npz'
 
 
 def _load_index(path: Path, stamps: tuple) -> Arrays | None:
@@ -338,17 +318,11 @@ def _load_index(path: Path, stamps: tuple) -> Arrays | None:
 
 def _save_index(path: Path, arrays: Arrays) -> None:
     """Writes the index atomically. If that fails, it costs only the time to make the index again."""
-    data = io.BytesIO()
-    np.savez(data, **arrays)  # type: ignore[arg-type]  # not `allow_pickle`
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix='.tmp', delete=False) as file:
-            temporary = file.name
-            file.write(data.getbuffer())
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            np.savez(temporary, **arrays)  # type: ignore[arg-type]  # not `allow_pickle`
+            os.replace(temporary, path)
     except OSError as error:
         log_rank0(f'warning: cannot save the index of the tar files, so each start makes it again: {error}')
-        if temporary:
-            with suppress(OSError):
-                os.unlink(temporary)

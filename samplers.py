@@ -6,9 +6,10 @@ ranks takes W·B consecutive positions, for any W.
 
 from collections.abc import Iterator, Sized
 from itertools import islice
+from typing import cast
 
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch.utils.data import DistributedSampler, Sampler
+from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 # DeiT rounds the number of images per epoch down to a multiple of this.
 SELECTED_ROUND = 256
@@ -19,13 +20,8 @@ class RASampler(RepeatAugSampler):
 
     The order depends only on the epoch, as in the release: `randperm(N)` with each index three times in a row. Rank r
     of W takes every W-th index from r on, and of these the first (N//256·256)//W. Below 256 images, where the release
-    selects none, each rank gets ceil(N/W).
-
-    Args:
-        dataset: any object with a length N.
-        num_replicas: number of ranks W; None: that of the process group.
-        rank: this rank; None: that of the process group.
-        shuffle: False keeps the order of the data set.
+    selects none, each rank gets ceil(N/W). Without `num_replicas` and `rank` those of the process group hold. Without
+    `shuffle` the order is that of the data set.
     """
 
     def __init__(self, dataset: Sized, num_replicas: int | None = None, rank: int | None = None, shuffle: bool = True):
@@ -44,16 +40,12 @@ class KeyedSampler(Sampler[tuple[int, int, int]]):
     """
 
     def __init__(self, sampler: RASampler | DistributedSampler, num_replicas: int, rank: int) -> None:
-        self.sampler = sampler
-        self.num_replicas = num_replicas
-        self.rank = rank
-        self.epoch = 0
-        self.start = 0
+        self.sampler, self.num_replicas, self.rank = sampler, num_replicas, rank
+        self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Sets the epoch, and the position at which all ranks continue in it."""
-        self.epoch = epoch
-        self.start = start
+        self.epoch, self.start = epoch, start
         self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
@@ -72,25 +64,15 @@ def build_train_sampler(
 ) -> KeyedSampler:
     """The order of training: repeated augmentation, or a shuffle without repeats that depends on (seed, epoch).
 
-    Args:
-        dataset: the training images.
-        num_replicas: number of ranks.
-        rank: this rank.
-        repeated_aug: three copies of each image (`RASampler`).
-        shuffle_seed: seed of the shuffle; repeated augmentation does not depend on it.
+    Repeated augmentation (`RASampler`) does not depend on `shuffle_seed`. Only the length of `dataset` is used.
     """
     if repeated_aug:
         return KeyedSampler(RASampler(dataset, num_replicas, rank), num_replicas, rank)
     # drop_last: padding would repeat images, a different number for each number of ranks.
-    shuffled: DistributedSampler = DistributedSampler(
-        dataset,  # type: ignore[arg-type]  # only its length is used
-        num_replicas,
-        rank,
-        shuffle=True,
-        seed=shuffle_seed,
-        drop_last=True,
+    sampler: DistributedSampler = DistributedSampler(
+        cast(Dataset, dataset), num_replicas, rank, seed=shuffle_seed, drop_last=True
     )
-    return KeyedSampler(shuffled, num_replicas, rank)
+    return KeyedSampler(sampler, num_replicas, rank)
 
 
 def distinct_images(batch_size: int, num_replicas: int) -> int:
