@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Breaks toy runs in every way the README promises they survive, and prints one table: about half an hour on two cores.
+# Interrupts and damages toy runs in each way that docs/fault-tolerance.md describes, and prints one table.
+# It takes about half an hour on two cores.
 #   bash scripts/crash_test.sh [--short] [--only R1 R5 …] [--seed N]
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)

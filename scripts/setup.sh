@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Makes the virtual environment .venv once and installs what training needs, or also what tests and demo need:
+# Creates the virtual environment .venv and installs the packages that training needs.
 #   bash scripts/setup.sh [dev]
-# Then `source .venv/bin/activate`. PYTHON chooses the interpreter.
+#   dev: also install the packages that the tests and the demo need
+# Then run `source .venv/bin/activate`. The variable PYTHON sets the interpreter, for example PYTHON=python3.12.
 if [ "${BASH_SOURCE[0]:-}" != "$0" ]; then
     echo 'Do not source this script, run it: bash scripts/setup.sh; then: source .venv/bin/activate' >&2
     return 1

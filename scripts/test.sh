@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs the tests on the CPU: bash scripts/test.sh [pytest arguments]
+# Runs the tests on the CPU.
+#   bash scripts/test.sh [pytest arguments]
 #   -m crash   the short form of scripts/crash_test.sh (about a minute)
-#   -m slow    the longer proofs
+#   -m slow    the slow tests
 #   -n 0       one process instead of two
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)

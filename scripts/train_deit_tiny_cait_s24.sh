@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# The recipe of the 2022 release: CaiT-S24 teaches DeiT-Tiny on ImageNet-1k, 8 GPUs × 64 images, 300 epochs.
+# Trains with the recipe of the 2022 release: teacher CaiT-S24, student DeiT-Tiny, ImageNet-1k, 300 epochs, 64 images on
+# each of 8 GPUs.
 #   bash scripts/train_deit_tiny_cait_s24.sh IMAGENET_FOLDER TEACHER_FILE OUTPUT_FOLDER [further flags]
+# The variable GPUS sets the number of GPUs (8).
 set -euo pipefail
 main=$(dirname "$0")/../main.py usage='IMAGENET_FOLDER TEACHER_FILE OUTPUT_FOLDER [further flags]'
 data=${1:?$usage} teacher=${2:?$usage} output=${3:?$usage}
