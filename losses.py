@@ -4,10 +4,14 @@ Fine-grained manifold distillation (Hao et al., NeurIPS 2022, https://arxiv.org/
 reproduce the relations between the teacher's patch tokens. The relation map of a set of tokens X is X Xᵀ after every
 token is L2-normalised: a table of cosine similarities. It does not depend on the width, so no projector is needed.
 
-The definition comes first, the fast path below it. With `over_ranks` a term connects the images of all ranks, of which
-each holds B, as one process with all images would. Image i of them is image i // W of rank i % W, as the sampler deals
-them out. All ranks get the same value, and the gradient at their own tokens times W: DistributedDataParallel divides
-by W.
+The definition comes first, the fast path below it. All relation terms take tokens of the student, (B, N, D_s), and of
+the teacher, (B, N, D_t), and raise a ValueError if B or N differ. They return the mean of the squared differences over
+all entries of all their maps, where the paper writes Frobenius sums: a scalar that can be differentiated once, with
+respect to the student. `dtype` is that of the factors of the products; float64 tokens stay float64.
+
+With `over_ranks` a term connects the images of all ranks, of which each holds B, as one process with all images would.
+Image i of them is image i // W of rank i % W, as the sampler deals them out. All ranks get the same value, and the
+gradient at their own tokens times W: DistributedDataParallel divides by W.
 
 Letters: B images, N patch tokens per image, D channels (D_s student, D_t teacher), L layer pairs, K sampled tokens,
 C classes, M tokens of any set, G sets, W ranks.
@@ -60,13 +64,7 @@ def plain_full_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def soft_distillation_loss(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
-    """τ²·KL(teacher ‖ student) of softened logits, divided by B; DeiT's own soft loss divides by B·C.
-
-    Args:
-        student: logits (B, C).
-        teacher: logits (B, C).
-        tau: temperature τ that divides both.
-    """
+    """τ²·KL(teacher ‖ student) of logits (B, C) / τ, divided by B; DeiT's own soft loss divides by B·C."""
     student = F.log_softmax(student / tau, dim=-1)
     teacher = F.log_softmax(teacher / tau, dim=-1)
     return F.kl_div(student, teacher, reduction='batchmean', log_target=True) * tau**2
@@ -78,7 +76,6 @@ def hard_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _full_precision(x: Tensor) -> Tensor:
-    """At least float32; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -133,46 +130,33 @@ def map_distance(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.fl
     """`plain_map_distance` of G maps, (G, M, D_s) and (G, M, D_t), computed together with its gradient.
 
     Because maps are symmetric, the gradient at the normalised tokens S is 4·(SSᵀ − TTᵀ)·S: one product, where autograd
-    needs two and keeps the maps for them.
-
-    Args:
-        student: tokens (G, M, D_s).
-        teacher: tokens (G, M, D_t).
-        dtype: of the factors of the products and of the maps; float64 tokens stay float64.
+    needs two and keeps the maps for them. The maps have `dtype`, too.
     """
     (G, M), width = student.shape[:2], student.shape[2] + teacher.shape[2]
     elements = CPU_CHUNK_ELEMENTS if student.device.type == 'cpu' else GPU_CHUNK_ELEMENTS
     sets = max(1, elements // (M * max(M, width)))
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         exact = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-        value: Tensor | float = 0.0
+        value = torch.zeros((), dtype=exact, device=student.device)
         gradient = torch.empty_like(student, dtype=exact)
         for s, t, g in zip(student.split(sets), teacher.split(sets), gradient.split(sets), strict=True):
             unit, length = _normalize(s.to(exact))
             S, T = (_as_factor(x, dtype) for x in (unit, _normalize(t.to(exact))[0]))
             # The student's product is added to the teacher's map: in bfloat16 only the difference is rounded.
             difference = torch.bmm(T, T.mT).baddbmm_(S, S.mT, beta=-1)
-            value = value + _sum_of_squares(difference) / (G * M**2)
+            value += _sum_of_squares(difference) / (G * M**2)
             g.copy_(_normalize_backward((difference @ S).to(exact), unit, length * (G * M**2 / 4)))
-    assert isinstance(value, Tensor)
     return _known(student, value, gradient)
 
 
 def _sum_of_squares(maps: Tensor) -> Tensor:
-    """Of all entries, in float32 or better."""
     # Row by row: one sum over millions of squares loses digits.
     dtype = torch.promote_types(maps.dtype, torch.float32)
     return torch.linalg.vector_norm(maps, dim=-1, dtype=dtype).square().sum()
 
 
 def _as_factor(unit: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normalised tokens as factors of a product."""
     return unit if unit.dtype == torch.float64 else unit.to(dtype)
-
-
-def _sum_over_ranks(values: Tensor) -> Tensor:
-    dist.all_reduce(values)
-    return values
 
 
 # The terms ------------------------------------------------------------------------------------------------------------
@@ -183,19 +167,8 @@ def sample_loss(
 ) -> Tensor:
     """Relations across images: one B×B map per patch position (the paper's inter-image term).
 
-    Args:
-        student: tokens (B, N, D_s).
-        teacher: tokens (B, N, D_t).
-        over_ranks: maps over the images of all ranks, W·B×W·B. Each rank gathers the W·B·N normalised tokens of one
-            side after the other in `dtype`, and computes B rows of each map.
-        dtype: of the factors of the products.
-
-    Returns:
-        Mean of the squared differences over the N maps, a scalar that can be differentiated once, with respect to the
-        student; the paper writes a Frobenius sum divided by N.
-
-    Raises:
-        ValueError: B or N differ.
+    Over ranks the maps are W·B×W·B. Each rank gathers the W·B·N normalised tokens of one side after the other in
+    `dtype`, and computes B rows of each map.
     """
     _check_pair(student, teacher)
     if not over_ranks:
@@ -206,11 +179,12 @@ def sample_loss(
         rows, gathered = _map_rows_over_ranks(_as_factor(unit, dtype))
         difference = rows - maps  # (N, B, W·B)
         entries = len(difference) * gathered.shape[1] ** 2
-        value = _sum_over_ranks(_sum_of_squares(difference)) / entries
+        squares = _sum_of_squares(difference)
+        dist.all_reduce(squares)
         # Each token is in a row and in a column of its map.
         grad_unit = 4 / entries * (difference.to(gathered.dtype) @ gathered).to(unit.dtype).transpose(0, 1)
         gradient = dist.get_world_size() * _normalize_backward(grad_unit, unit, length)
-    return _known(student, value, gradient)
+    return _known(student, squares / entries, gradient)
 
 
 def _map_rows_over_ranks(unit: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,19 +201,7 @@ def patch_loss(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.floa
     """Relations within an image: one N×N map per image (the paper's intra-image term).
 
     Maps are used while they are small. With many more tokens than channels (N > 4·(D_s + D_t)), as in the first stage
-    of hierarchical models, products of channels replace them, as in `full_loss`.
-
-    Args:
-        student: tokens (B, N, D_s).
-        teacher: tokens (B, N, D_t).
-        dtype: of the factors of the products where maps are used; without maps everything is float64.
-
-    Returns:
-        Mean of the squared differences over the B maps, a scalar that can be differentiated once, with respect to the
-        student; the paper writes a Frobenius sum divided by B.
-
-    Raises:
-        ValueError: B or N differ.
+    of hierarchical models, products of channels replace them, in float64 as in `full_loss`.
     """
     _check_pair(student, teacher)
     B, N, D_s = student.shape
@@ -250,7 +212,7 @@ def patch_loss(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.floa
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         chunks = zip(student.split(images), teacher.split(images), strict=True)
         values, gradients = zip(*(_by_channels(s, t, B * N**2) for s, t in chunks), strict=True)
-        gradient = torch.cat(gradients)
+    gradient = torch.cat(gradients)
     return _known(student, sum(values).to(gradient.dtype), gradient)
 
 
@@ -264,21 +226,16 @@ def random_loss(
 ) -> Tensor:
     """Relations of min(K, B·N) tokens drawn without replacement from the batch (the paper's random-sampled term).
 
+    Over ranks K·(D_s + D_t) numbers of float32, the drawn tokens, are sent to all ranks.
+
     Args:
-        student: tokens (B, N, D_s).
-        teacher: tokens (B, N, D_t), sampled at the same places.
+        student, teacher, dtype: as above; both sides are sampled at the same places.
         K: number of tokens to draw.
         generator: of the draw, best on the device of the tokens; torch's global one if None.
-        over_ranks: draw from the W·B images of all ranks, whose generators must be in the same state. The drawn tokens,
-            K·(D_s + D_t) numbers of float32, are sent to all ranks.
-        dtype: of the factors of the products.
-
-    Returns:
-        Mean of the squared differences of the two K×K maps, a scalar that can be differentiated once, with respect to
-        the student.
+        over_ranks: draw from the W·B images of all ranks, whose generators must be in the same state.
 
     Raises:
-        ValueError: B or N differ; `over_ranks` without a generator, because each rank would draw other tokens.
+        ValueError: also for `over_ranks` without a generator, because each rank would draw other tokens.
     """
     _check_pair(student, teacher)
     if over_ranks and generator is None:
@@ -294,10 +251,10 @@ def random_loss(
     is_own = (image % W == rank)[:, None]
     # The same number of tokens on each rank, zeros for those of others: the host need not know how many are its own.
     own = [torch.where(is_own, _full_precision(tokens[image // W, place]), 0.0) for tokens in (student, teacher)]
-    gathered = _sum_over_ranks(torch.cat([tokens.detach() for tokens in own], dim=1))
-    sides = zip(own, gathered.split([tokens.shape[1] for tokens in own], dim=1), strict=True)
-    s, t = (torch.where(is_own, *pair)[None] for pair in sides)
-    value = map_distance(s, t, dtype)
+    gathered = torch.cat([tokens.detach() for tokens in own], dim=1)
+    dist.all_reduce(gathered)
+    s, t = gathered.split([tokens.shape[1] for tokens in own], dim=1)
+    value = map_distance(torch.where(is_own, own[0], s)[None], t[None], dtype)
     return value.detach() + W * (value - value.detach())
 
 
@@ -309,19 +266,8 @@ def full_loss(student: Tensor, teacher: Tensor, over_ranks: bool = False) -> Ten
     tokens. The gradient at S is 4(S·SᵀS − T·TᵀS). The D×D products are sums over tokens, and so over ranks.
 
     Near the end of training the three norms cancel, and so do the two products of the gradient. Therefore everything is
-    in float64: the gradient keeps its digits, the value loses about 1e-16, which is 1e-6 of a value of 1e-10.
-
-    Args:
-        student: tokens (B, N, D_s).
-        teacher: tokens (B, N, D_t).
-        over_ranks: connect the tokens of all ranks, which sum D_s² + D_s·D_t + D_t² numbers of float64.
-
-    Returns:
-        Mean of the squared differences over the (B·N)² pairs of tokens, a scalar, never negative, that can be
-        differentiated once, with respect to the student.
-
-    Raises:
-        ValueError: B or N differ.
+    in float64: the gradient keeps its digits, the value loses about 1e-16, which is 1e-6 of a value of 1e-10, and is
+    never negative. Over ranks D_s² + D_s·D_t + D_t² numbers of float64 are summed.
     """
     _check_pair(student, teacher)
     W = dist.get_world_size() if over_ranks else 1
@@ -333,34 +279,26 @@ def full_loss(student: Tensor, teacher: Tensor, over_ranks: bool = False) -> Ten
 
 def _by_channels(student: Tensor, teacher: Tensor, entries: int, over_ranks: bool = False) -> tuple[Tensor, Tensor]:
     """Sum of ‖SSᵀ − TTᵀ‖²/entries over sets of tokens (G, M, D_s), (G, M, D_t), and its gradient (G, M, D_s)."""
+    G, D_s, D_t = len(student), student.shape[2], teacher.shape[2]
+    products = torch.zeros(G, D_s, D_s + D_t, dtype=torch.float64, device=student.device)
+    SS, ST = products.split([D_s, D_t], dim=2)
+    TT = products.new_zeros(G, D_t, D_t)
     chunks = list(zip(student.split(CHUNK, dim=1), teacher.split(CHUNK, dim=1), strict=True))
-    gram_s, TT = _channel_products(chunks, over_ranks)
-    SS, ST = gram_s.split([student.shape[-1], teacher.shape[-1]], dim=2)
-    norms = [products.square().sum(dim=(1, 2)) for products in (SS, ST, TT)]
-    value = (norms[0] - 2 * norms[1] + norms[2]).clamp(min=0).sum() / entries
-    return value, torch.cat([_channel_gradient(s, t, SS, ST, 4 / entries) for s, t in chunks], dim=1)
-
-
-def _channel_products(chunks: Sequence[tuple[Tensor, Tensor]], over_ranks: bool) -> tuple[Tensor, Tensor]:
-    """[SᵀS SᵀT], (G, D_s, D_s + D_t), and TᵀT, (G, D_t, D_t), of tokens in pairs of chunks (G, M, D_s), (G, M, D_t)."""
-    G, D_s, D_t = len(chunks[0][0]), chunks[0][0].shape[2], chunks[0][1].shape[2]
-    sums = torch.zeros(G, D_s * (D_s + D_t) + D_t**2, dtype=torch.float64, device=chunks[0][0].device)
-    gram_s, gram_t = sums.split([D_s * (D_s + D_t), D_t**2], dim=1)
-    gram_s, gram_t = gram_s.unflatten(1, (D_s, D_s + D_t)), gram_t.unflatten(1, (D_t, D_t))
-    for student, teacher in chunks:
-        s, t = _normalize(student.double())[0], _normalize(teacher.double())[0]
-        gram_s.baddbmm_(s.mT, torch.cat([s, t], dim=2))
-        gram_t.baddbmm_(t.mT, t)
+    for chunk in chunks:
+        s, t = (_normalize(tokens.double())[0] for tokens in chunk)
+        products.baddbmm_(s.mT, torch.cat([s, t], dim=2))
+        TT.baddbmm_(t.mT, t)
     if over_ranks:
-        _sum_over_ranks(sums)
-    return gram_s, gram_t
-
-
-def _channel_gradient(student: Tensor, teacher: Tensor, SS: Tensor, ST: Tensor, factor: float) -> Tensor:
-    """factor·(S·SᵀS − T·TᵀS) as a gradient at the student's tokens, (G, M, D_s), in float32 or better."""
-    unit, length = _normalize(student.double())
-    grad_unit = unit @ SS - _normalize(teacher.double())[0] @ ST.mT
-    return _normalize_backward(factor * grad_unit, unit, length).to(torch.promote_types(student.dtype, torch.float32))
+        dist.all_reduce(products)
+        dist.all_reduce(TT)
+    norms = [x.square().sum(dim=(1, 2)) for x in (SS, ST, TT)]
+    value = (norms[0] - 2 * norms[1] + norms[2]).clamp(min=0).sum() / entries
+    gradient = torch.empty_like(student, dtype=torch.promote_types(student.dtype, torch.float32))
+    for (s, t), g in zip(chunks, gradient.split(CHUNK, dim=1), strict=True):
+        unit, length = _normalize(s.double())
+        grad_unit = 4 / entries * (unit @ SS - _normalize(t.double())[0] @ ST.mT)
+        g.copy_(_normalize_backward(grad_unit, unit, length))
+    return value, gradient
 
 
 # The weighted sum -----------------------------------------------------------------------------------------------------
@@ -368,38 +306,23 @@ def _channel_gradient(student: Tensor, teacher: Tensor, SS: Tensor, ST: Tensor, 
 
 @dataclass(frozen=True)
 class RelationOptions:
-    """What the relation terms can be told.
+    """What the relation terms can be told."""
 
-    Attributes:
-        K: number of random tokens.
-        generator: of random tokens.
-        over_ranks: connect the images of all ranks.
-        dtype: of the factors of the products.
-    """
-
-    K: int = 192
-    generator: torch.Generator | None = None
-    over_ranks: bool = False
-    dtype: torch.dtype = torch.float32
+    K: int = 192  # number of random tokens
+    generator: torch.Generator | None = None  # of random tokens
+    over_ranks: bool = False  # connect the images of all ranks
+    dtype: torch.dtype = torch.float32  # of the factors of the products
 
 
 @dataclass(frozen=True)
 class RelationTerm:
-    """A relation term of the loss. Its flag is `--w-<name>`, its key in the log `mf_<name>`.
+    """A relation term of the loss. Its flag is `--w-<name>`, its key in the log `mf_<name>`."""
 
-    Attributes:
-        distance: (student tokens (B, N, D_s), teacher tokens (B, N, D_t), options) → scalar.
-        default_weight: of its flag.
-        help: of its flag.
-        label: what the start-up summary calls it.
-        reads: which of the flags K, relations and relation_dtype have an effect on it.
-    """
-
-    distance: Callable[[Tensor, Tensor, RelationOptions], Tensor]
-    default_weight: float
-    help: str
-    label: str
-    reads: tuple[str, ...] = ()
+    distance: Callable[[Tensor, Tensor, RelationOptions], Tensor]  # of tokens (B, N, D_s) and (B, N, D_t) → scalar
+    default_weight: float  # of its flag
+    help: str  # of its flag
+    label: str  # what the start-up summary calls it
+    reads: tuple[str, ...] = ()  # which of the flags K, relations and relation_dtype have an effect on it
 
 
 RELATION_TERMS: dict[str, RelationTerm] = {
@@ -467,9 +390,13 @@ class ManifoldDistillationLoss(nn.Module):
         **weights: float,
     ) -> None:
         super().__init__()
-        _check_choice('distillation_type', distillation_type, DISTILLATION_TYPES)
-        _check_choice('relations', relations, RELATIONS)
-        _check_choice('relation_dtype', relation_dtype, RELATION_DTYPES)
+        for name, value, choices in (
+            ('distillation_type', distillation_type, DISTILLATION_TYPES),
+            ('relations', relations, RELATIONS),
+            ('relation_dtype', relation_dtype, RELATION_DTYPES),
+        ):
+            if value not in choices:
+                raise ValueError(f'{name} must be one of {choices}, not {value!r}')
         if K < 1:
             raise ValueError(f'K must be at least 1, not {K}')
         unknown = weights.keys() - {f'w_{name}' for name in RELATION_TERMS}
@@ -495,7 +422,7 @@ class ManifoldDistillationLoss(nn.Module):
             student_out: (logits (B, C), kd_logits (B, C), tokens: L of (B, N, D_s)), see `models.Output`.
             teacher_out: (logits (B, C), …, tokens: L of (B, N, D_t)); not read with distillation type 'none'. With α 0
                 the logits may be None: a teacher without a head, or with other classes.
-            targets: classes (B,) or soft labels (B, C), as `base_criterion` takes them.
+            targets: of `base_criterion`.
             generator: of the random tokens, advanced by one draw per layer pair; with relations 'global' in the same
                 state on all ranks.
 
@@ -548,8 +475,3 @@ class ManifoldDistillationLoss(nn.Module):
                 value = weight * torch.stack([term.distance(s, t, options) for s, t in pairs]).mean()
             losses[f'mf_{name}'] = value
         return losses
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f'{name} must be one of {choices}, not {value!r}')

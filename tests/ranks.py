@@ -1,12 +1,14 @@
-"""The criterion on several ranks: run as a program by each of them, and in one process by the test that compares.
+"""The criterion on several ranks, forks of one interpreter, and in one process, by the test that compares.
 
-python tests/ranks.py RANK FOLDER: on two ranks, then on three, all of `CASES`; FOLDER receives one file per world.
+python tests/ranks.py FOLDER: on two ranks, then on three, all of `CASES`; FOLDER receives one file per world and rank.
 """
 
+import os
 import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo  # DistributedDataParallel imports it: before the fork, once
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -72,8 +74,7 @@ def run(case: str, world: int, rank: int | None) -> dict[str, Tensor]:
     }
 
 
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def take_part(rank: int, folder: Path) -> None:
     for world in (2, 3):
         if rank >= world:
             continue
@@ -83,5 +84,17 @@ def main(rank: int, folder: Path) -> None:
         dist.destroy_process_group()
 
 
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    children = []
+    for rank in range(3):
+        child = os.fork()
+        if not child:
+            return take_part(rank, folder)
+        children.append(child)
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    sys.exit(any(codes))
+
+
 if __name__ == '__main__':
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

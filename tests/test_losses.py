@@ -99,7 +99,7 @@ def oracle(student, teacher, sets):
 
 
 @pytest.mark.parametrize('name', TERMS)
-def test_relation_terms_and_their_gradients_equal_plain_loops_in_float64(name):
+def test_terms_equal_plain_loops_in_float64(name):
     student, teacher = tokens(D_S), tokens(D_T)
     value, gradient = value_and_gradient(TERMS[name], student, teacher)
     expected, expected_gradient = oracle(student, teacher, SETS.get(name) or [drawn_tokens(gradient)])
@@ -110,7 +110,7 @@ def test_relation_terms_and_their_gradients_equal_plain_loops_in_float64(name):
 
 @pytest.mark.parametrize('seed', range(5))
 @pytest.mark.parametrize('name', TERMS)
-def test_relation_terms_in_float32_stay_close_to_plain_loops(name, seed):
+def test_terms_are_close_to_plain_loops_in_float32(name, seed):
     torch.manual_seed(seed)
     student, teacher = tokens(D_S, torch.float32), tokens(D_T, torch.float32)
     value, gradient = value_and_gradient(TERMS[name], student, teacher)
@@ -128,7 +128,7 @@ def near(share, count=150, dtype=torch.float32):
 
 @pytest.mark.parametrize('share', [1.0, 0.1, 0.01])
 @pytest.mark.parametrize('numbers', [1, 20_000, 50_000, 1 << 22])
-def test_terms_with_their_gradient_at_once_are_the_definition_in_float64(share, numbers, monkeypatch):
+def test_patch_and_sample_are_close_to_the_definition(share, numbers, monkeypatch):
     monkeypatch.setattr(losses, 'CPU_CHUNK_ELEMENTS', numbers)  # portions of any size, a smaller last one too
     student, teacher = near(share)
     for term, transposed in ((patch_loss, False), (sample_loss, True)):
@@ -140,7 +140,7 @@ def test_terms_with_their_gradient_at_once_are_the_definition_in_float64(share, 
         assert (gradient.double() - expected_gradient).norm() <= 2e-6 / share * expected_gradient.norm()
 
 
-def test_products_of_bfloat16_keep_the_difference_they_are_made_for():
+def test_bfloat16_products_are_close_to_float32():
     student, teacher = near(0.3)
     for term in (patch_loss, sample_loss, partial(draw_loss, K=300)):
         exact, exact_gradient = value_and_gradient(term, student, teacher)
@@ -151,7 +151,7 @@ def test_products_of_bfloat16_keep_the_difference_they_are_made_for():
         assert gradient.dtype == torch.float32
 
 
-def test_a_term_keeps_no_map_for_the_backward_pass():
+def test_patch_term_keeps_no_map_for_backward():
     student, teacher = near(0.3)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
@@ -163,7 +163,7 @@ def test_a_term_keeps_no_map_for_the_backward_pass():
 
 
 @each_term
-def test_equal_features_give_zero_relations(term):
+def test_terms_of_equal_tokens_are_zero(term):
     student = tokens(D_S)
     value, gradient = value_and_gradient(term, student, student)
     assert value == 0
@@ -171,7 +171,7 @@ def test_equal_features_give_zero_relations(term):
 
 
 @each_term
-def test_relations_ignore_a_rotation_of_the_channels_and_a_positive_factor_per_token(term):
+def test_terms_ignore_rotations_and_token_lengths(term):
     student, teacher = tokens(D_S), tokens(D_T)
     expected = term(student, teacher)
     rotation = torch.linalg.qr(torch.randn(D_S, D_S, dtype=torch.float64)).Q
@@ -182,14 +182,14 @@ def test_relations_ignore_a_rotation_of_the_channels_and_a_positive_factor_per_t
 
 
 @each_term
-def test_relations_change_with_a_factor_per_channel(term):
+def test_terms_depend_on_channel_scales(term):
     student, teacher = tokens(D_S), tokens(D_T)
     factors = torch.arange(1, D_S + 1, dtype=torch.float64)
     assert abs(term(student * factors, teacher) - term(student, teacher)) > 1e-3
 
 
 @each_term
-def test_zero_tokens_give_finite_relations_and_gradients(term):
+def test_zero_tokens_give_finite_gradients(term):
     student, teacher = tokens(D_S, torch.float32), tokens(D_T, torch.float32)
     student[0], teacher[:, 1] = 0, 0
     value, gradient = value_and_gradient(term, student, teacher)
@@ -211,14 +211,14 @@ def test_zero_tokens_give_finite_relations_and_gradients(term):
         ((B, D_T, 2, 2), rf'student \({B}, {N}, {D_S}\), teacher \({B}, {D_T}, 2, 2\)'),
     ],
 )
-def test_unlike_tokens_are_refused_in_words_that_name_both_sides(term, shape, words):
+def test_mismatched_tokens_raise(term, shape, words):
     with pytest.raises(ValueError, match=words):
         term(tokens(D_S), torch.randn(shape, dtype=torch.float64))
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @each_term
-def test_relations_under_autocast_equal_those_in_float32(term, dtype):
+def test_terms_under_autocast_are_float32(term, dtype):
     # A student close to its teacher, as late in training: this is where half precision loses the differences.
     teacher = tokens(16, torch.float32)
     student = (teacher + 0.02 * tokens(16, torch.float32)).requires_grad_()
@@ -242,7 +242,7 @@ def test_relations_under_autocast_equal_those_in_float32(term, dtype):
     ],
 )
 @each_term
-def test_half_precision_tokens_are_compared_in_float32_and_double_in_double(term, dtype, expected):
+def test_terms_are_float32_or_better(term, dtype, expected):
     student, teacher = tokens(D_S).to(dtype), tokens(D_T).to(dtype)
     value = term(student, teacher)
     assert value.dtype == expected
@@ -262,7 +262,7 @@ def late(width, close):
 # (student, teacher) by what they are: unrelated as at the start, and ever closer.
 @pytest.mark.parametrize('close', [None, 0.1, 0.01, 0.001])
 @pytest.mark.parametrize('chunk', [5, 4096])
-def test_full_term_in_float32_stays_close_to_float64_from_start_to_end(close, chunk, monkeypatch):
+def test_full_term_in_float32_is_close_to_float64(close, chunk, monkeypatch):
     monkeypatch.setattr(losses, 'CHUNK', chunk)
     student, teacher = late(16, close) if close else (torch.randn(B, N, 8), torch.randn(B, N, 16))
     value, gradient = value_and_gradient(full_loss, student, teacher)
@@ -279,7 +279,7 @@ def full_loss_by_identity(student, teacher):
     return (norms[0] - 2 * norms[1] + norms[2]) / len(S) ** 2
 
 
-def test_the_identity_is_the_definition():
+def test_full_loss_by_identity_equals_plain_loops():
     student, teacher = tokens(D_S), tokens(D_T)
     expected = oracle(student, teacher, [PLACES])[0]
     assert full_loss_by_identity(student, teacher).item() == pytest.approx(expected, rel=1e-12)
@@ -289,7 +289,7 @@ def test_the_identity_is_the_definition():
 @pytest.mark.parametrize(
     ('D_s', 'D_t', 'close'), [(192, 384, None), (384, 384, 0.1), (384, 384, 1e-2), (384, 384, 1e-3)]
 )
-def test_full_term_of_50176_tokens_in_float32_stays_close_to_float64(D_s, D_t, close):
+def test_full_term_of_50176_tokens_is_close_to_float64(D_s, D_t, close):
     teacher = torch.randn(256, 196, D_t) + 2 * torch.randn(D_t)
     student = torch.randn(256, 196, D_s) + torch.randn(D_s)
     if close:
@@ -316,7 +316,7 @@ def test_full_term_is_never_negative(dtype):
     assert max(found) <= 1e-13
 
 
-def test_full_term_keeps_no_map_and_of_the_features_nothing_but_a_gradient_of_their_size():
+def test_full_term_makes_no_map_and_keeps_only_its_gradient():
     student, teacher = torch.randn(8, 64, 4, requires_grad=True), torch.randn(8, 64, 4)
     kept, made = [], []
 
@@ -332,7 +332,7 @@ def test_full_term_keeps_no_map_and_of_the_features_nothing_but_a_gradient_of_th
     assert max(made) < (8 * 64) ** 2 / 16  # nothing near the size of a map
 
 
-def test_float16_gradients_of_the_full_term_are_scaled_before_they_are_rounded():
+def test_float16_gradients_are_rounded_after_scaling():
     student, teacher = (torch.randn(64, 64, 8).half() for _ in range(2))
     student.requires_grad_()
     scale = 65536.0
@@ -345,7 +345,7 @@ def test_float16_gradients_of_the_full_term_are_scaled_before_they_are_rounded()
 
 @pytest.mark.parametrize('images_at_once', [1, 2, 5])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
-def test_patch_term_of_many_tokens_is_its_definition_without_maps(images_at_once, dtype, monkeypatch):
+def test_patch_term_of_many_tokens_uses_channel_products(images_at_once, dtype, monkeypatch):
     monkeypatch.setattr(losses, 'CHUNK', 60 * images_at_once)
     student, teacher = torch.randn(5, 60, 6).to(dtype), torch.randn(5, 60, 8).to(dtype)
     made = []
@@ -365,7 +365,7 @@ def test_patch_term_of_many_tokens_is_its_definition_without_maps(images_at_once
 
 
 @pytest.mark.parametrize('K', [B * N, B * N + 1, 192])
-def test_random_term_of_all_tokens_is_the_mean_over_the_full_map(K):
+def test_random_term_of_all_tokens_equals_the_full_term(K):
     student, teacher = tokens(D_S), tokens(D_T)
     expected, expected_gradient = oracle(student, teacher, [PLACES])
     value, gradient = value_and_gradient(partial(random_loss, K=K), student, teacher)
@@ -374,7 +374,7 @@ def test_random_term_of_all_tokens_is_the_mean_over_the_full_map(K):
 
 
 @pytest.mark.parametrize('K', [2, 5, B * N - 1, B * N, 50])
-def test_random_tokens_are_drawn_without_replacement_at_the_same_places_of_both_sides(K):
+def test_random_places_are_distinct_and_shared_by_both_sides(K):
     student, teacher = tokens(D_S), tokens(D_T)
 
     def value(teacher):
@@ -391,7 +391,7 @@ def test_random_tokens_are_drawn_without_replacement_at_the_same_places_of_both_
     assert len(drawn) == min(K, B * N)
 
 
-def test_random_tokens_are_a_function_of_the_generator():
+def test_generator_determines_the_random_tokens():
     student, teacher = tokens(D_S), tokens(D_T)
     first, second = (
         [random_loss(student, teacher, 5, torch.Generator().manual_seed(seed)).item() for seed in range(20)]
@@ -401,7 +401,7 @@ def test_random_tokens_are_a_function_of_the_generator():
     assert len(set(first)) > 10  # there are 792 ways to draw 5 of 12
 
 
-def test_random_draw_leaves_the_global_generator_alone_when_it_is_given_its_own():
+def test_random_term_with_a_generator_leaves_the_global_one():
     student, teacher, before = tokens(D_S), tokens(D_T), torch.get_rng_state()
     random_loss(student, teacher, 5, torch.Generator())
     assert torch.equal(torch.get_rng_state(), before)
@@ -409,7 +409,7 @@ def test_random_draw_leaves_the_global_generator_alone_when_it_is_given_its_own(
     assert not torch.equal(torch.get_rng_state(), before)
 
 
-def test_each_layer_pair_gets_a_new_draw_of_random_tokens():
+def test_each_layer_pair_draws_new_tokens():
     student = [tokens(D_S).requires_grad_() for _ in range(4)]
     teacher = [tokens(D_T) for _ in range(4)]
     criterion = ManifoldDistillationLoss(nn.CrossEntropyLoss(), 'soft', w_sample=0, w_patch=0, K=5)
@@ -461,7 +461,7 @@ def build(kind='soft', **options):
 
 @pytest.mark.parametrize(('kind', 'tau'), [('soft', 1.0), ('soft', 4.0), ('hard', 1.0)])
 @pytest.mark.parametrize('alpha', [0.0, 0.3, 1.0])
-def test_losses_are_the_weighted_terms_of_the_formula_and_pairs_are_averaged(kind, tau, alpha):
+def test_criterion_returns_weighted_means_over_layer_pairs(kind, tau, alpha):
     student, teacher = [tokens(D_S) for _ in range(3)], [tokens(D_T) for _ in range(3)]
     found = forward(
         build(kind, alpha=alpha, tau=tau, beta=0.5, w_sample=0.1, w_patch=4, w_rand=0.2, w_full=0.7), student, teacher
@@ -490,7 +490,7 @@ def test_losses_are_the_weighted_terms_of_the_formula_and_pairs_are_averaged(kin
 
 
 @pytest.mark.parametrize('alpha', [0.0, 0.5, 1.0])
-def test_without_distillation_the_base_is_the_plain_cross_entropy_and_no_teacher_is_needed(alpha):
+def test_criterion_without_distillation_is_cross_entropy(alpha):
     criterion = build('none', alpha=alpha)
     found = criterion((LOGITS, KD_LOGITS, (tokens(D_S),)), None, TARGETS)
     assert list(found) == KEYS
@@ -505,7 +505,7 @@ def test_alpha_zero_keeps_the_relations():
 
 
 @pytest.mark.parametrize('kind', ['soft', 'hard'])
-def test_without_tapped_blocks_the_relations_are_zero(kind):
+def test_relations_without_blocks_are_zero(kind):
     found = forward(build(kind))
     assert list(found) == KEYS
     assert all(found[key] == 0 for key in KEYS[2:])
@@ -513,7 +513,7 @@ def test_without_tapped_blocks_the_relations_are_zero(kind):
 
 
 @pytest.mark.parametrize('name', ['sample', 'patch', 'rand', 'full'])
-def test_a_relation_of_weight_zero_is_not_computed_but_keeps_its_key(name, monkeypatch):
+def test_term_of_weight_zero_is_not_computed(name, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError('computed')
 
@@ -548,7 +548,7 @@ class MixedCrossEntropy(nn.Module):
 
 @pytest.mark.parametrize('kind', ['none', 'soft', 'hard'])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_criterion_owns_its_precision_under_autocast(kind, dtype):
+def test_criterion_ignores_autocast(kind, dtype):
     out = [(torch.randn(B, C).to(dtype), torch.randn(B, C).to(dtype), (tokens(d).to(dtype),)) for d in (D_S, D_T)]
     criterion = ManifoldDistillationLoss(MixedCrossEntropy(), kind, tau=2.0, K=100, w_full=1)
     with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -559,7 +559,7 @@ def test_the_criterion_owns_its_precision_under_autocast(kind, dtype):
         assert found[key].item() == pytest.approx(double[key].item(), rel=1e-6, abs=1e-7)
 
 
-def test_soft_labels_reach_the_base_criterion():
+def test_base_criterion_takes_soft_labels():
     soft = torch.rand(B, C, dtype=torch.float64).softmax(dim=1)
     found = build('soft', alpha=0)((LOGITS, KD_LOGITS, ()), (TEACHER_LOGITS, TEACHER_LOGITS, ()), soft)
     expected = -(soft * LOGITS.log_softmax(dim=1)).sum() / B
@@ -567,7 +567,7 @@ def test_soft_labels_reach_the_base_criterion():
 
 
 @pytest.mark.parametrize('kind', ['soft', 'hard'])
-def test_a_teacher_without_logits_leaves_the_relations_and_the_second_head_in_the_graph(kind):
+def test_teacher_without_logits_needs_alpha_zero(kind):
     student, teacher = tokens(D_S).requires_grad_(), tokens(D_T)
     logits, kd_logits = (torch.randn(B, C, requires_grad=True) for _ in range(2))
     classes, weightless = torch.zeros(B, dtype=torch.long), build(kind, alpha=0)
@@ -580,36 +580,36 @@ def test_a_teacher_without_logits_leaves_the_relations_and_the_second_head_in_th
         build(kind, alpha=0.5)((logits, kd_logits, [student]), (None, None, [teacher]), classes)
 
 
-def test_a_missing_teacher_is_refused_in_words():
+def test_missing_teacher_raises():
     with pytest.raises(ValueError, match="'hard' needs the output of a teacher"):
         build('hard')((LOGITS, KD_LOGITS, ()), None, TARGETS)
 
 
 @pytest.mark.parametrize('kind', ['soft', 'hard'])
-def test_unlike_classes_are_refused_in_words(kind):
+def test_mismatched_classes_raise(kind):
     with pytest.raises(ValueError, match=rf'student \({B}, {C}\), teacher \({B}, {C + 1}\)'):
         build(kind)((LOGITS, KD_LOGITS, ()), (torch.randn(B, C + 1), None, ()), TARGETS)
 
 
 @pytest.mark.parametrize(('ours', 'theirs'), [(1, 2), (2, 1), (0, 1), (1, 0)])
-def test_unlike_numbers_of_layers_are_refused_in_words(ours, theirs):
+def test_mismatched_layers_raise(ours, theirs):
     with pytest.raises(ValueError, match=f'{ours} of the student, {theirs} of the teacher'):
         forward(build(), [tokens(D_S)] * ours, [tokens(D_T)] * theirs)
 
 
 @pytest.mark.parametrize('K', [0, -1])
-def test_fewer_than_one_random_token_is_refused(K):
+def test_random_token_count_must_be_positive(K):
     with pytest.raises(ValueError, match=f'not {K}'):
         build(K=K)
 
 
 @pytest.mark.parametrize('name', ['distillation_type', 'relations', 'relation_dtype'])
-def test_an_unknown_choice_is_refused(name):
+def test_unknown_choice_raises(name):
     with pytest.raises(ValueError, match=f"{name} must be one of .*, not 'medium'"):
         ManifoldDistillationLoss(nn.CrossEntropyLoss(), **{name: 'medium'})
 
 
-def test_terms_are_means_over_layer_pairs_and_relate_to_the_paper_s_sums():
+def test_terms_relate_to_the_sums_of_the_paper():
     # Blocks of hierarchical models differ in their numbers of tokens.
     student = [tokens(D_S), tokens(D_S)[:, :2], tokens(D_S)]
     teacher = [tokens(D_T), tokens(D_T)[:, :2], tokens(D_T)]
@@ -632,12 +632,12 @@ def test_terms_are_means_over_layer_pairs_and_relate_to_the_paper_s_sums():
     assert alone['mf_patch'].item() * S.shape[1] ** 2 == pytest.approx(frobenius.item(), rel=1e-12)
 
 
-def test_an_unknown_weight_is_refused():
+def test_unknown_weight_raises():
     with pytest.raises(TypeError, match=r'^w_smaple: no relation term has this weight$'):
         ManifoldDistillationLoss(nn.CrossEntropyLoss(), w_smaple=1.0)
 
 
-def test_the_criterion_has_nothing_to_save():
+def test_criterion_has_no_state():
     assert build().state_dict() == {}
     assert list(build().parameters()) == []
 
@@ -649,14 +649,13 @@ def test_the_criterion_has_nothing_to_save():
 def of_ranks(tmp_path_factory):
     """What each of two and of three ranks found, by (world, rank) and case."""
     folder = tmp_path_factory.mktemp('ranks')
-    three = [subprocess.Popen([sys.executable, ranks.__file__, str(rank), str(folder)]) for rank in range(3)]
-    assert [process.wait(180) for process in three] == [0, 0, 0]
+    subprocess.run([sys.executable, ranks.__file__, str(folder)], check=True, timeout=180)
     return {(world, rank): torch.load(folder / f'{world}-{rank}.pt') for world in (2, 3) for rank in range(world)}
 
 
 @pytest.mark.parametrize('case', ranks.CASES)
 @pytest.mark.parametrize('world', [2, 3])
-def test_global_relations_of_several_ranks_equal_one_process_with_all_their_images(of_ranks, world, case):
+def test_global_relations_equal_one_process_with_all_images(of_ranks, world, case):
     alone = ranks.run(case, world, None)
     found = [of_ranks[world, rank][case] for rank in range(world)]
     # bfloat16 tokens round their gradient, the same in another order
@@ -675,7 +674,7 @@ def test_global_relations_of_several_ranks_equal_one_process_with_all_their_imag
 
 
 @pytest.mark.parametrize(('ours', 'theirs'), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
-def test_terms_over_ranks_take_sides_of_two_precisions(tmp_path, ours, theirs):
+def test_terms_over_ranks_accept_two_dtypes(tmp_path, ours, theirs):
     dist.init_process_group('gloo', init_method=f'file://{tmp_path}/meet', rank=0, world_size=1)
     try:
         student, teacher = tokens(D_S, ours), tokens(D_T, theirs)
@@ -688,7 +687,7 @@ def test_terms_over_ranks_take_sides_of_two_precisions(tmp_path, ours, theirs):
         dist.destroy_process_group()
 
 
-def test_relations_of_all_ranks_without_a_generator_they_share_are_refused(tmp_path):
+def test_global_relations_without_a_generator_raise(tmp_path):
     dist.init_process_group('gloo', init_method=f'file://{tmp_path}/meet', rank=0, world_size=1)
     try:
         with pytest.raises(ValueError, match='needs a generator'):
