@@ -11,9 +11,6 @@ from typing import cast
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
-# DeiT rounds the number of images per epoch down to a multiple of this.
-SELECTED_ROUND = 256
-
 
 class RASampler(RepeatAugSampler):
     """DeiT's repeated augmentation (Hoffer et al., 2020): three copies of each image, spread over the ranks.
@@ -23,11 +20,6 @@ class RASampler(RepeatAugSampler):
     selects none, each rank gets ceil(N/W). Without `num_replicas` and `rank` those of the process group hold. Without
     `shuffle` the order is that of the data set.
     """
-
-    def __init__(self, dataset: Sized, num_replicas: int | None = None, rank: int | None = None, shuffle: bool = True):
-        # timm 1.0.25 also selects no image below `selected_round`; 0 switches the rounding off.
-        rounding = SELECTED_ROUND if len(dataset) >= SELECTED_ROUND else 0
-        super().__init__(dataset, num_replicas, rank, shuffle, num_repeats=3, selected_round=rounding)
 
 
 class KeyedSampler(Sampler[tuple[int, int, int]]):

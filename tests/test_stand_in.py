@@ -80,7 +80,12 @@ def step(monkeypatch):
             },
         )
         with StandIns(allow_non_fake_inputs=True):
-            student.to(CUDA), teacher.to(CUDA)
+            try:
+                student.to(CUDA), teacher.to(CUDA)
+            except RuntimeError as error:  # torch 2.9
+                if 'no NVIDIA driver' not in str(error):
+                    raise
+                pytest.skip('this version of torch makes no stand-ins for CUDA tensors without a driver')
             preprocess = transforms.DevicePreprocess(*stats, config.augment.remode).to(CUDA)
             settings = TrainConfig(
                 CUDA,
