@@ -363,13 +363,15 @@ class CheckedDataset(Dataset):
             self.bad[index] = 1
             return None
 
-    def first(self) -> tuple:
-        """The first image that can be decoded, and its class."""
-        for index in range(min(self.TRIES, len(self))):
-            item = self.read(index)
+    def first(self, index: int = 0, seed: int | None = None) -> tuple:
+        """The first image from `index` on that can be decoded, its class, and its index."""
+        for candidate in range(index, index + self.TRIES):
+            if seed is not None:
+                seed_augmentation(seed)
+            item = self.read(candidate % len(self))
             if item is not None:
-                return item
-        raise BadImageError(f'{self.describe(0)} and the images after it: none can be read')
+                return *item, candidate % len(self)
+        raise BadImageError(f'{self.describe(index)} and the {self.TRIES - 1} images after it: none can be read')
 
     def _class_of(self, index: int) -> str:
         target = self.dataset.samples[index][1]
@@ -410,13 +412,8 @@ class TrainDataset(CheckedDataset):
     def __getitem__(self, key: tuple[int, int, int]) -> tuple:
         index, epoch, position = key
         number = counter_seed(self.seed, 'augment', epoch, position)
-        for candidate in range(index, index + self.TRIES):
-            seed_augmentation(number)
-            item = self.read(candidate % len(self))
-            if item is not None:
-                (image, aug_params), target = item
-                return image, target, candidate % len(self), {'key': number, **aug_params}
-        raise BadImageError(f'{self.describe(index)} and the {self.TRIES - 1} images after it: none can be read')
+        (image, aug_params), target, found = self.first(index, number)
+        return image, target, found, {'key': number, **aug_params}
 
 
 class EvalDataset(CheckedDataset):

@@ -84,7 +84,7 @@ def _decode(path: str | Path, start: int, size: int, ctime: int) -> torch.Tensor
             return torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8)).expand(3, -1, -1).contiguous()
         if image.mode in ('I', 'F'):
             raise ValueError(f'unsupported image mode {image.mode}')
-        return to_uint8(image.convert('RGB'))
+        return to_uint8(image)
 
 
 def to_uint8(image: Image.Image | torch.Tensor) -> torch.Tensor:

@@ -150,20 +150,17 @@ class RankConsensus:
             The signal that any rank has received, or 0, and whether a save is due on any rank.
         """
         self._signals.heartbeat()
-        signum = self._signals.received
+        agreed = self._signals.received, due
         if utils.get_world_size() > 1:
-            signum, due = self._exchange(due)
-        if signum:
+            previous = self._read() if self.lagged else (0, False)
+            # A save that was agreed on just now is not requested again.
+            request = [self._signals.received, int(due and not previous[1])]
+            self._result = torch.tensor(request, dtype=torch.int32)
+            self._work = dist.all_reduce(self._result, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            agreed = previous if self.lagged else self._read()
+        if agreed[0]:
             self._signals.protect_save()
-        return signum, due
-
-    def _exchange(self, due: bool) -> tuple[int, bool]:
-        previous = self._read() if self.lagged else (0, False)
-        # A save that was agreed on just now is not requested again.
-        request = [self._signals.received, int(due and not previous[1])]
-        self._result = torch.tensor(request, dtype=torch.int32)
-        self._work = dist.all_reduce(self._result, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return previous if self.lagged else self._read()
+        return agreed
 
     def _read(self) -> tuple[int, bool]:
         if self._work is not None:

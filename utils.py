@@ -156,7 +156,7 @@ class Meters:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.total: Tensor | None = None  # float64: for each name a sum over images, then the number of images
-        self._printed: np.ndarray | None = None
+        self._printed: np.ndarray | float = 0.0  # `total` at the last line
 
     def update(self, values: dict[str, Tensor], images: int) -> None:
         """Adds the means of one step over so many images, by name. No host sync."""
@@ -181,8 +181,7 @@ class Meters:
         if self.total is None:
             return ''
         total = np.array(self.total.tolist())
-        recent = total if self._printed is None else total - self._printed
-        self._printed = total
+        recent, self._printed = total - self._printed, total
         pairs = zip(self.names, recent[:-1] / max(recent[-1], 1), total[:-1] / max(total[-1], 1), strict=True)
         return '  '.join(f'{name}: {now:.4f} ({mean:.4f})' for name, now, mean in pairs)
 
