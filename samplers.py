@@ -17,8 +17,8 @@ class RASampler(RepeatAugSampler):
 
     The order depends only on the epoch, as in the release: `randperm(N)` with each index three times in a row. Rank r
     of W takes every W-th index from r on, and of these the first (N//256·256)//W. Below 256 images, where the release
-    selects none, each rank gets ceil(N/W). Without `num_replicas` and `rank` those of the process group hold. Without
-    `shuffle` the order is that of the data set.
+    selects none, each rank gets ceil(N/W). `num_replicas` and `rank` default to those of the process group.
+    `shuffle=False` keeps the order of the data set.
     """
 
 
