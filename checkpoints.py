@@ -146,10 +146,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """Reads the newest checkpoint of a run that is not damaged.
-
-    Returns:
-        Its path, its contents, and an error message for each newer one.
+    """Returns path and contents of the newest undamaged checkpoint of a run, and an error message for each newer one.
 
     Raises:
         ValueError: none can be read; the message gives the reason for each.
@@ -164,11 +161,7 @@ def read_newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Reads the rows of a log; none if the file does not exist.
-
-    Raises:
-        ValueError: a line is not a JSON object with an epoch.
-    """
+    """The rows of a log, none if there is no file. Raises ValueError if a line is not a JSON object with an epoch."""
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), start=1):
         with suppress(json.JSONDecodeError):
@@ -184,10 +177,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def write_durably(path: Path, data: bytes | memoryview, before_replace: Callable[[], None] | None = None) -> None:
     """Replaces a file in one step. Whatever happens, either the old or the new file is there, complete.
 
-    It calls `before_replace` when the new contents are on the disk under a temporary name.
-
-    Raises:
-        OSError: the disk is full or broken. The old file is unchanged.
+    It calls `before_replace` when the new contents are on the disk under a temporary name. After an OSError the old
+    file is unchanged.
     """
     temporary = path.with_name(f'.{path.name}.tmp')
     try:

@@ -64,8 +64,7 @@ class ListedImages(Dataset):
 class ImageNetFolder(ImageFolder):
     """ImageNet or a part of it. Folders with ImageNet's names have ImageNet's class numbers, as any trained head has.
 
-    Attributes:
-        numbered: whether all folders have ImageNet's names; otherwise they are numbered in alphabetical order.
+    `numbered` says whether all folders have such names. Otherwise they are numbered in alphabetical order.
     """
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
@@ -250,11 +249,7 @@ DATA_SETS = {
 
 
 def parse_name(text: str) -> str:
-    """Checks the name of a data set: a key of DATA_SETS, or `wds/` followed by the name of a folder.
-
-    Raises:
-        ValueError: there is no such data set.
-    """
+    """Returns the name of a data set: a key of DATA_SETS, or `wds/` and a folder. Any other raises ValueError."""
     if text.startswith('hfds/'):
         raise ValueError(
             f'{text}: hfds/ needs the package datasets, but a module of this program has the same name; '
@@ -332,9 +327,7 @@ def build_dataset(
 class CheckedDataset(Dataset):
     """Adds the class to errors about images that cannot be decoded, or skips such images and remembers them.
 
-    Args:
-        dataset: of (image, class); if it reads files, it has `samples` (path, class).
-        skip_bad: skip bad images instead of raising BadImageError.
+    `dataset` has items (image, class). If it reads files, it has `samples` (path, class).
     """
 
     TRIES = 100  # after so many bad images in a row something else must be wrong
@@ -399,10 +392,7 @@ class TrainDataset(CheckedDataset):
     An item is (image, class, index, aug_params): bytes (3, H, W), and the parameters for `DevicePreprocess`, with a
     `key` for its random numbers. The next good image of the data set replaces a bad one.
 
-    Args:
-        dataset: augments with the global generators of `random`, numpy and torch, as timm and torchvision do.
-        skip_bad: see `CheckedDataset`.
-        seed: seed of the run.
+    `dataset` augments with the global generators of `random`, numpy and torch, as timm and torchvision do.
     """
 
     def __init__(self, dataset: Any, skip_bad: bool, seed: int) -> None:

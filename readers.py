@@ -280,11 +280,7 @@ def _read_members(file: BinaryIO, end: int) -> Iterator[tarfile.TarInfo]:
 
 
 def open_index(tars: Sequence[Path], layout: Callable[[Sequence[Path]], Arrays]) -> TarSamples:
-    """The images in tars, from the saved index if it is valid, otherwise from the headers.
-
-    Args:
-        tars: paths of the tars.
-        layout: `class_folders` or `webdataset`.
+    """The images in tars with `layout` class_folders or webdataset, from the saved index if valid, else the headers.
 
     Raises:
         OSError: a tar cannot be read.

@@ -295,15 +295,12 @@ class CheckpointManager:
 
 
 def read_resume(resume: str, output_dir: str, evaluate: bool) -> tuple[dict[str, Any], Path | None]:
-    """Reads the checkpoint that --resume names.
+    """Reads the checkpoint that --resume names; raises UsageError if it cannot be read.
 
     A run that continues in its own folder falls back to the previous checkpoint if the newest one is damaged.
 
     Returns:
         The checkpoint, and its path if it is a checkpoint of the run in `output_dir`.
-
-    Raises:
-        UsageError: there is no such checkpoint, or none that can be read.
     """
     folder = Path(output_dir)
     if not resume:
@@ -329,11 +326,7 @@ def read_resume(resume: str, output_dir: str, evaluate: bool) -> tuple[dict[str,
 
 
 def check_same_flags(resume: str, flags: dict[str, Any], checkpoint: dict[str, Any]) -> None:
-    """Refuses flags that would make this another run, and shows a table of the other flags that have changed.
-
-    Raises:
-        UsageError: a flag of RESUME_MUST_MATCH has changed.
-    """
+    """Raises UsageError if a flag of RESUME_MUST_MATCH has changed, and shows a table of the others that have."""
     saved = checkpoints.flags_of(checkpoint)
     from_release = 'format' not in checkpoint  # only the optimizer must fit then
     for name in ('opt',) if from_release else RESUME_MUST_MATCH:
@@ -354,30 +347,20 @@ def check_same_flags(resume: str, flags: dict[str, Any], checkpoint: dict[str, A
 
 
 def check_same_data(data_path: str, resume: str, state: TrainingState, checkpoint: dict[str, Any]) -> None:
-    """Refuses other training data than the checkpoint was trained on.
-
-    Raises:
-        UsageError: the number of images, the number of classes or their names have changed.
-    """
+    """Raises UsageError if the numbers of training images or classes, or the class names, have changed."""
     was, now = checkpoint.get('data'), state.data
     if isinstance(was, dict) and was != now:
-        kind = f'{was.get("images")} images of {was.get("classes")} classes'
-        kind += f', now there are {now["images"]} of {now["classes"]}'
-        if {**was, 'names': now['names']} == now:
-            kind = 'classes with other names'
+        kind = 'classes with other names'
+        if {**was, 'names': now['names']} != now:
+            numbers = f'{now["images"]} of {now["classes"]}'
+            kind = f'{was.get("images")} images of {was.get("classes")} classes, now there are {numbers}'
         raise UsageError(f'--data-path {data_path}: --resume {resume} was trained on {kind}')
 
 
 def restore(state: TrainingState, checkpoint: dict[str, Any], resume: str, start_epoch: int, steps: int) -> None:
-    """Loads everything but the weights of the model from a checkpoint, and reports what that was.
+    """Loads all but the weights of the model from a checkpoint; raises UsageError if it does not fit the run.
 
-    Args:
-        state: of this run; its model has its weights already.
-        checkpoint: with or without progress; one without starts a new run at `start_epoch`.
-        steps: of a whole epoch.
-
-    Raises:
-        UsageError: the checkpoint does not fit the run.
+    A checkpoint without progress starts a new run at `start_epoch`. A whole epoch has so many `steps`.
     """
     if not checkpoints.has_progress(checkpoint):
         if checkpoint:

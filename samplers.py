@@ -25,10 +25,7 @@ class RASampler(RepeatAugSampler):
 class KeyedSampler(Sampler[tuple[int, int, int]]):
     """Adds the position to each index: (index, epoch, position), the key of the image's random augmentation.
 
-    Args:
-        sampler: yields the indices of one rank, in order.
-        num_replicas: number of ranks W.
-        rank: this rank r; its i-th index is at position r + W·i.
+    `sampler` yields the indices of rank r of W, in order. The i-th index is at position r + W·i.
     """
 
     def __init__(self, sampler: RASampler | DistributedSampler, num_replicas: int, rank: int) -> None:

@@ -144,11 +144,7 @@ class RankConsensus:
         self._result = torch.zeros(2, dtype=torch.int32)
 
     def poll(self, due: bool = False) -> tuple[int, bool]:
-        """Tells the other ranks whether this one has received a signal and whether a save is due.
-
-        Returns:
-            The signal that any rank has received, or 0, and whether a save is due on any rank.
-        """
+        """Returns the signal that any rank has received, or 0, and whether a save is due on any rank."""
         self._signals.heartbeat()
         agreed = self._signals.received, due
         if utils.get_world_size() > 1:
