@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +61,28 @@ class ListedImages(Dataset):
 # Folders --------------------------------------------------------------------------------------------------------------
 
 
-class ImageNetFolder(ImageFolder):
-    """ImageNet or a part of it. Folders with ImageNet's names have ImageNet's class numbers, as any trained head has.
-
-    `numbered` says whether all folders have such names. Otherwise they are numbered in alphabetical order.
-    """
+class ClassFolders(ImageFolder):
+    """A tree of class folders. Hidden folders, such as `.ipynb_checkpoints`, are no classes."""
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        names, numbers = super().find_classes(directory)
-        known = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
-        self.numbered = known.keys() >= set(names)
-        return names, {name: known[name] for name in names} if self.numbered else numbers
+        names = [name for name in super().find_classes(directory)[0] if not name.startswith('.')]
+        return names, {name: i for i, name in enumerate(names)}
 
 
-def _open_folder(request: DatasetRequest, kind: type[ImageFolder] = ImageFolder) -> Dataset:
+class ImageNetFolder(ClassFolders):
+    """ImageNet or a part of it, with ImageNet's class numbers, as any trained head has."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names, _ = super().find_classes(directory)
+        return names, {name: _imagenet_numbers()[name] for name in names}
+
+
+@cache
+def _imagenet_numbers() -> dict[str, int]:
+    return {name: i for i, name in enumerate(ImageNetInfo().label_names())}
+
+
+def _open_folder(request: DatasetRequest, kind: type[ClassFolders] = ClassFolders) -> Dataset:
     return kind(str(request.root / request.split), transform=request.transform, loader=load_image)
 
 
@@ -83,7 +91,7 @@ def _class_folders(root: Path, split: str) -> list[str]:
         raise ValueError('no such folder')
     if not (root / split).is_dir():
         raise ValueError(f'there is no folder {root / split}')
-    names = sorted(entry.name for entry in (root / split).iterdir() if entry.is_dir())
+    names = sorted(entry.name for entry in (root / split).iterdir() if entry.is_dir() and entry.name[0] != '.')
     if not names:
         raise ValueError(f'{root / split} has no class folders; images must be in one folder per class')
     return names
@@ -91,6 +99,17 @@ def _class_folders(root: Path, split: str) -> list[str]:
 
 def _folder_classes(root: Path, inat_category: str) -> list[str]:
     return _same_classes(partial(_class_folders, root), has_train=(root / 'train').is_dir())
+
+
+def _imagenet_classes(root: Path, inat_category: str) -> list[str]:
+    names = _folder_classes(root, inat_category)
+    others = [name for name in names if name not in _imagenet_numbers()]
+    if others:
+        raise ValueError(
+            f"{len(others)} of {len(names)} class folders do not have a name of ImageNet's, such as n01440764: "
+            f'{others[0]}; use --data-set FOLDER for other classes'
+        )
+    return names
 
 
 def _same_classes(find: Callable[[str], list[str]], has_train: bool) -> list[str]:
@@ -236,7 +255,7 @@ class DatasetSpec:
 
 
 DATA_SETS = {
-    'IMNET': DatasetSpec(partial(_open_folder, kind=ImageNetFolder), _folder_classes, 1000),
+    'IMNET': DatasetSpec(partial(_open_folder, kind=ImageNetFolder), _imagenet_classes, 1000),
     'FOLDER': DatasetSpec(_open_folder, _folder_classes),
     'CIFAR': DatasetSpec(partial(_open_cifar, kind=CIFAR100), num_classes=100),
     'CIFAR10': DatasetSpec(partial(_open_cifar, kind=CIFAR10), num_classes=10),

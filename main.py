@@ -71,7 +71,7 @@ def run(config: Config, device: torch.device, signals: StopSignals) -> None:
 
     loaders = LoaderBuilder(data, config.model.input_size, flags.seed, device)
     val_loader = loaders.val(config.optim.batch_size)
-    summary.warn_of_other_labels(val_loader, data.data_path, num_classes)
+    summary.warn_of_missing_classes(val_loader, data.data_path, num_classes)
     fill = [min(255, round(255 * value)) for value in pair.stats[0]]  # as timm has it
     preprocess = DevicePreprocess(*pair.stats, config.augment.remode, fill).to(device)
     copies = 1 if data.dist_eval else utils.get_world_size()

@@ -72,13 +72,12 @@ def warn_of_short_run(optim: OptimConfig, steps: int) -> None:
         )
 
 
-def warn_of_other_labels(val: DataLoader, data_path: str, num_classes: int) -> None:
-    """Warns if the folders of --data-set IMNET are not those of ImageNet's 1000 classes."""
+def warn_of_missing_classes(val: DataLoader, data_path: str, num_classes: int) -> None:
+    """Warns if --data-set IMNET has a part of ImageNet's 1000 classes only."""
     folders = getattr(val.dataset, 'dataset', None)
-    if isinstance(folders, ImageNetFolder) and not (folders.numbered and len(folders.classes) == num_classes):
-        labels = "labels are ImageNet's" if folders.numbered else "labels are their order, not ImageNet's"
+    if isinstance(folders, ImageNetFolder) and len(folders.classes) < num_classes:
         found = f'{len(folders.classes)} class folders of {num_classes}'
-        log_rank0(f'warning: --data-path {data_path} has {found}; {labels}')
+        log_rank0(f"warning: --data-path {data_path} has {found}; class numbers are ImageNet's")
 
 
 def describe_loss(criterion: ManifoldDistillationLoss, has_pairs: bool, batch_size: int) -> str:

@@ -40,13 +40,16 @@ def image_folder(root, splits):
     return root
 
 
+A, B, C = 'n01440764', 'n01443537', 'n01484850'  # the first three classes of ImageNet
+
+
 @pytest.mark.parametrize(('name', 'classes'), [('FOLDER', 3), ('IMNET', 1000)])
 def test_image_folders_open(tmp_path, name, classes):
-    root = str(image_folder(tmp_path, {'train': ['b', 'a', 'c'], 'val': ['a', 'b', 'c']}))
+    root = str(image_folder(tmp_path, {'train': [B, A, C], 'val': [A, B, C]}))
     for train in (True, False):
         dataset, found = build_dataset(name, root, train)
         assert found == count_classes(name, root) == classes
-        assert dataset.classes == ['a', 'b', 'c']
+        assert dataset.classes == [A, B, C]
         assert [target for _, target in dataset] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
         assert {(image.dtype, image.shape) for image, _ in dataset} == {(torch.uint8, (3, 6, 8))}
         assert all(('train' if train else 'val') in path for path, _ in dataset.samples)
@@ -54,7 +57,7 @@ def test_image_folders_open(tmp_path, name, classes):
 
 @pytest.mark.parametrize(('name', 'classes'), [('FOLDER', 2), ('IMNET', 1000)])
 def test_val_folder_is_enough_to_evaluate(tmp_path, name, classes):
-    root = str(image_folder(tmp_path, {'val': ['a', 'b']}))
+    root = str(image_folder(tmp_path, {'val': [A, B]}))
     dataset, found = build_dataset(name, root, False)
     assert (found, len(dataset)) == (classes, 6)
     with pytest.raises((OSError, ValueError), match='train'):
@@ -66,7 +69,7 @@ def test_part_of_imagenet_keeps_imagenet_numbers(tmp_path):
     names = ['n01440764', 'n02085620', 'n04254680']
     root = str(image_folder(tmp_path / 'part', {'train': names, 'val': names}))
     dataset, found = build_dataset('IMNET', root, False)
-    assert (found, dataset.classes, dataset.numbered) == (1000, names, True)
+    assert (found, dataset.classes) == (1000, names)
     assert sorted({target for _, target in dataset}) == [0, 151, 805]
     plain = build_dataset('FOLDER', root, False)[0]
     assert sorted({target for _, target in plain}) == [0, 1, 2]
@@ -76,21 +79,28 @@ def test_part_of_imagenet_keeps_imagenet_numbers(tmp_path):
         [EvalDataset(dataset, False)[i] for i in range(9)]
 
 
-def test_imagenet_has_at_most_1000_folders(tmp_path):
-    for i in range(1001):
-        (tmp_path / 'val' / f'{i:04}').mkdir(parents=True)
-    with pytest.raises(ValueError, match=r'1001 classes, .* 1000 of IMNET'):
-        count_classes('IMNET', str(tmp_path))
-    assert count_classes('FOLDER', str(tmp_path)) == 1001
+def test_folders_without_imagenet_names_are_refused_for_imagenet(tmp_path):
+    root = str(image_folder(tmp_path, {'train': [A, 'cat'], 'val': [A, 'cat']}))
+    with pytest.raises(ValueError, match=r'1 of 2 class folders .*: cat; use --data-set FOLDER'):
+        count_classes('IMNET', root)
+    assert count_classes('FOLDER', root) == 2
+
+
+@pytest.mark.parametrize('name', ['FOLDER', 'IMNET'])
+def test_hidden_folders_are_no_classes(tmp_path, name):
+    root = image_folder(tmp_path, {'train': [A, B], 'val': [A, B]})
+    (root / 'train' / '.ipynb_checkpoints').mkdir()
+    dataset, _ = build_dataset(name, str(root), True)
+    assert (dataset.classes, len(dataset)) == ([A, B], 6)
 
 
 @pytest.mark.parametrize('name', ['FOLDER', 'IMNET'])
 @pytest.mark.parametrize(
     ('train', 'val', 'words'),
     [
-        (['a', 'b'], ['a', 'c'], 'train/ has 2 classes, val/ 2, and they differ: b is only in train/'),
-        (['b'], ['a', 'b'], 'train/ has 1 classes, val/ 2, and they differ: a is only in val/'),
-        (['a', 'b', 'c'], ['a', 'b'], 'train/ has 3 classes, val/ 2, and they differ: c is only in train/'),
+        ([A, B], [A, C], f'train/ has 2 classes, val/ 2, and they differ: {B} is only in train/'),
+        ([B], [A, B], f'train/ has 1 classes, val/ 2, and they differ: {A} is only in val/'),
+        ([A, B, C], [A, B], f'train/ has 3 classes, val/ 2, and they differ: {C} is only in train/'),
     ],
 )
 @pytest.mark.parametrize('split', [True, False])
@@ -109,7 +119,7 @@ def empty(root):
 
 
 def without_images(root):
-    (root / 'val' / 'a').mkdir(parents=True)
+    (root / 'val' / A).mkdir(parents=True)
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,7 @@ WRONG = [
     ({'data_path': '{files}/unlike', **toys.FOLDER}, 'differ'),
     ({'data_path': '{files}/no_train', **toys.FOLDER},),
     ({'data_path': '{files}/no', 'data_set': 'IMNET', **toys.ALONE},),
+    ({'data_path': '{files}/tree', 'data_set': 'IMNET', **toys.ALONE}, '--data-set FOLDER', 'c0'),
     ({'data_path': '{files}/tree', 'data_set': 'CIFAR', **toys.ALONE},),
     ({'data_path': '{files}/tree', 'data_set': 'INAT19', **toys.ALONE},),
     ({'input_size': 24, 'data_path': '{files}/tree', **toys.FOLDER}, '32×32'),
