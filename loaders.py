@@ -21,19 +21,12 @@ from utils import UsageError, usage_error_context
 
 @dataclass(frozen=True)
 class LoaderBuilder:
-    """Builds the loaders of a run.
-
-    Attributes:
-        data: what is read, and how.
-        input_size: height and width of the images in pixels.
-        seed: of the run.
-        device: that the batches go to.
-    """
+    """Builds the loaders of a run."""
 
     data: DataConfig
-    input_size: int
-    seed: int
-    device: torch.device
+    input_size: int  # height and width of the images in pixels
+    seed: int  # of the run
+    device: torch.device  # that the batches go to
 
     def train(self, augment: AugmentConfig, batch_size: int, repeated_aug: bool, mean: tuple[float, ...]) -> DataLoader:
         """Augmented training images in whole batches.
@@ -42,7 +35,7 @@ class LoaderBuilder:
             augment: what is done to the images.
             batch_size: images of one rank in an optimizer step.
             repeated_aug: three copies of each image, see `samplers.RASampler`.
-            mean: of each channel of the normalised images, values in 0 … 1.
+            mean: by which the images are normalised.
 
         Raises:
             UsageError: the data cannot be read, or are too few for a batch.
@@ -120,7 +113,7 @@ def choose_repeated_aug(flag: bool | str, resume: str, checkpoint: dict[str, Any
     Args:
         flag: True by default, 'always' for --repeated-aug, False for --no-repeated-aug.
         resume: the value of --resume, for the error.
-        checkpoint: what is resumed, {} for nothing.
+        checkpoint: {} for none.
 
     Raises:
         UsageError: a typed flag contradicts a checkpoint in mid-epoch.

@@ -38,7 +38,7 @@ from flags import AugmentConfig, Config, LossConfig, OptimConfig, RunConfig, par
 from loaders import LoaderBuilder, choose_repeated_aug, report_bad_images
 from loggers import log_rank0
 from losses import ManifoldDistillationLoss
-from models.pair import Pair, Role, build_pair, compile_pair, log_blocks, num_classes_of
+from models.pair import Pair, build_pair, compile_pair, log_blocks, num_classes_of
 from readers import BadImageError
 from run_dir import CheckpointManager, TrainingState
 from stopping import RankConsensus, StoppedError, StopSignals
@@ -57,8 +57,7 @@ def run(config: Config, device: torch.device, signals: StopSignals) -> None:
     if not flags.eval:
         summary.log_batch(config.optim, flags.seed)
     torch.manual_seed(flags.seed)
-    role = Role(config.distills, flags.eval, flags.eval_teacher, config.loss.distillation_alpha)
-    pair = build_pair(config.model, role, num_classes)
+    pair = build_pair(config, num_classes)
     config = replace(config, model=pair.config)
     checkpoint, own = run_dir.read_resume(flags.resume, flags.output_dir, flags.eval)
     if checkpoint:

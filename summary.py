@@ -41,14 +41,7 @@ def log_batch(optim: OptimConfig, seed: int) -> None:
 
 
 def log_images(train: DataLoader, val: DataLoader, repeated_aug: bool, wanted: bool | str) -> None:
-    """How many images there are, and in which order they are trained on.
-
-    Args:
-        train: the training images.
-        val: the validation images.
-        repeated_aug: three copies of each image.
-        wanted: the flag --repeated-aug.
-    """
+    """How many images there are, and in which order they are trained on. `wanted` is the flag --repeated-aug."""
     sizes = f'{len(train.dataset):,} for training, {len(val.dataset):,} for validation'  # type: ignore[arg-type]
     log_rank0(f'images      {sizes}, {counted(len(train), "step")} per epoch')
     if repeated_aug:
@@ -81,13 +74,7 @@ def warn_of_missing_classes(val: DataLoader, data_path: str, num_classes: int) -
 
 
 def describe_loss(criterion: ManifoldDistillationLoss, has_pairs: bool, batch_size: int) -> str:
-    """The loss as a formula, and which images its relations connect.
-
-    Args:
-        criterion: the loss.
-        has_pairs: whether there are pairs of layers.
-        batch_size: images of a rank in a forward pass.
-    """
+    """The loss as a formula, and which `batch_size` images of a rank in a forward pass its relations connect."""
     if criterion.distillation_type == 'none':
         return 'CE, no teacher'
     text = f'{1 - criterion.alpha:g}·CE + {criterion.alpha:g}·KD ({criterion.distillation_type}, τ {criterion.tau:g})'
@@ -115,7 +102,6 @@ Condition = tuple[tuple[str, ...], str, Callable[[Config], object]]
 
 
 def _read_by_terms(option: str) -> Callable[[Config], bool]:
-    """Whether a relation term that has a weight reads this flag."""
     return lambda c: any(weight and option in RELATION_TERMS[name].reads for name, weight in c.loss.weights.items())
 
 

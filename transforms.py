@@ -13,6 +13,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from types import MappingProxyType
@@ -52,11 +53,7 @@ def seed_augmentation(seed: int) -> None:
 
 
 class RandomResizedCrop:
-    """timm's random crop with the same boxes, on bytes (3, H, W): torch resizes several times as fast as PIL.
-
-    Args:
-        crop: timm's transform.
-    """
+    """timm's random crop with the same boxes, on bytes (3, H, W): torch resizes several times as fast as PIL."""
 
     def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
         self.crop = crop
@@ -90,19 +87,13 @@ def posterize_pil(image: Image.Image, bits: int, **_: object) -> Image.Image:
     return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
+@dataclass(frozen=True)
 class TrainTransform:
-    """Image → (bytes (3, H, W), augmentation parameters for `DevicePreprocess`).
+    """Image → (bytes (3, H, W), augmentation parameters for `DevicePreprocess`)."""
 
-    Args:
-        steps: PIL image or bytes → bytes.
-        policy: draws the augmentation plan, `plan`; None: no plan.
-        erasing: timm's, from which the rectangles `erase` are drawn; None: no erasing.
-    """
-
-    def __init__(
-        self, steps: Callable, policy: 'PolicySampler | None' = None, erasing: RandomErasing | None = None
-    ) -> None:
-        self.steps, self.policy, self.erasing = steps, policy, erasing
+    steps: Callable[..., Tensor]  # PIL image or bytes → bytes
+    policy: 'PolicySampler | None' = None  # draws the augmentation plan, `plan`
+    erasing: RandomErasing | None = None  # timm's, from which the rectangles `erase` are drawn
 
     def __call__(self, image: Image.Image | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         pixels = self.steps(image)
@@ -131,9 +122,8 @@ def build_train_transform(
         color_jitter: strength; used only without auto-augmentation.
         auto_augment: timm's policy string; None: no auto-augmentation.
         interpolation: 'random', 'bilinear' or 'bicubic'.
-        reprob: probability of random erasing.
-        recount: number of erased rectangles.
-        mean: mean of each channel, in 0 … 1; the colour of areas that geometric operations uncover.
+        reprob, recount: probability of random erasing, number of rectangles.
+        mean: of each channel, in 0 … 1; the colour of areas that geometric operations uncover.
         on_device: leave auto-augmentation to the device, too.
 
     Raises:
@@ -180,10 +170,7 @@ def build_eval_transform(input_size: int) -> Callable[[Image.Image | Tensor], Te
 class PolicySampler:
     """Draws what a policy of timm would do to the next image.
 
-    timm's own code draws, on a copy of the policy with operations that only record their arguments.
-
-    Args:
-        policy: timm's RandAugment or AutoAugment.
+    timm's own code draws, on a copy of its RandAugment or AutoAugment with operations that only record their arguments.
 
     Attributes:
         rows: R, the largest number of operations on an image.
@@ -194,13 +181,13 @@ class PolicySampler:
     """
 
     def __init__(self, policy: object) -> None:
-        if not isinstance(policy, RandAugment | AutoAugment):
-            raise ValueError(f'{type(policy).__name__} cannot be applied to a batch')
         policy = copy.deepcopy(policy)  # the original must not change
         if isinstance(policy, RandAugment):
             sequences, self.rows = [policy.ops], policy.num_layers
-        else:
+        elif isinstance(policy, AutoAugment):
             sequences, self.rows = policy.policy, max(map(len, policy.policy))
+        else:
+            raise ValueError(f'{type(policy).__name__} cannot be applied to a batch')
         self._policy = policy
         self._recorded: list[tuple[float, float, float]] = []
         for op in chain(*sequences):
@@ -247,15 +234,9 @@ class _RecordingImage:
 
 
 def draw_erasures(erasing: RandomErasing, height: int, width: int) -> Tensor:
-    """Draws what timm would erase in the next image, without the values it would fill in.
+    """Draws what timm would erase in the next image, of H×W pixels, without the values it would fill in.
 
-    Args:
-        erasing: timm's transform.
-        height: H, pixels.
-        width: W, pixels.
-
-    Returns:
-        (E, 4) int64: top, left, height and width; rows of 0 for nothing.
+    Returns (E, 4) int64: top, left, height and width; rows of 0 for nothing.
     """
     image, erasing = _RecordingImage(height, width), copy.copy(erasing)
     erasing.per_pixel = erasing.rand_color = False
@@ -269,18 +250,15 @@ def draw_erasures(erasing: RandomErasing, height: int, width: int) -> Tensor:
 
 
 def apply_policy(images: Tensor, plan: Tensor, fill: Sequence[int]) -> Tensor:
-    """Applies an augmentation plan to a batch. Does not wait for the device.
+    """Images (B, 3, H, W) uint8 → the same after an augmentation plan. Does not wait for the device.
 
     Colours are PIL's to within 1 of 255. Bilinear sampling differs from PIL's by rounding. Bicubic sampling is
     torch's; its kernel (a = −0.75) is a little softer than PIL's (a = −1).
 
     Args:
-        images: (B, 3, H, W) uint8; is not changed.
+        images: uint8; are not changed.
         plan: (B, R, 3) on the CPU, from `PolicySampler`.
         fill: red, green, blue in 0 … 255, the colour of areas that are uncovered.
-
-    Returns:
-        (B, 3, H, W) uint8.
     """
     for row in plan.unbind(1):
         # Geometric operations with the same filter differ only in their matrices, so they form one group.
@@ -314,19 +292,6 @@ def _autocontrast(images: Tensor, _: Tensor) -> Tensor:
     return torch.where(high > low, stretched, images).to(torch.uint8)  # a constant channel stays as it is
 
 
-def _posterize(images: Tensor, bits: Tensor) -> Tensor:
-    dropped = (8 - bits).clamp(0, 8).int()
-    return images & (256 - (1 << dropped)).to(torch.uint8)
-
-
-def _solarize(images: Tensor, threshold: Tensor) -> Tensor:
-    return torch.where(images < threshold, images, ~images)
-
-
-def _solarize_add(images: Tensor, addend: Tensor) -> Tensor:
-    return torch.where(images < 128, images + addend.to(torch.uint8), images)  # timm adds at most 128: no overflow
-
-
 def _blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
     """`other` at factor 0, `images` at factor 1, extrapolated beyond. Truncates fractions as PIL does."""
     return images.sub(other).mul_(factor).add_(other).clamp_(0, 255).to(torch.uint8)
@@ -358,9 +323,10 @@ COLOUR_OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     'AutoContrast': _autocontrast,
     'Equalize': lambda images, _: equalize(images),
     'Invert': lambda images, _: ~images,
-    'Posterize': _posterize,
-    'Solarize': _solarize,
-    'SolarizeAdd': _solarize_add,
+    'Posterize': lambda images, bits: images & (256 - (1 << (8 - bits).clamp(0, 8).int())).to(torch.uint8),
+    'Solarize': lambda images, threshold: torch.where(images < threshold, images, ~images),
+    # timm adds at most 128: no overflow.
+    'SolarizeAdd': lambda images, addend: torch.where(images < 128, images + addend.to(torch.uint8), images),
     'Color': lambda images, factor: _blend(images, _grey(images), factor),
     'Contrast': _contrast,
     'Brightness': lambda images, factor: _blend(images, 0.0, factor),
@@ -394,12 +360,10 @@ OPERATIONS = ('', *COLOUR_OPERATIONS, *_MATRICES)  # a plan holds their indices;
 def _move(images: Tensor, rows: Sequence[Sequence[float]], fill: Sequence[int]) -> Tensor:
     """Applies geometric operations with the same filter: images (G, 3, H, W), and G rows of a plan."""
     height, width = images.shape[2:]
-    matrices = torch.tensor(
-        [_MATRICES[OPERATIONS[int(op)]](argument, width, height) for op, argument, _ in rows], dtype=torch.float64
-    )
+    parameters = [_MATRICES[OPERATIONS[int(op)]](argument, width, height) for op, argument, _ in rows]
     # grid_sample counts from −1 to 1 across an image.
     scale = 2 / torch.tensor([[width], [height]], dtype=torch.float64)
-    x, y, shift = (matrices.view(-1, 1, 2, 3) * scale).unbind(3)
+    x, y, shift = (torch.tensor(parameters, dtype=torch.float64).view(-1, 1, 2, 3) * scale).unbind(3)
     columns = x * (torch.arange(width) + 0.5)[:, None]
     lines = y * (torch.arange(height) + 0.5)[:, None] + shift - 1
     # The device only adds the parts of columns (G, W, 2) and lines (G, H, 2): TF32 would round products.
@@ -425,13 +389,12 @@ def erase(images: Tensor, rectangles: Tensor, keys: Tensor, mode: str) -> None:
     for image, key, places in zip(images, keys.tolist(), rectangles.tolist(), strict=True):
         generator.manual_seed(key)
         for top, left, height, width in places:
-            if height and width:
-                area = image[:, top : top + height, left : left + width]
-                if mode == 'const':
-                    area.zero_()
-                else:
-                    size = {'pixel': area.shape, 'rand': (3, 1, 1)}[mode]
-                    area.copy_(torch.randn(size, generator=generator, device=images.device))
+            area = image[:, top : top + height, left : left + width]
+            if mode == 'const':
+                area.zero_()
+            elif area.numel():
+                size = {'pixel': area.shape, 'rand': (3, 1, 1)}[mode]
+                area.copy_(torch.randn(size, generator=generator, device=images.device))
 
 
 class DevicePreprocess(nn.Module):
@@ -439,8 +402,8 @@ class DevicePreprocess(nn.Module):
 
     Args:
         mean: of each channel, values in 0 … 1, subtracted.
-        std: standard deviation of each channel, divided by.
-        mode: fill mode of random erasing: 'pixel', 'rand' or 'const'.
+        std: of each channel, divided by.
+        mode: fill mode of `erase`.
         fill: red, green, blue in 0 … 255, the colour of areas that the plan uncovers.
     """
 
@@ -459,14 +422,9 @@ class DevicePreprocess(nn.Module):
         self.register_buffer('std', torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, aug_params: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
-        """Returns (B, 3, H, W) float32.
+        """Images (B, 3, H, W): uint8, otherwise a TypeError → float32.
 
-        Args:
-            images: (B, 3, H, W) uint8, on the device of this module.
-            aug_params: on the CPU, from `TrainTransform`: `plan` (B, R, 3); `erase` (B, E, 4) with `key` (B,).
-
-        Raises:
-            TypeError: the images are not uint8.
+        `aug_params` are on the CPU, from `TrainTransform`: `plan` (B, R, 3); `erase` (B, E, 4) with `key` (B,).
         """
         if images.dtype != torch.uint8:
             raise TypeError(f'images must be uint8, but are {images.dtype}; are they normalised already?')

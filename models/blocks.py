@@ -23,23 +23,13 @@ META_MIN_WORK = 1e12
 
 @dataclass(frozen=True)
 class Family:
-    """Models that keep their blocks in the same place.
+    """Models that keep their blocks in the same place."""
 
-    Attributes:
-        paths: names of the blocks, with `*` for a number.
-        to_plain_layout: brings an output that is in no layout of `Block` into one of them; its arguments are the model,
-            the number of the block and the output. None if all outputs are in such a layout.
-        required_attrs: attributes that only these models have; () if the paths are enough to recognize them.
-    """
-
-    paths: str
+    paths: str  # names of the blocks, with `*` for a number
+    # Brings an output that is in no layout of `Block` into one of them; its arguments are the model, the number of the
+    # block and the output. None if all outputs are in such a layout.
     to_plain_layout: Callable[[Any, int, Tensor], Tensor] | None = None
-    required_attrs: tuple[str, ...] = ()
-
-
-def _hiera_layout(model: Any, i: int, x: Tensor) -> Tensor:
-    """Hiera's tokens, (B, N, D) in the order of its mask units → (B, h, w, D)."""
-    return model.reroll(x, i)
+    required_attrs: tuple[str, ...] = ()  # that only these models have; () if the paths are enough
 
 
 def _nest_layout(model: Any, i: int, x: Tensor) -> Tensor:
@@ -50,7 +40,8 @@ def _nest_layout(model: Any, i: int, x: Tensor) -> Tensor:
 
 # The first row that matches a model counts.
 FAMILIES = (
-    Family('blocks.*', _hiera_layout, required_attrs=('reroll', 'unroll')),
+    # Hiera's tokens, (B, N, D), are in the order of its mask units.
+    Family('blocks.*', lambda model, i, x: model.reroll(x, i), required_attrs=('reroll', 'unroll')),
     Family('levels.*.transformer_encoder.*', _nest_layout),
     # ViT, DeiT, CaiT, BEiT, EVA, XCiT, TNT, Mixer. CaiT's class-attention blocks do not count. Of CrossViT's two
     # branches, the first one counts.
@@ -72,25 +63,15 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a model, and how to read its output.
+    """One block of a model, and how to read its output."""
 
-    Attributes:
-        path: name of the module in the model.
-        grid: rows and columns of the patch tokens.
-        width: channels D of a token.
-        layout: 'NLD', 'NHWD' or 'NDHW', of the output after `to_plain_layout`.
-        prefix: number of tokens before the patch tokens: class, distillation and register tokens.
-        output_index: index of the tokens if the block returns several tensors; None if it returns one.
-        to_plain_layout: brings the output into the layout; None if it has this layout already.
-    """
-
-    path: str
-    grid: tuple[int, int]
-    width: int
-    layout: str
-    prefix: int = 0
-    output_index: int | None = None
-    to_plain_layout: Callable[[Tensor], Tensor] | None = None
+    path: str  # name of the module in the model
+    grid: tuple[int, int]  # rows and columns of the patch tokens
+    width: int  # channels D of a token
+    layout: str  # 'NLD', 'NHWD' or 'NDHW', of the output after `to_plain_layout`
+    prefix: int = 0  # number of tokens before the patch tokens: class, distillation and register tokens
+    output_index: int | None = None  # of the tokens if the block returns several tensors
+    to_plain_layout: Callable[[Tensor], Tensor] | None = None  # None if the output is in the layout already
 
     def tokens(self, feature: Tensor) -> Tensor:
         """Patch tokens (B, N, D), row by row, of the block's output."""
@@ -122,15 +103,9 @@ def trace_shapes(model: nn.Module, size: tuple[int, int], names: Iterable[str] =
     """Runs two blank images through a copy of a model in eval mode and returns the outputs of the named modules.
 
     The copy of a large model is on the meta device, where tensors have a shape but no values and nothing is computed. A
-    small model, or one that the meta device cannot run, runs on the CPU. The model itself is not changed.
+    small model, or one that the meta device cannot run, runs on the CPU. The model itself, on the CPU, is not changed.
 
-    Args:
-        model: a timm model, on the CPU.
-        size: height and width of the images in pixels.
-        names: names of modules of the model.
-
-    Returns:
-        The outputs by name, in the order of computation.
+    `size` is height and width of the images in pixels. The outputs are in the order of computation.
     """
     if sum(p.numel() for p in model.parameters()) * size[0] * size[1] > META_MIN_WORK:
         with suppress(Exception):  # the model reads values, or it refuses the images: then the CPU raises the error
@@ -153,11 +128,9 @@ def _run_copy(model: nn.Module, size: tuple[int, int], names: Iterable[str], dev
 
 
 def list_blocks(model: nn.Module, input_size: int | tuple[int, int]) -> list[Block]:
-    """All blocks of a model in the order of computation, as `trace_shapes` finds them.
+    """All blocks of a timm model, on the CPU, in the order of computation, as `trace_shapes` finds them.
 
-    Args:
-        model: a timm model, on the CPU.
-        input_size: height and width of the images in pixels.
+    `input_size` is height and width of the images in pixels.
 
     Raises:
         ValueError: the model has no blocks at a known place, or their outputs are no patch tokens.
@@ -216,19 +189,12 @@ def _grid_and_prefix(model: nn.Module, layout: str, x: Tensor, size: tuple[int, 
         at = 1 if layout == 'NHWD' else 2
         return (x.shape[at], x.shape[at + 1]), 0
     count = x.shape[1]
-    grid = _embedding_grid(model, size)
+    embed: Any = getattr(model, 'patch_embed', None)
+    grid = getattr(embed, 'grid_size', None)
+    if grid is None and hasattr(embed, 'dynamic_feat_size'):
+        grid = embed.dynamic_feat_size(size)
     # Later stages have fewer tokens: the largest grid with the proportions of the image.
     if grid is None or grid[0] * grid[1] > count:
         h = next(h for h in range(count, 0, -1) if h * max(1, h * size[1] // size[0]) <= count)
         grid = (h, max(1, h * size[1] // size[0]))
-    return grid, count - grid[0] * grid[1]
-
-
-def _embedding_grid(model: nn.Module, size: tuple[int, int]) -> tuple[int, int] | None:
-    """The grid of the patch embedding; None if the model does not tell it."""
-    embed: Any = getattr(model, 'patch_embed', None)
-    if getattr(embed, 'grid_size', None) is not None:
-        return tuple(embed.grid_size)
-    if hasattr(embed, 'dynamic_feat_size'):
-        return tuple(embed.dynamic_feat_size(size))
-    return None
+    return tuple(grid), count - grid[0] * grid[1]

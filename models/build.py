@@ -57,10 +57,8 @@ def has_source(name: str) -> bool:
 def normalisation(model: nn.Module, source: str = '') -> tuple[tuple, tuple]:
     """Mean and standard deviation per channel of the images a model expects, for pixel values in [0, 1].
 
-    Args:
-        model: a timm model; its configuration has both.
-        source: where its weights come from. The configuration stored with the weights of `hf-hub:OWNER/NAME` or
-            `local-dir:FOLDER` has priority.
+    The configuration stored with the weights of a source, `hf-hub:OWNER/NAME` or `local-dir:FOLDER`, has priority over
+    that of the model.
 
     Raises:
         ValueError: the configuration on the hub or in the folder cannot be read.
@@ -107,9 +105,8 @@ def first_line(error: BaseException) -> str:
 def named_weights(checkpoint: dict, ema: bool = False) -> dict[str, Tensor]:
     """The state dict in a checkpoint, its keys without the prefixes of DDP and torch.compile.
 
-    Args:
-        checkpoint: `{'model': …}`, `{'state_dict': …}` or a bare state dict.
-        ema: True returns the EMA weights, `{'model_ema': …}` or `{'state_dict_ema': …}`.
+    The checkpoint is `{'model': …}`, `{'state_dict': …}` or a bare state dict. With `ema` it is `{'model_ema': …}` or
+    `{'state_dict_ema': …}`.
 
     Raises:
         ValueError: the checkpoint has no such weights.
@@ -134,14 +131,11 @@ def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
         ValueError: keys or shapes differ; the message names the first of each kind.
     """
     own = model.state_dict()
+    resized = [key for key in own if key in state and state[key].shape != own[key].shape]
     differences = [
         _count('missing', [key for key in own if key not in state]),
         _count('unexpected', [key for key in state if key not in own]),
-        *[
-            f'{key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model'
-            for key in own
-            if key in state and state[key].shape != own[key].shape
-        ][:1],
+        *[f'{k} is {tuple(state[k].shape)} in the file and {tuple(own[k].shape)} in the model' for k in resized[:1]],
     ]
     if any(differences):
         raise ValueError(f'does not fit the model: {"; ".join(filter(None, differences))}')
@@ -161,7 +155,7 @@ def adapt(
 
     Args:
         model: the model into which the weights will be loaded.
-        state: the state dict, with timm's names or with those of its authors if timm can convert them.
+        state: with timm's names or with those of its authors if timm can convert them.
         replace_heads: False keeps heads of another size, so that `load_weights` refuses them.
 
     Returns:
@@ -172,8 +166,9 @@ def adapt(
         ValueError: the position embeddings are no square grid, so they cannot be resampled.
     """
     own, state, changes = model.state_dict(), dict(state), []
+    has_positions = all('pos_embed' in weights and weights['pos_embed'].dim() == 3 for weights in (own, state))
     grid = getattr(getattr(model, 'patch_embed', None), 'grid_size', None)
-    if grid and _has_flat_positions(own) and _has_flat_positions(state):
+    if grid and has_positions:
         prefix = own['pos_embed'].shape[1] - grid[0] * grid[1]
         if state['pos_embed'].shape[1] != own['pos_embed'].shape[1]:
             state['pos_embed'] = _resample_positions(state['pos_embed'], grid, prefix)
@@ -191,13 +186,8 @@ def adapt(
     return state, changes
 
 
-def _has_flat_positions(state: dict[str, Tensor]) -> bool:
-    """Whether there are absolute positions of all tokens, (1, tokens, channels)."""
-    return 'pos_embed' in state and state['pos_embed'].dim() == 3
-
-
 def _resample_positions(embedding: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
-    """Position embeddings (1, prefix + N, D) of a square grid, resampled to another grid."""
+    """Position embeddings (1, prefix + N, D) of a square grid."""
     positions = embedding.shape[1] - prefix
     if positions < 1 or math.isqrt(positions) ** 2 != positions:
         raise ValueError(
@@ -237,8 +227,7 @@ def _convert(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor] | 
 
 def match_head(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Gives a model a head with as many classes as its weights have, or no head if they have none."""
-    found = [len(state[f'{head}.weight']) for head in classifiers(model) if f'{head}.weight' in state]
-    count = found[0] if found else 0
+    count = next((len(state[f'{head}.weight']) for head in classifiers(model) if f'{head}.weight' in state), 0)
     timm_model: Any = model
     if count != timm_model.num_classes:
         timm_model.reset_classifier(count)

@@ -10,57 +10,32 @@ from torch import Tensor
 Grid = tuple[int, int]  # rows and columns
 
 
-def _pool(tokens: Tensor, grid: Grid, target: Grid) -> Tensor:
-    """Mean of the tokens in each cell of the target grid."""
-    return _to_tokens(F.adaptive_avg_pool2d(_to_map(tokens, grid), target))
-
-
-def _interpolate(tokens: Tensor, grid: Grid, target: Grid) -> Tensor:
-    """Bilinear interpolation, with antialiasing if the target grid is coarser."""
-    return _to_tokens(F.interpolate(_to_map(tokens, grid), target, mode='bilinear', antialias=True))
-
-
-def _merge(tokens: Tensor, grid: Grid, target: Grid) -> Tensor:
-    """Concatenates the channels of k×k neighbouring tokens, (B, h·w, D) → (B, h·w/k², D·k²)."""
-    k = grid[0] // target[0]
-    x = tokens.unflatten(1, (target[0], k, target[1], k))
-    return x.transpose(2, 3).flatten(3).flatten(1, 2)
-
-
-RESAMPLE = {'pool': _pool, 'interpolate': _interpolate, 'merge': _merge}
-ALIGNMENTS = ('error', *RESAMPLE)
-
-
-def _to_map(tokens: Tensor, grid: Grid) -> Tensor:
-    return tokens.to(torch.promote_types(tokens.dtype, torch.float32)).mT.unflatten(-1, grid)
-
-
-def _to_tokens(x: Tensor) -> Tensor:
-    return x.flatten(2).mT
+ALIGNMENTS = ('error', 'pool', 'interpolate', 'merge')
 
 
 def resample(tokens: Tensor, grid: Grid, target: Grid, how: str) -> Tensor:
-    """Tokens (B, h·w, D) resampled to another grid; unchanged if it is the same grid.
+    """Tokens (B, h·w, D) of a grid (h, w) resampled to another one; unchanged if it is the same.
 
-    Args:
-        tokens: tokens row by row.
-        grid: their rows and columns (h, w).
-        target: rows and columns of the result.
-        how: 'pool' (means of cells, for coarser targets), 'interpolate' (bilinear), both in float32 or better; 'merge'
-            (k·k neighbours concatenated; the target must be the grid divided by k).
+    `how` is 'pool' (means of cells, for coarser targets) or 'interpolate' (bilinear), both in float32 or better, or
+    'merge' (k×k neighbours concatenated to (B, h·w/k², D·k²); the target must be the grid divided by k).
     """
-    return tokens if target == grid else RESAMPLE[how](tokens, grid, target)
+    if target == grid:
+        return tokens
+    if how == 'merge':
+        k = grid[0] // target[0]
+        x = tokens.unflatten(1, (target[0], k, target[1], k))
+        return x.transpose(2, 3).flatten(3).flatten(1, 2)
+    x = tokens.to(torch.promote_types(tokens.dtype, torch.float32)).mT.unflatten(-1, grid)
+    if how == 'pool':
+        return F.adaptive_avg_pool2d(x, target).flatten(2).mT
+    return F.interpolate(x, target, mode='bilinear', antialias=True).flatten(2).mT
 
 
 def common_grid(student: Grid, teacher: Grid, how: str, max_patches: int) -> tuple[Grid, Grid]:
     """The grids to which the tokens of a layer pair are resampled before they are compared: student's, teacher's.
 
-    Args:
-        student: rows and columns of the student's tokens.
-        teacher: rows and columns of the teacher's tokens.
-        how: 'error': both grids must be the same. 'pool': both use the coarser grid. 'interpolate': both use the
-            student's. 'merge': each is divided by the smallest k that leaves at most `max_patches` tokens.
-        max_patches: the largest number of tokens per image after merging.
+    With 'error' both must be the same. With 'pool' both use the coarser grid, with 'interpolate' the student's. With
+    'merge' each is divided by the smallest k that leaves at most `max_patches` tokens per image.
 
     Raises:
         ValueError: there is no common grid; the message names both grids.

@@ -4,7 +4,7 @@ Letters: B images, N patch tokens, D channels, C classes.
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,20 +21,15 @@ ChannelStats = tuple[Sequence[float], Sequence[float]]  # mean and standard devi
 
 
 class Output(NamedTuple):
-    """What a tapped model returns.
+    """What a tapped model returns."""
 
-    Attributes:
-        logits: (B, C), of the class head; the mean of both heads of a distilled model in eval mode; None if `freeze`
-            was told that logits are not needed.
-        kd_logits: (B, C), of the distillation head; the same object as `logits` if there is one head.
-        tokens: one (B, N, D) per tapped block, in the order of `block_ids`, before the final norm, patch tokens only.
-        features: the outputs of the blocks from which the tokens were taken. The logits depend on them, but not on
-            the tokens.
-    """
-
+    # Logits (B, C) of the class head; the mean of both heads of a distilled model in eval mode; None if `freeze` was
+    # told that logits are not needed. Those of the distillation head are the same object if there is one head.
     logits: Tensor | None
     kd_logits: Tensor | None
+    # One (B, N, D) per tapped block, in the order of `block_ids`, before the final norm, patch tokens only.
     tokens: tuple[Tensor, ...]
+    # The outputs of the blocks from which the tokens were taken. The logits depend on them, but not on the tokens.
     features: tuple[Tensor, ...] = ()
 
 
@@ -49,10 +44,8 @@ class TappedModel(nn.Module):
     Optimizer, EMA and checkpoint take `.model`, the timm model: its parameter names have no prefix there.
 
     Attributes:
-        model: the timm model.
-        block_ids: indices of the tapped blocks, not negative, in the given order, possibly repeated.
-        blocks: the description of each of them.
-        depth: number of blocks in the model.
+        block_ids, blocks: indices and descriptions of the tapped blocks, in the given order, possibly repeated.
+        depth: number of blocks in the model; 0 if none is tapped.
         grids: rows and columns of the tokens that are returned for each tapped block.
     """
 
@@ -63,8 +56,11 @@ class TappedModel(nn.Module):
             raise ValueError(f'patch_drop_rate is {drop_rate}; set it to 0, as tokens are compared patch by patch')
         self.model = model
         found = list_blocks(model, input_size) if block_ids else []
-        self.depth = len(found)
-        self.block_ids = [_to_index(i, len(found)) for i in block_ids]
+        self.depth = depth = len(found)
+        for i in block_ids:
+            if not -depth <= i < depth:
+                raise ValueError(f'no block {i}: the model has {depth} blocks, counted from 0')
+        self.block_ids = [i % depth for i in block_ids]
         self.blocks = [found[i] for i in self.block_ids]
         self.grids: list[Grid] = [block.grid for block in self.blocks]
         self.frozen = False
@@ -72,8 +68,7 @@ class TappedModel(nn.Module):
         self.with_logits = True
         self.dtype: torch.dtype | None = None
         self._alignment = ''
-        self._captured: dict[int, Tensor] = {}
-        self._capturing = False
+        self._captured: dict[int, Tensor] | None = None  # outputs by index, during `forward` only
         for i, block in sorted(dict(zip(self.block_ids, self.blocks, strict=True)).items()):
             # The hook is a bound method, so that a deep copy of this wrapper captures into the copy.
             model.get_submodule(block.path).register_forward_hook(partial(self._capture, i, block.output_index))
@@ -85,15 +80,16 @@ class TappedModel(nn.Module):
     def forward(self, images: Tensor) -> Output:
         """Logits and tokens of images (B, 3, H, W)."""
         logits: Tensor | tuple[Tensor, Tensor] | None = None
-        self._capturing = True
+        captured: dict[int, Tensor] = {}
+        self._captured = captured
+        own_dtype = nullcontext() if self.dtype is None else torch.autocast(images.device.type, enabled=False)
         try:
-            with suppress(StopForward):
-                logits = self._run(images)
-            features = tuple(self._captured[i] for i in self.block_ids)
+            with suppress(StopForward), own_dtype:
+                logits = self.model(self.prepare(images))
         finally:
             # Kept here, the tokens would keep their graph alive and make torch.compile recompile at every step.
-            self._capturing = False
-            self._captured.clear()
+            self._captured = None
+        features = tuple(captured[i] for i in self.block_ids)
         tokens = tuple(
             resample(block.tokens(feature), block.grid, target, self._alignment)
             for block, feature, target in zip(self.blocks, features, self.grids, strict=True)
@@ -101,18 +97,12 @@ class TappedModel(nn.Module):
         heads = logits if isinstance(logits, tuple) else (logits, logits)
         return Output(*(heads if self.with_logits else (None, None)), tokens, features)
 
-    def _run(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        if self.dtype is None:
-            return self.model(self.prepare(images))
-        with torch.autocast(images.device.type, enabled=False):
-            return self.model(self.prepare(images))
-
     def train(self, mode: bool = True) -> 'TappedModel':
         """Sets the mode. A frozen model stays in eval mode, as train mode would switch on its drop-path."""
         return super().train(mode and not self.frozen)
 
     def _capture(self, i: int, output_index: int | None, block: nn.Module, inputs: tuple, output: Any) -> None:
-        if self._capturing:  # not if the timm model is called by itself, as in evaluation
+        if self._captured is not None:  # it is None if the timm model is called by itself, as in evaluation
             self._captured[i] = output if output_index is None else output[output_index]
             if not self.with_logits and i == max(self.block_ids):
                 raise StopForward
@@ -122,10 +112,10 @@ class TeacherPreprocess(nn.Module):
     """Converts images (B, 3, H, W) made for the student to those that the teacher expects.
 
     Args:
-        student_stats: mean and standard deviation with which the images were normalized, for pixel values in [0, 1].
-        teacher_stats: mean and standard deviation with which the teacher was trained.
+        student_stats: with which the images were normalised, for pixel values in [0, 1].
+        teacher_stats: with which the teacher was trained.
         size: height and width of the teacher's images in pixels; None keeps the size.
-        dtype: dtype of the teacher's weights; None keeps the images' dtype.
+        dtype: of the teacher's weights; None keeps that of the images.
     """
 
     scale: Tensor
@@ -155,12 +145,6 @@ class TeacherPreprocess(nn.Module):
         return images if self.dtype is None else images.to(self.dtype)
 
 
-def _to_index(i: int, depth: int) -> int:
-    if not -depth <= i < depth:
-        raise ValueError(f'no block {i}: the model has {depth} blocks, counted from 0')
-    return i % depth
-
-
 def tap(
     model: nn.Module, block_ids: Sequence[int], input_size: int | tuple[int, int], two_heads: bool = False
 ) -> TappedModel:
@@ -175,9 +159,8 @@ def tap(
     Raises:
         ValueError: an index is out of range, or the outputs of the blocks are no patch tokens.
     """
-    set_two_heads = getattr(model, 'set_distilled_training', None)
-    if set_two_heads is not None:
-        set_two_heads(two_heads)
+    if hasattr(model, 'set_distilled_training'):
+        model.set_distilled_training(two_heads)  # type: ignore[operator]
     return TappedModel(model, block_ids, input_size)
 
 
@@ -191,7 +174,6 @@ def freeze(
     """Makes a model a teacher: no gradients, always in eval mode, and outputs that are not needed are not computed.
 
     Args:
-        tapped: the model.
         prepare: converts the student's images for this model, see `TeacherPreprocess`; None if both take the same.
         with_logits: False stops after the last tapped block, as logits are not needed.
         dtype: of weights and arithmetic, also under autocast; None changes neither.

@@ -1,53 +1,28 @@
 """Student and teacher of a run: built through timm, with hooks on the chosen blocks, their tokens on common grids."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 import checkpoints
 import models
-from flags import ModelConfig, format_values
+from flags import Config, ModelConfig
 from loggers import log_rank0
 from models import TappedModel, format_grid
-from utils import UsageError, usage_error_context
+from utils import UsageError, format_values, usage_error_context
 
 Stats = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel, values in 0 … 1
 
 
 @dataclass(frozen=True)
-class Role:
-    """What a run does with its models.
-
-    Attributes:
-        distills: a student is trained with a teacher.
-        evaluates: --eval: nothing is trained.
-        evaluates_teacher: --eval-teacher.
-        alpha: weight of KD.
-    """
-
-    distills: bool
-    evaluates: bool = False
-    evaluates_teacher: bool = False
-    alpha: float = 0.5
-
-
-@dataclass(frozen=True)
 class Pair:
-    """Student and teacher with their hooks.
+    """Student and teacher with their hooks."""
 
-    Attributes:
-        config: of the models, with numbers in place of --s-id auto --t-id auto.
-        student: the student.
-        teacher: the frozen teacher; None without one.
-        stats: mean and standard deviation by which the images are normalised, the student's.
-    """
-
-    config: ModelConfig
+    config: ModelConfig  # with numbers in place of --s-id auto --t-id auto
     student: TappedModel
-    teacher: TappedModel | None
-    stats: Stats
+    teacher: TappedModel | None  # frozen; None if the run needs none
+    stats: Stats  # by which the images are normalised, the student's
 
     def to(self, device: torch.device) -> None:
         self.student.to(device)
@@ -55,26 +30,27 @@ class Pair:
             self.teacher.to(device)
 
 
-def build_pair(config: ModelConfig, role: Role, num_classes: int) -> Pair:
+def build_pair(config: Config, num_classes: int) -> Pair:
     """Builds the student, and the teacher if the run needs one, on the CPU.
 
     Raises:
         UsageError: a model, its weights or its blocks cannot be used; names the flag and its value.
     """
-    student, teacher = build_student(config, num_classes, role.evaluates), None
+    student, teacher = build_student(config.model, num_classes, config.run.eval), None
     stats = models.normalisation(student)
-    if role.distills or role.evaluates_teacher:
-        model = build_teacher(config)
-        _check_classes(config, role, num_classes_of(model), num_classes)
-        config = choose_blocks(config, student, model) if role.distills else config
-        teacher = register_teacher_hooks(config, role, model, stats)
-    tapped = register_student_hooks(config, role, student)
-    _log_model('student', config.model, tapped)
+    if config.distills or config.run.eval_teacher:
+        model = build_teacher(config.model)
+        _check_classes(config, num_classes_of(model), num_classes)
+        if config.distills:
+            config = replace(config, model=choose_blocks(config.model, student, model))
+        teacher = register_teacher_hooks(config, model, stats)
+    tapped = register_student_hooks(config, student)
+    _log_model('student', config.model.model, tapped)
     if teacher is not None:
-        _log_model('teacher', config.teacher_model, teacher)
-    if teacher is not None and role.distills:
-        _align(config, tapped, teacher)
-    return Pair(config, tapped, teacher, stats)
+        _log_model('teacher', config.model.teacher_model, teacher)
+        if config.distills:
+            _align(config.model, tapped, teacher)
+    return Pair(config.model, tapped, teacher, stats)
 
 
 def build_student(config: ModelConfig, num_classes: int, evaluates: bool = False) -> nn.Module:
@@ -122,30 +98,30 @@ def choose_blocks(config: ModelConfig, student: nn.Module, teacher: nn.Module) -
     with usage_error_context('--t-id', f'auto with --teacher-model {config.teacher_model}'):
         teacher_depth = len(models.list_blocks(teacher, config.teacher_size))
     s_id, t_id = models.pair_ids(depth, teacher_depth)
-    return dataclasses.replace(config, s_id=list[int | str](s_id), t_id=list[int | str](t_id))
+    return replace(config, s_id=list[int | str](s_id), t_id=list[int | str](t_id))
 
 
-def register_student_hooks(config: ModelConfig, role: Role, student: nn.Module) -> TappedModel:
-    """Hooks on --s-id, if there is a teacher."""
-    block_ids = [int(i) for i in config.student_ids] if role.distills else []
-    with usage_error_context('--s-id', f'{format_values(block_ids)} with --model {config.model}'):
-        tapped = models.tap(student, block_ids, config.input_size, two_heads=role.distills)
-    if config.grad_checkpointing and not role.evaluates:
-        with usage_error_context('--grad-checkpointing', f'with --model {config.model}'):
+def register_student_hooks(config: Config, student: nn.Module) -> TappedModel:
+    """Hooks on --s-id, if the run distills."""
+    flags, block_ids = config.model, [int(i) for i in config.model.student_ids if config.distills]
+    with usage_error_context('--s-id', f'{format_values(block_ids)} with --model {flags.model}'):
+        tapped = models.tap(student, block_ids, flags.input_size, two_heads=config.distills)
+    if flags.grad_checkpointing and not config.run.eval:
+        with usage_error_context('--grad-checkpointing', f'with --model {flags.model}'):
             models.checkpoint_activations(tapped)
     return tapped
 
 
-def register_teacher_hooks(config: ModelConfig, role: Role, teacher: nn.Module, stats: Stats) -> TappedModel:
-    """Hooks on --t-id; frozen. `stats`: mean and standard deviation by which the student's images are normalised."""
-    block_ids = [int(i) for i in config.teacher_ids] if role.distills else []
-    with usage_error_context('--t-id', f'{format_values(block_ids)} with --teacher-model {config.teacher_model}'):
-        tapped = models.tap(teacher, block_ids, config.teacher_size)
-    with usage_error_context('--teacher-path', config.teacher_path):
-        teacher_stats = models.normalisation(teacher, config.teacher_path)
-    dtype = getattr(torch, config.teacher_dtype) if config.teacher_dtype else None
-    preprocess = models.TeacherPreprocess(stats, teacher_stats, config.teacher_input_size, dtype)
-    return models.freeze(tapped, preprocess, with_logits=role.alpha > 0, dtype=dtype)
+def register_teacher_hooks(config: Config, teacher: nn.Module, stats: Stats) -> TappedModel:
+    """Hooks on --t-id, if the run distills; frozen. `stats` are those by which the student's images are normalised."""
+    flags, block_ids = config.model, [int(i) for i in config.model.teacher_ids if config.distills]
+    with usage_error_context('--t-id', f'{format_values(block_ids)} with --teacher-model {flags.teacher_model}'):
+        tapped = models.tap(teacher, block_ids, flags.teacher_size)
+    with usage_error_context('--teacher-path', flags.teacher_path):
+        teacher_stats = models.normalisation(teacher, flags.teacher_path)
+    dtype = getattr(torch, flags.teacher_dtype) if flags.teacher_dtype else None
+    preprocess = models.TeacherPreprocess(stats, teacher_stats, flags.teacher_input_size, dtype)
+    return models.freeze(tapped, preprocess, with_logits=config.loss.distillation_alpha > 0, dtype=dtype)
 
 
 def num_classes_of(model: nn.Module) -> int:
@@ -154,14 +130,15 @@ def num_classes_of(model: nn.Module) -> int:
     return model.num_classes
 
 
-def _check_classes(config: ModelConfig, role: Role, classes: int, num_classes: int) -> None:
+def _check_classes(config: Config, classes: int, num_classes: int) -> None:
     """Logits are compared class by class; a teacher of other classes, or without a head, has only relations."""
-    if classes == num_classes or (role.alpha == 0 and config.s_id and not role.evaluates_teacher):
+    flags, evaluates = config.model, config.run.eval_teacher
+    if classes == num_classes or (config.loss.distillation_alpha == 0 and flags.s_id and not evaluates):
         return
-    source = f'--teacher-path {config.teacher_path}' if config.teacher_path else (
-        f'--teacher-model {config.teacher_model}')  # fmt: skip
+    path = flags.teacher_path
+    source = f'--teacher-path {path}' if path else f'--teacher-model {flags.teacher_model}'
     has = f'has {classes} classes, the data {num_classes}' if classes else 'has no head'
-    if role.evaluates_teacher:
+    if evaluates:
         raise UsageError(f'{source}: {has}; --eval-teacher needs the same classes')
     raise UsageError(f'{source}: {has}; use its relations alone: --distillation-alpha 0, with --s-id and --t-id')
 
@@ -211,11 +188,12 @@ def log_blocks(config: ModelConfig) -> None:
 
 def compile_pair(pair: Pair, with_teacher: bool) -> None:
     """Compiles the blocks of the student, and of the teacher if it teaches; after the EMA was copied."""
-    counts = []
-    with usage_error_context('--compile', f'with --model {pair.config.model}'):
-        counts.append(models.compile_blocks(pair.student))
+    tapped = [('--model', pair.config.model, pair.student)]
     if with_teacher and pair.teacher is not None:
-        with usage_error_context('--compile', f'with --teacher-model {pair.config.teacher_model}'):
-            counts.append(models.compile_blocks(pair.teacher))
+        tapped.append(('--teacher-model', pair.config.teacher_model, pair.teacher))
+    counts = []
+    for flag, name, model in tapped:
+        with usage_error_context('--compile', f'with {flag} {name}'):
+            counts.append(models.compile_blocks(model))
     blocks = ' and '.join(map(str, counts))
     log_rank0(f'compile     {blocks} blocks, in the first step; the first log line includes its time')

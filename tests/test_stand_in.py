@@ -15,7 +15,7 @@ import models
 import transforms
 import utils
 from engine import TrainConfig, Trainer, train_one_epoch
-from models.pair import Role, build_student, register_student_hooks, register_teacher_hooks
+from models.pair import build_student, register_student_hooks, register_teacher_hooks
 
 CUDA, STEPS = torch.device('cuda', 0), 2
 pytestmark = pytest.mark.filterwarnings('ignore')  # torch warns about the stand-ins
@@ -62,11 +62,11 @@ def step(monkeypatch):
 
     def run(sync=lambda: None, **changes) -> Trainer:
         changes = {'device': 'cuda', 'teacher_path': 'none', 'batch_size': 4, 's_id': '0 -1', 't_id': '0 -1', **changes}
-        config, role = toys.config(**changes), Role(distills=True)
-        student = register_student_hooks(config.model, role, build_student(config.model, 10))
+        config = toys.config(**changes)
+        student = register_student_hooks(config, build_student(config.model, 10))
         autograd[:] = [student]
         stats = models.normalisation(student.model)
-        teacher = register_teacher_hooks(config.model, role, toys.teacher(), stats)
+        teacher = register_teacher_hooks(config, toys.teacher(), stats)
         criterion, mixup = main.build_criterion(config.loss, config.augment), main.build_mixup(config.augment, 10)
         count = config.optim.rank_batch_size
         batch = (
