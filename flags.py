@@ -327,6 +327,7 @@ class RunConfig:
     compile: bool = flag(False, 'compile the blocks of both models; evaluation is not compiled')
     seed: int = flag(0, 'seed of weights, order, augmentation, mixing and random tokens', type=SEED)
     dist_url: str = flag('env://', 'init URL of the process group', '--dist_url', '--dist-url')
+    dist_timeout: float = flag(30.0, 'minutes after which a rank that waits for other ranks gives up', type=POSITIVE)
     print_freq: int = flag(10, 'steps between log lines', type=POSITIVE_INT)
 
     def autocast_dtype(self, device: torch.device) -> torch.dtype:

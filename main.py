@@ -270,7 +270,7 @@ def _start(argv: list[str] | None, signals: StopSignals) -> None:
     if config.model.list_blocks:
         return log_blocks(config.model)
     with usage_error_context('--dist_url', config.run.dist_url, RuntimeError):
-        device = utils.init_distributed(config.run.device, config.run.dist_url)
+        device = utils.init_distributed(config.run.device, config.run.dist_url, config.run.dist_timeout)
     if utils.get_world_size() > 1:
         signals.defer()  # until all ranks can stop together
     try:

@@ -31,8 +31,8 @@ RESUME_MUST_MATCH = ('model', 'model_kwargs', 'seed', 'opt')
 # Changes of these flags are not shown, because they do not change what is trained.
 RESUME_MAY_DIFFER = (
     'output_dir', 'resume', 'eval', 'eval_ema', 'eval_teacher', 'start_epoch', 'data_path', 'num_workers',
-    'pin_mem', 'device', 'dist_url', 'dist_eval', 'print_freq', 'keep', 'save_interval_steps', 'save_interval_minutes',
-    'log_grad_share', 'list_blocks', 'num_classes',
+    'pin_mem', 'device', 'dist_url', 'dist_timeout', 'dist_eval', 'print_freq', 'keep', 'save_interval_steps',
+    'save_interval_minutes', 'log_grad_share', 'list_blocks', 'num_classes',
 )  # fmt: skip
 
 # Training state -------------------------------------------------------------------------------------------------------

@@ -2,10 +2,13 @@
 
 import os
 import random
+import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -50,18 +53,19 @@ def format_values(value: object) -> str:
     return NO_VALUES if text in ('', '{}') else text
 
 
-def init_distributed(device: str, dist_url: str) -> torch.device:
+def init_distributed(device: str, dist_url: str, timeout_minutes: float = 30.0) -> torch.device:
     """Joins the process group that a launcher announces in the environment, if any; returns this rank's device.
 
     Args:
         device: 'cuda', 'cuda:N' or 'cpu'; without a GPU 'cuda' becomes 'cpu'.
         dist_url: init URL of the process group, 'env://' for MASTER_ADDR and MASTER_PORT.
+        timeout_minutes: after which a rank that waits for others gives up.
 
     Raises:
-        UsageError: this machine does not have this GPU, or has fewer GPUs than ranks.
+        UsageError: this machine does not have this GPU, or has fewer GPUs than ranks; the environment is incomplete.
+        RuntimeError: the other ranks have not come in time.
     """
-    env = os.environ
-    launched = 'RANK' in env and 'WORLD_SIZE' in env  # by torchrun or torch.distributed.launch
+    env, launched, timeout = os.environ, _is_launched(), timedelta(minutes=timeout_minutes)
     cuda = device.startswith('cuda') and torch.cuda.is_available()
     chosen = torch.device('cpu')
     if cuda:
@@ -73,17 +77,65 @@ def init_distributed(device: str, dist_url: str) -> torch.device:
         chosen = torch.device('cuda', index)
         torch.cuda.set_device(chosen)
     if launched:
-        store, rank, world_size = next(rendezvous(dist_url, int(env['RANK']), int(env['WORLD_SIZE'])))
-        dist.init_process_group(
+        rank, world_size = int(env['RANK']), int(env['WORLD_SIZE'])
+        text = (
+            f'rank {rank} of {world_size} is waiting for the other ranks at {dist_url}, up to {timeout_minutes:g} min'
+        )
+        store = run_interruptibly(lambda: next(rendezvous(dist_url, rank, world_size, timeout=timeout))[0], text)
+        join = partial(
+            dist.init_process_group,
             'nccl' if cuda else 'gloo',
             # torchrun keeps its store when it restarts the ranks, and the addresses of dead ranks are still in it.
             store=dist.PrefixStore(f'attempt {env.get("TORCHELASTIC_RESTART_COUNT", 0)}', store),
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(minutes=30),
+            timeout=timeout,
             device_id=chosen if cuda else None,
         )
+        join() if cuda else run_interruptibly(join, text)
     return chosen
+
+
+def _is_launched() -> bool:
+    """Whether a launcher has started this process as one of several ranks."""
+    env = os.environ
+    given = [name for name in ('RANK', 'WORLD_SIZE') if name in env]
+    if len(given) == 1:
+        missing = 'WORLD_SIZE' if given == ['RANK'] else 'RANK'
+        raise UsageError(f'{given[0]}={env[given[0]]} is set in the environment, but {missing} is not; use torchrun')
+    if not given and 'SLURM_STEP_ID' in env and int(env.get('SLURM_STEP_NUM_TASKS', 1)) > 1:
+        tasks = env['SLURM_STEP_NUM_TASKS']
+        raise UsageError(f'SLURM_STEP_NUM_TASKS={tasks}: srun has started {tasks} tasks; start one torchrun per node')
+    return bool(given)
+
+
+def run_interruptibly(call: Callable[[], T], waiting: str, notice: float = 10.0) -> T:
+    """What a call returns that may wait for long outside of Python: in a thread, so that signals are handled meanwhile.
+
+    Args:
+        call: to be run.
+        waiting: printed on stderr if it takes long.
+        notice: seconds after which that is.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(notice)
+    if thread.is_alive():
+        print(waiting, file=sys.stderr, flush=True)
+    while thread.is_alive():
+        thread.join(0.5)
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def destroy_distributed() -> None:

@@ -5,11 +5,14 @@ import itertools
 import math
 import os
 import random
+import signal
+import threading
 
 import numpy as np
 import pytest
 import torch
 
+import stopping
 import utils
 
 CPU = torch.device('cpu')
@@ -220,3 +223,56 @@ def test_missing_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     with pytest.raises(utils.UsageError, match='cuda:5: 6 GPUs are needed'):
         utils.init_distributed('cuda:5', 'env://')
+
+
+def test_interruptible_call_returns_its_value_and_says_what_it_waits_for(capsys):
+    release = threading.Event()
+    timer = threading.Timer(0.3, release.set)
+    timer.start()
+    assert utils.run_interruptibly(release.wait, 'waits for a timer', notice=0.05) is True
+    assert capsys.readouterr().err == 'waits for a timer\n'
+    assert utils.run_interruptibly(lambda: 3, 'nothing') == 3
+    assert capsys.readouterr().err == ''
+
+
+def test_interruptible_call_passes_its_error_on():
+    with pytest.raises(ZeroDivisionError):
+        utils.run_interruptibly(lambda: 1 // 0, 'nothing')
+
+
+def test_signal_ends_a_wait_outside_python():
+    release, done = threading.Event(), []
+    with stopping.StopSignals():
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(stopping.StoppedError):
+            utils.run_interruptibly(lambda: done.append(release.wait(60)), 'waits', notice=60.0)
+    assert done == []  # the call still waits
+    release.set()
+
+
+@pytest.mark.parametrize(
+    ('given', 'words'),
+    [
+        ({'RANK': '0'}, 'RANK=0 is set in the environment, but WORLD_SIZE is not'),
+        ({'WORLD_SIZE': '2'}, 'WORLD_SIZE=2 is set in the environment, but RANK is not'),
+        ({'SLURM_STEP_ID': '0', 'SLURM_STEP_NUM_TASKS': '2', 'SLURM_PROCID': '1'}, 'srun has started 2 tasks'),
+    ],
+    ids=['rank', 'world', 'srun'],
+)
+def test_half_of_a_launcher_s_environment_is_refused(monkeypatch, given, words):
+    for name in ('RANK', 'WORLD_SIZE', 'SLURM_STEP_ID', 'SLURM_STEP_NUM_TASKS'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(utils.UsageError, match=words):
+        utils.init_distributed('cpu', 'env://')
+
+
+@pytest.mark.parametrize('given', [{}, {'SLURM_STEP_ID': '0', 'SLURM_STEP_NUM_TASKS': '1'}, {'SLURM_PROCID': '0'}])
+def test_single_process_needs_no_launcher(monkeypatch, given):
+    for name in ('RANK', 'WORLD_SIZE', 'SLURM_STEP_ID', 'SLURM_STEP_NUM_TASKS'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert utils.init_distributed('cpu', 'env://') == torch.device('cpu')
+    assert not torch.distributed.is_initialized()
