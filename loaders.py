@@ -35,7 +35,7 @@ class LoaderBuilder:
             augment: what is done to the images.
             batch_size: images of one rank in an optimizer step.
             repeated_aug: three copies of each image, see `samplers.RASampler`.
-            mean: by which the images are normalised.
+            mean: of each channel, by which the images are normalised.
 
         Raises:
             UsageError: the data cannot be read, or are too few for a batch.

@@ -109,10 +109,6 @@ class PrecomputedGrad(torch.autograd.Function):
         return (factor * ctx.saved_tensors[0]).to(ctx.dtype), None, None
 
 
-def _known(student: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-    return PrecomputedGrad.apply(student, value, gradient)  # type: ignore[no-any-return, no-untyped-call]
-
-
 def _normalize(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (…, D) divided by their lengths, and these lengths (…, 1), as in `F.normalize`."""
     length = tokens.norm(dim=-1, keepdim=True).clamp(min=1e-12)
@@ -146,7 +142,7 @@ def map_distance(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.fl
             difference = torch.bmm(T, T.mT).baddbmm_(S, S.mT, beta=-1)
             value += _sum_of_squares(difference) / (G * M**2)
             g.copy_(_normalize_backward((difference @ S).to(exact), unit, length * (G * M**2 / 4)))
-    return _known(student, value, gradient)
+    return PrecomputedGrad.apply(student, value, gradient)
 
 
 def _sum_of_squares(maps: Tensor) -> Tensor:
@@ -184,7 +180,7 @@ def sample_loss(
         # Each token is in a row and in a column of its map.
         grad_unit = 4 / entries * (difference.to(gathered.dtype) @ gathered).to(unit.dtype).transpose(0, 1)
         gradient = dist.get_world_size() * _normalize_backward(grad_unit, unit, length)
-    return _known(student, squares / entries, gradient)
+    return PrecomputedGrad.apply(student, squares / entries, gradient)
 
 
 def _map_rows_over_ranks(unit: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +209,7 @@ def patch_loss(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.floa
         chunks = zip(student.split(images), teacher.split(images), strict=True)
         values, gradients = zip(*(_by_channels(s, t, B * N**2) for s, t in chunks), strict=True)
     gradient = torch.cat(gradients)
-    return _known(student, sum(values).to(gradient.dtype), gradient)
+    return PrecomputedGrad.apply(student, sum(values).to(gradient.dtype), gradient)
 
 
 def random_loss(
@@ -229,7 +225,7 @@ def random_loss(
     Over ranks K·(D_s + D_t) numbers of float32, the drawn tokens, are sent to all ranks.
 
     Args:
-        student, teacher, dtype: as above; both sides are sampled at the same places.
+        student, teacher, dtype: see the module; both sides are sampled at the same places.
         K: number of tokens to draw.
         generator: of the draw, best on the device of the tokens; torch's global one if None.
         over_ranks: draw from the W·B images of all ranks, whose generators must be in the same state.
@@ -274,7 +270,7 @@ def full_loss(student: Tensor, teacher: Tensor, over_ranks: bool = False) -> Ten
     S, T = student.flatten(0, 1)[None], teacher.flatten(0, 1)[None]
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         value, gradient = _by_channels(S, T, (W * S.shape[1]) ** 2, over_ranks)
-    return _known(student, value.to(gradient.dtype), W * gradient.view_as(student))
+    return PrecomputedGrad.apply(student, value.to(gradient.dtype), W * gradient.view_as(student))
 
 
 def _by_channels(student: Tensor, teacher: Tensor, entries: int, over_ranks: bool = False) -> tuple[Tensor, Tensor]:
@@ -306,7 +302,7 @@ def _by_channels(student: Tensor, teacher: Tensor, entries: int, over_ranks: boo
 
 @dataclass(frozen=True)
 class RelationOptions:
-    """What the relation terms can be told."""
+    """Options of the relation terms."""
 
     K: int = 192  # number of random tokens
     generator: torch.Generator | None = None  # of random tokens

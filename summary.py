@@ -74,7 +74,7 @@ def warn_of_missing_classes(val: DataLoader, data_path: str, num_classes: int) -
 
 
 def describe_loss(criterion: ManifoldDistillationLoss, has_pairs: bool, batch_size: int) -> str:
-    """The loss as a formula, and which `batch_size` images of a rank in a forward pass its relations connect."""
+    """The loss as a formula, and the images that its relations connect, `batch_size` of each rank."""
     if criterion.distillation_type == 'none':
         return 'CE, no teacher'
     text = f'{1 - criterion.alpha:g}·CE + {criterion.alpha:g}·KD ({criterion.distillation_type}, τ {criterion.tau:g})'

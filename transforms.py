@@ -422,7 +422,7 @@ class DevicePreprocess(nn.Module):
         self.register_buffer('std', torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, aug_params: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
-        """Images (B, 3, H, W): uint8, otherwise a TypeError → float32.
+        """Images (B, 3, H, W) uint8 → float32. Any other dtype is a TypeError.
 
         `aug_params` are on the CPU, from `TrainTransform`: `plan` (B, R, 3); `erase` (B, E, 4) with `key` (B,).
         """

@@ -65,13 +65,14 @@ def normalisation(model: nn.Module, source: str = '') -> tuple[tuple, tuple]:
     """
     config = resolve_data_config({}, model=model)
     kind, _, place = source.partition(':')
+    file = Path(place, 'config.json')
     stored: dict[str, Any] = {}
     try:
-        if kind == 'local-dir' and (Path(place) / 'config.json').exists():
-            stored = json.loads((Path(place) / 'config.json').read_text(encoding='utf-8'))
+        if kind != 'local-dir':
+            stored = load_model_config_from_hf(place)[0] if has_source(source) else {}
+        elif file.exists():
+            stored = json.loads(file.read_text(encoding='utf-8'))
             stored = stored.get('pretrained_cfg', stored)
-        elif has_source(source) and kind != 'local-dir':
-            stored = load_model_config_from_hf(place)[0]
     except Exception as error:  # the hub's client has many kinds
         raise ValueError(f'the configuration of the model cannot be read: {first_line(error)}') from error
     mean, std = (tuple(stored.get(key) or config[key]) for key in ('mean', 'std'))
@@ -80,10 +81,8 @@ def normalisation(model: nn.Module, source: str = '') -> tuple[tuple, tuple]:
 
 def _nearest_names(name: str) -> list[str]:
     # Compared over the length of `name`, so that a short or unfinished name is near to the long names it begins.
-    def similarity(candidate: str) -> float:
-        return difflib.SequenceMatcher(None, name, candidate[: len(name)]).ratio()
-
-    return sorted(timm.list_models(), key=similarity, reverse=True)[:3]
+    ratios = {key: difflib.SequenceMatcher(None, name, key[: len(name)]).ratio() for key in timm.list_models()}
+    return sorted(ratios, key=ratios.__getitem__, reverse=True)[:3]
 
 
 def _create(name: str, pretrained: bool, kwargs: dict) -> nn.Module:
@@ -105,8 +104,8 @@ def first_line(error: BaseException) -> str:
 def named_weights(checkpoint: dict, ema: bool = False) -> dict[str, Tensor]:
     """The state dict in a checkpoint, its keys without the prefixes of DDP and torch.compile.
 
-    The checkpoint is `{'model': …}`, `{'state_dict': …}` or a bare state dict. With `ema` it is `{'model_ema': …}` or
-    `{'state_dict_ema': …}`.
+    The checkpoint is `{'model': …}`, `{'state_dict': …}` or a bare state dict. With `ema` the EMA weights are returned,
+    from `{'model_ema': …}` or `{'state_dict_ema': …}`.
 
     Raises:
         ValueError: the checkpoint has no such weights.

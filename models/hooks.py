@@ -69,9 +69,10 @@ class TappedModel(nn.Module):
         self.dtype: torch.dtype | None = None
         self._alignment = ''
         self._captured: dict[int, Tensor] | None = None  # outputs by index, during `forward` only
-        for i, block in sorted(dict(zip(self.block_ids, self.blocks, strict=True)).items()):
+        for i in sorted(set(self.block_ids)):
             # The hook is a bound method, so that a deep copy of this wrapper captures into the copy.
-            model.get_submodule(block.path).register_forward_hook(partial(self._capture, i, block.output_index))
+            hook = partial(self._capture, i, found[i].output_index)
+            model.get_submodule(found[i].path).register_forward_hook(hook)
 
     def align(self, targets: Sequence[Grid], how: str) -> None:
         """Sets the grids on which the tokens of the tapped blocks are returned from now on, see `grids.resample`."""
