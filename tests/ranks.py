@@ -1,15 +1,15 @@
-"""The criterion on several ranks, forks of one interpreter, and in one process, by the test that compares.
+"""The criterion on several ranks, or in one process with the images of all ranks.
 
-python tests/ranks.py FOLDER: on two ranks, then on three, all of `CASES`; FOLDER receives one file per world and rank.
+`python tests/ranks.py FOLDER` runs all `CASES` on two ranks and on three. It writes one file per world size and rank.
 """
 
-import os
 import sys
 from pathlib import Path
 
 import torch
-import torch._dynamo  # DistributedDataParallel imports it: before the fork, once
+import torch._dynamo  # DistributedDataParallel needs it; imported once, before the fork
 import torch.distributed as dist
+import torch.multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,14 +18,14 @@ from losses import ManifoldDistillationLoss
 
 B, N, D_S, D_T, C = 2, 5, 6, 9, 4
 TERMS = ('sample', 'patch', 'rand', 'full')
-# name: α, the relations there are, dtype of what a block puts out
+# name: α, the relation terms that are on, dtype of the tokens
 CASES = {f'{term} alone': (1, (term,), torch.float32) for term in TERMS}
 CASES |= {f'all, alpha {a}': (a, TERMS, torch.float32) for a in (0, 1)}
 CASES |= {f'all, {str(dtype)[6:]}': (1, TERMS, dtype) for dtype in (torch.bfloat16, torch.float64)}
 
 
 class Student(nn.Module):
-    """Two blocks one after the other and a head: (B, N, 7) → what `ManifoldDistillationLoss` takes."""
+    """Two blocks and a head: (B, N, 7) → logits, the same logits for KD, tokens of both blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Student(nn.Module):
 
 
 def batch(world: int) -> tuple[Tensor, tuple, Tensor]:
-    """Inputs, what the teacher says to them, and classes, of the images of all ranks."""
+    """Inputs, output of the teacher, and classes, for the images of all ranks."""
     torch.manual_seed(world)
     images = world * B
     tokens = tuple(torch.randn(images, N, D_T) + torch.randn(D_T) for _ in range(2))
@@ -47,24 +47,19 @@ def batch(world: int) -> tuple[Tensor, tuple, Tensor]:
 
 
 def run(case: str, world: int, rank: int | None) -> dict[str, Tensor]:
-    """Each term, and the gradient of their sum at each parameter: of one rank, or of one process with all images."""
+    """Each term, and the gradient of their sum at each parameter, on one rank or (None) with the images of all."""
     alpha, terms, dtype = CASES[case]
     torch.manual_seed(0)
     student = Student().to(torch.promote_types(dtype, torch.float32))
     wrapped = student if rank is None else DistributedDataParallel(student)
-    # The sampler deals the images out in turn.
+    # The sampler deals the images out to the ranks one by one.
     own = slice(None) if rank is None else slice(rank, None, world)
     inputs, (logits, _, tokens), classes = batch(world)
     kind = next(student.parameters()).dtype
     teacher_out = (logits[own].to(kind), None, tuple(x[own].to(dtype) for x in tokens))
     weights = {f'w_{term}': float(term in terms) for term in TERMS}
     criterion = ManifoldDistillationLoss(
-        nn.CrossEntropyLoss(),
-        'soft',
-        alpha=alpha,
-        relations='global',
-        K=world * B * N // 2,
-        **weights,
+        nn.CrossEntropyLoss(), 'soft', alpha=alpha, relations='global', K=world * B * N // 2, **weights
     )
     student_out = wrapped(inputs[own].to(kind), dtype)
     found = criterion(student_out, teacher_out, classes[own], torch.Generator().manual_seed(5))
@@ -74,27 +69,17 @@ def run(case: str, world: int, rank: int | None) -> dict[str, Tensor]:
     }
 
 
-def take_part(rank: int, folder: Path) -> None:
+def run_rank(rank: int, folder: Path) -> None:
     for world in (2, 3):
         if rank >= world:
             continue
-        dist.init_process_group('gloo', init_method=f'file://{folder}/meet{world}', rank=rank, world_size=world)
+        dist.init_process_group('gloo', init_method=f'file://{folder}/init{world}', rank=rank, world_size=world)
         torch.save({case: run(case, world, rank) for case in CASES}, folder / f'{world}-{rank}.pt')
         dist.barrier()
         dist.destroy_process_group()
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    children = []
-    for rank in range(3):
-        child = os.fork()
-        if not child:
-            return take_part(rank, folder)
-        children.append(child)
-    codes = [os.waitpid(child, 0)[1] for child in children]
-    sys.exit(any(codes))
-
-
 if __name__ == '__main__':
-    main(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    # Forks need neither the imports nor the slow exit of an interpreter of their own.
+    torch.multiprocessing.start_processes(run_rank, args=(Path(sys.argv[1]),), nprocs=3, start_method='fork')

@@ -1,4 +1,4 @@
-"""The method's formulas against loops in plain Python, and the criterion that puts them together."""
+"""The relation terms against loops in plain Python, logit distillation, and the criterion that adds them up."""
 
 import math
 import subprocess
@@ -38,7 +38,7 @@ def tokens(width, dtype=torch.float64):
 
 
 def draw_loss(student, teacher, K=7, dtype=torch.float32):
-    """The random term as a function of the tokens alone: every call draws the same ones."""
+    """The random term as a function of the tokens alone: every call draws the same places."""
     return random_loss(student, teacher, K, torch.Generator().manual_seed(3), dtype=dtype)
 
 
@@ -53,11 +53,11 @@ def value_and_gradient(term, student, teacher):
 
 
 def drawn_tokens(gradient):
-    """The places the random term looked at: only tokens it drew have a gradient."""
+    """The places that the random term drew: only their tokens have a gradient."""
     return [place for place in PLACES if gradient[place].abs().sum() > 0]
 
 
-# The sets of places, one per relation map, that a term compares.
+# For each term the sets of places (image, position). Each set gives one relation map.
 SETS = {
     'sample': [[(b, n) for b in range(B)] for n in range(N)],
     'patch': [[(b, n) for n in range(N)] for b in range(B)],
@@ -82,14 +82,14 @@ def oracle(student, teacher, sets):
         s = [unit(student[b][n]) for b, n in places]
         t = [unit(teacher[b][n]) for b, n in places]
         for i, (b, n) in enumerate(places):
-            # d value / d u_i of the unit token u_i, which stands in row i and in column i of its map
+            # d value / d u_i of the unit token u_i, which is in row i and in column i of its map
             grad_unit = [0.0] * len(s[i][0])
             for j in range(len(places)):
                 difference = dot(s[i][0], s[j][0]) - dot(t[i][0], t[j][0])
                 value += difference**2 / count
                 grad_unit = [p + 4 * difference / count * x for p, x in zip(grad_unit, s[j][0], strict=True)]
             u, norm = s[i]
-            along = dot(grad_unit, u)  # a length has no influence, so its direction is taken out
+            along = dot(grad_unit, u)  # the length has no effect, so the component along the token is removed
             for d, (p, x) in enumerate(zip(grad_unit, u, strict=True)):
                 gradient[b, n, d] += (p - along * x) / norm
     return value, gradient
@@ -121,15 +121,15 @@ def test_terms_are_close_to_plain_loops_in_float32(name, seed):
 
 
 def near(share, count=150, dtype=torch.float32):
-    """Tokens of 6 images, and others that differ from them by a share of their size."""
+    """Teacher's tokens of 6 images, and student's tokens at a relative distance of `share` from them."""
     teacher = torch.randn(6, count, 24, dtype=torch.float64)
     return (teacher + share * torch.randn_like(teacher)).to(dtype), teacher.to(dtype)
 
 
 @pytest.mark.parametrize('share', [1.0, 0.1, 0.01])
-@pytest.mark.parametrize('numbers', [1, 20_000, 50_000, 1 << 22])
-def test_patch_and_sample_are_close_to_the_definition(share, numbers, monkeypatch):
-    monkeypatch.setattr(losses, 'CPU_CHUNK_ELEMENTS', numbers)  # portions of any size, a smaller last one too
+@pytest.mark.parametrize('elements', [1, 20_000, 50_000, 1 << 22])
+def test_patch_and_sample_are_close_to_the_definition(share, elements, monkeypatch):
+    monkeypatch.setattr(losses, 'CPU_CHUNK_ELEMENTS', elements)  # chunks of several sizes, also a smaller last one
     student, teacher = near(share)
     for term, transposed in ((patch_loss, False), (sample_loss, True)):
         pair = [x.double().transpose(0, 1) if transposed else x.double() for x in (student, teacher)]
@@ -159,7 +159,7 @@ def test_patch_term_keeps_no_map_for_backward():
         assert kept == [student.numel()]
         kept.clear()
         plain_map_distance(student, teacher)
-    assert max(kept) == 6 * 150 * 150  # as the definition does
+    assert max(kept) == 6 * 150 * 150  # the definition keeps maps
 
 
 @each_term
@@ -202,10 +202,10 @@ def test_zero_tokens_give_finite_gradients(term):
     ('shape', 'words'),
     [
         ((B, N + 1, D_T), rf'\({B}, {N}\) for the student, \({B}, {N + 1}\) for the teacher'),
-        # the shapes that broadcasting would accept in silence
+        # broadcasting would accept these shapes without an error
         ((B, 1, D_T), rf'\({B}, {N}\) for the student, \({B}, 1\) for the teacher'),
         ((1, N, D_T), rf'\({B}, {N}\) for the student, \(1, {N}\) for the teacher'),
-        # as many tokens in all: the random term alone would not notice
+        # the same number of tokens in total: the random term would accept it without the check
         ((N, B, D_T), rf'\({B}, {N}\) for the student, \({N}, {B}\) for the teacher'),
         ((N, D_T), rf'student \({B}, {N}, {D_S}\), teacher \({N}, {D_T}\)'),
         ((B, D_T, 2, 2), rf'student \({B}, {N}, {D_S}\), teacher \({B}, {D_T}, 2, 2\)'),
@@ -219,12 +219,12 @@ def test_mismatched_tokens_raise(term, shape, words):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @each_term
 def test_terms_under_autocast_are_float32(term, dtype):
-    # A student close to its teacher, as late in training: this is where half precision loses the differences.
+    # A student close to its teacher, as late in training: here half precision would lose the differences.
     teacher = tokens(16, torch.float32)
     student = (teacher + 0.02 * tokens(16, torch.float32)).requires_grad_()
     expected = term(student, teacher)
     with torch.autocast('cpu', dtype=dtype):
-        assert (student @ student.mT).dtype == dtype, 'without autocast at work this test shows nothing'
+        assert (student @ student.mT).dtype == dtype, 'autocast is not active'
         value = term(student, teacher)
     assert value.dtype == torch.float32
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -253,13 +253,13 @@ def test_terms_are_float32_or_better(term, dtype, expected):
 
 
 def late(width, close):
-    """Features of a student that is almost there, its channels turned round, and of its teacher, alike as real ones."""
+    """Tokens as late in training. The student's are close to the teacher's except for a rotation of the channels."""
     teacher = torch.randn(B, N, width) + 2 * torch.randn(width)
     rotation = torch.linalg.qr(torch.randn(width, width)).Q
     return (teacher + close * torch.randn(B, N, width)) @ rotation, teacher
 
 
-# (student, teacher) by what they are: unrelated as at the start, and ever closer.
+# None: student and teacher are unrelated, as at the start of training. A smaller number: they are closer.
 @pytest.mark.parametrize('close', [None, 0.1, 0.01, 0.001])
 @pytest.mark.parametrize('chunk', [5, 4096])
 def test_full_term_in_float32_is_close_to_float64(close, chunk, monkeypatch):
@@ -273,7 +273,7 @@ def test_full_term_in_float32_is_close_to_float64(close, chunk, monkeypatch):
 
 
 def full_loss_by_identity(student, teacher):
-    """The identity written down in float64 and left to autograd; that it is the definition is shown by small sets."""
+    """The trace identity with autograd's gradient, the reference for sizes at which the maps do not fit in memory."""
     S, T = F.normalize(student.flatten(0, 1), dim=-1), F.normalize(teacher.flatten(0, 1), dim=-1)
     norms = [(x.T @ y).square().sum() for x, y in ((S, S), (S, T), (T, T))]
     return (norms[0] - 2 * norms[1] + norms[2]) / len(S) ** 2
@@ -298,10 +298,10 @@ def test_full_term_of_50176_tokens_is_close_to_float64(D_s, D_t, close):
     value, gradient = value_and_gradient(full_loss, student, teacher)
     expected, expected_gradient = value_and_gradient(full_loss_by_identity, student.double(), teacher.double())
     expected = expected.item()
-    faults = abs(value.item() - expected) / expected, ((gradient - expected_gradient).norm() / expected_gradient.norm())
-    print('relative fault of the value {:.1e}, of its gradient {:.1e}'.format(*faults))
-    assert faults[0] <= 1e-6
-    assert faults[1] <= 5e-6
+    errors = abs(value.item() - expected) / expected, ((gradient - expected_gradient).norm() / expected_gradient.norm())
+    print('relative error of the value {:.1e}, of its gradient {:.1e}'.format(*errors))
+    assert errors[0] <= 1e-6
+    assert errors[1] <= 5e-6
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
@@ -329,7 +329,7 @@ def test_full_term_makes_no_map_and_keeps_only_its_gradient():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x), Sizes():
         full_loss(student, teacher).backward()
     assert kept == [student.numel()]
-    assert max(made) < (8 * 64) ** 2 / 16  # nothing near the size of a map
+    assert max(made) < (8 * 64) ** 2 / 16  # much smaller than a map
 
 
 def test_float16_gradients_are_rounded_after_scaling():
@@ -340,7 +340,7 @@ def test_float16_gradients_are_rounded_after_scaling():
     expected = value_and_gradient(full_loss, student.detach().double(), teacher.double())[1] * scale
     assert found.dtype == torch.float16
     assert (found.double() - expected).norm() <= 1e-3 * expected.norm()
-    assert expected.abs().max() / scale < torch.finfo(torch.float16).tiny  # unscaled they would have lost their digits
+    assert expected.abs().max() / scale < torch.finfo(torch.float16).tiny  # without the scale they would lose digits
 
 
 @pytest.mark.parametrize('images_at_once', [1, 2, 5])
@@ -383,7 +383,7 @@ def test_random_places_are_distinct_and_shared_by_both_sides(K):
     drawn = drawn_tokens(value_and_gradient(lambda s, t: random_loss(s, t, K, torch.Generator().manual_seed(0)),
                                             student, teacher)[1])  # fmt: skip
     of_teacher = []
-    for place in PLACES:  # the value depends on those it drew
+    for place in PLACES:  # the value depends on the drawn places only
         other = teacher.clone()
         other[place] = -other[place]
         of_teacher += [place] if value(other) != value(teacher) else []
@@ -455,7 +455,7 @@ def forward(criterion, student_tokens=(), teacher_tokens=(), generator=None):
 
 
 def build(kind='soft', **options):
-    # K beyond B·N makes the random term the full map: no draw to account for
+    # With K ≥ B·N the random term uses all tokens, so its value does not depend on the draw.
     return ManifoldDistillationLoss(nn.CrossEntropyLoss(), kind, **{'K': 100, 'w_full': 1, **options})
 
 
@@ -540,7 +540,7 @@ def test_both_heads_stay_in_the_graph_at_weight_zero(kind, alpha):
 
 
 class MixedCrossEntropy(nn.Module):
-    """A base criterion with a product of matrices, which autocast would round; torch's own losses it leaves alone."""
+    """A base criterion with a matrix product. Autocast would round it; torch's own losses are not affected."""
 
     def forward(self, logits, targets):
         return F.cross_entropy(logits @ torch.eye(C, dtype=logits.dtype).roll(1, 0), targets)
@@ -555,7 +555,7 @@ def test_criterion_ignores_autocast(kind, dtype):
         found = criterion(*out, TARGETS)
     double = criterion(*[(a.double(), b.double(), (t[0].double(),)) for a, b, t in out], TARGETS)
     assert {value.dtype for value in found.values()} == {torch.promote_types(dtype, torch.float32)}
-    for key in KEYS:  # 1e-7 beside: KL and CE are differences of numbers of the size of a logit
+    for key in KEYS:  # an absolute tolerance too: KL and CE are differences of numbers as large as the logits
         assert found[key].item() == pytest.approx(double[key].item(), rel=1e-6, abs=1e-7)
 
 
@@ -625,7 +625,7 @@ def test_terms_relate_to_the_sums_of_the_paper():
     assert {key: found[key].item() for key in KEYS[2:]} == pytest.approx(expected, rel=1e-12)
     every_token = forward(build(K=100), student, teacher)
     assert every_token['mf_rand'].item() == pytest.approx(every_token['mf_full'].item(), rel=1e-12)
-    # The paper's terms are Frobenius sums, of maps of one kind their mean: larger by the entries of a map.
+    # The paper takes the mean over maps of Frobenius sums, which are larger by the number of entries of a map.
     S, T = (F.normalize(x, dim=-1) for x in (student[0], teacher[0]))
     frobenius = (S @ S.mT - T @ T.mT).square().sum(dim=(1, 2)).mean()
     alone = forward(build(w_patch=1), student[:1], teacher[:1])
@@ -646,8 +646,8 @@ def test_criterion_has_no_state():
 
 
 @pytest.fixture(scope='module')
-def of_ranks(tmp_path_factory):
-    """What each of two and of three ranks found, by (world, rank) and case."""
+def rank_results(tmp_path_factory):
+    """Results of each rank of two and of three, by (world, rank) and case."""
     folder = tmp_path_factory.mktemp('ranks')
     subprocess.run([sys.executable, ranks.__file__, str(folder)], check=True, timeout=180)
     return {(world, rank): torch.load(folder / f'{world}-{rank}.pt') for world in (2, 3) for rank in range(world)}
@@ -655,18 +655,18 @@ def of_ranks(tmp_path_factory):
 
 @pytest.mark.parametrize('case', ranks.CASES)
 @pytest.mark.parametrize('world', [2, 3])
-def test_global_relations_equal_one_process_with_all_images(of_ranks, world, case):
+def test_global_relations_equal_one_process_with_all_images(rank_results, world, case):
     alone = ranks.run(case, world, None)
-    found = [of_ranks[world, rank][case] for rank in range(world)]
-    # bfloat16 tokens round their gradient, the same in another order
+    found = [rank_results[world, rank][case] for rank in range(world)]
+    # Gradients at bfloat16 tokens are rounded, and the order of sums differs.
     close = 1e-2 if 'bfloat16' in case else 1e-12 if 'float64' in case else 1e-5
     assert any(alone[f'mf_{term}'] > 1e-3 for term in ranks.TERMS)
     for name, expected in alone.items():
-        if 'gradient' in name:  # DistributedDataParallel has averaged it
+        if 'gradient' in name:  # averaged by DistributedDataParallel
             assert expected.norm() > 1e-3
             assert all((one[name] - expected).norm() <= close * expected.norm() for one in found), name
             continue
-        # CE, KD and the relations inside images are means over a rank's own images, the others the same everywhere.
+        # CE, KD and patch are means over the rank's own images; the other terms are equal on all ranks.
         mean = torch.stack([one[name] for one in found]).mean()
         assert mean.item() == pytest.approx(expected.item(), rel=min(close, 1e-5), abs=1e-9)
         if name in ('mf_sample', 'mf_rand', 'mf_full'):
@@ -675,7 +675,7 @@ def test_global_relations_equal_one_process_with_all_images(of_ranks, world, cas
 
 @pytest.mark.parametrize(('ours', 'theirs'), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
 def test_terms_over_ranks_accept_two_dtypes(tmp_path, ours, theirs):
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/meet', rank=0, world_size=1)
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/init', rank=0, world_size=1)
     try:
         student, teacher = tokens(D_S, ours), tokens(D_T, theirs)
         for term in (sample_loss, full_loss, partial(random_loss, K=5, generator=torch.Generator().manual_seed(0))):
@@ -688,7 +688,7 @@ def test_terms_over_ranks_accept_two_dtypes(tmp_path, ours, theirs):
 
 
 def test_global_relations_without_a_generator_raise(tmp_path):
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/meet', rank=0, world_size=1)
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/init', rank=0, world_size=1)
     try:
         with pytest.raises(ValueError, match='needs a generator'):
             forward(build(relations='global'), [tokens(D_S)], [tokens(D_T)])
