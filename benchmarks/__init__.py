@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from unittest.mock import patch
 
-os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # torch's profiler is talkative; read when torch is loaded
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # silences torch's profiler; read when torch is imported
 
 import timm
 import torch
@@ -25,7 +25,7 @@ from losses import plain_map_distance
 
 @contextmanager
 def by_definition() -> Iterator[None]:
-    """Relation terms as the definition has them, with autograd's gradient."""
+    """The terms patch, sample and random use the plain definition, with autograd's gradient."""
 
     def plain(student: torch.Tensor, teacher: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return plain_map_distance(student, teacher)
@@ -35,7 +35,7 @@ def by_definition() -> Iterator[None]:
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call, until the device is done."""
+    """Duration of a call, until the device has finished."""
     wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
     wait()
     start = time.perf_counter()
@@ -45,7 +45,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Of the tensors of one call, above what was taken before it; on the CPU what it frees of that does not count."""
+    """Peak memory of the tensors that a call creates. On the CPU, earlier tensors that it frees are not subtracted."""
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -60,7 +60,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc, where it is the allocator, keep what is freed: times then are not those of new pages."""
+    """Makes glibc keep freed memory, so that times do not include page faults. No effect with other allocators."""
     if platform.libc_ver()[0] != 'glibc':
         return
     libc = ctypes.CDLL('libc.so.6')
@@ -69,7 +69,7 @@ def keep_freed_memory() -> None:
 
 
 def machine(device: torch.device) -> str:
-    """What was measured on, in words."""
+    """Processor, threads and library versions, for the last line of a table."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
     if device.type == 'cpu' and Path('/proc/cpuinfo').exists():
         lines = Path('/proc/cpuinfo').read_text().splitlines()

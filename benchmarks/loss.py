@@ -1,16 +1,15 @@
-"""What the relation terms cost: time and memory of one layer pair, forward and backward, term by term.
+"""Time and memory of each relation term for one layer pair, forward and backward.
 
     python -m benchmarks.loss                     64 images, 196 tokens, widths 192 and 384, float32
     python -m benchmarks.loss --device cuda --dtype bfloat16
-    python -m torch.distributed.run --standalone --nproc_per_node=2 -m benchmarks.loss      the same over the ranks too
+    python -m torch.distributed.run --standalone --nproc_per_node=2 -m benchmarks.loss      also over the ranks
 
-All terms take turns, so that what disturbs one disturbs all; medians. `definition` is the same with autograd's gradient
-of the plain definition, and `ratio` how much longer that takes. Memory is the peak above what the tokens take.
+The terms take turns, so a disturbance affects all of them. Times are medians. `definition` is the plain definition with
+autograd's gradient, `ratio` its time divided by ours. Memory is the peak without the tokens.
 """
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -23,32 +22,27 @@ import loggers
 import losses
 import utils
 
+Term = Callable[[Tensor, Tensor], Tensor]
 
-def terms(
-    K: int, generator: torch.Generator, over_ranks: bool, dtype: torch.dtype
-) -> dict[str, list[Callable[[Tensor, Tensor], Tensor]]]:
-    """What is measured, by name: functions of two token tensors, called one after the other."""
 
-    def of_random(**options) -> Callable:
-        return partial(losses.random_loss, K=K, generator=generator, dtype=dtype, **options)
-
+def terms(K: int, generator: torch.Generator, over_ranks: bool, dtype: torch.dtype) -> dict[str, list[Term]]:
+    """The rows of the table: functions of two token tensors, measured together."""
     patch, sample = partial(losses.patch_loss, dtype=dtype), partial(losses.sample_loss, dtype=dtype)
-    rows = {'patch': [patch], 'sample': [sample], 'random': [of_random()]}
-    rows['the three'] = [term for (term,) in rows.values()]
-    rows['full'] = [losses.full_loss]
+    random = partial(losses.random_loss, K=K, generator=generator, dtype=dtype)
+    rows: dict[str, list[Term]] = {'patch': [patch], 'sample': [sample], 'random': [random]}
+    rows |= {'the three': [patch, sample, random], 'full': [losses.full_loss]}
     if over_ranks:
-        rows |= {f'{name} of all ranks': [partial(term, over_ranks=True)]
-                 for name, term in (('sample', losses.sample_loss), ('full', losses.full_loss))}  # fmt: skip
-        rows['random of all ranks'] = [of_random(over_ranks=True)]
+        for name, term in (('sample', sample), ('full', losses.full_loss), ('random', random)):
+            rows[f'{name} of all ranks'] = [partial(term, over_ranks=True)]
     return rows
 
 
-def run_once(term: list[Callable], student: Tensor, teacher: Tensor) -> None:
+def run_once(term: list[Term], student: Tensor, teacher: Tensor) -> None:
     student.grad = None
-    sum(function(student, teacher) for function in term).backward()
+    torch.autograd.backward([function(student, teacher) for function in term])
 
 
-def by_definition(term: list[Callable], student: Tensor, teacher: Tensor) -> None:
+def by_definition(term: list[Term], student: Tensor, teacher: Tensor) -> None:
     with benchmarks.by_definition():
         run_once(term, student, teacher)
 
@@ -61,9 +55,9 @@ def run() -> None:
     parser.add_argument('--K', type=flags.POSITIVE_INT, default=192, help='random tokens')
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='of the tokens')
     parser.add_argument('--rounds', type=flags.POSITIVE_INT, default=11, help='calls of each term')
-    parser.add_argument('--by-definition', action='store_true', help='the full term with its maps, too')
-    parser.add_argument('--relation-dtype', default='float32', choices=losses.RELATION_DTYPES, help='of the products')
-    parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='without a GPU the CPU')
+    parser.add_argument('--by-definition', action='store_true', help='also the full term with its maps')
+    parser.add_argument('--relation-dtype', default='float32', choices=losses.RELATION_DTYPES, help='of the factors')
+    parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='cuda uses the CPU if there is no GPU')
     args = parser.parse_args()
     device = utils.init_distributed(args.device, 'env://')
     torch.manual_seed(utils.get_rank())
@@ -79,7 +73,7 @@ def run() -> None:
         calls[name, by_definition] = partial(by_definition, rows[name], student, teacher)
     if args.by_definition:
         calls['full', by_definition] = partial(run_once, [losses.plain_full_loss], student, teacher)
-    times = {key: [] for key in calls}
+    times: dict[tuple[str, Callable], list[float]] = {key: [] for key in calls}
     benchmarks.keep_freed_memory()
     for _ in range(args.rounds + 1):
         for key, call in calls.items():
@@ -90,12 +84,12 @@ def run() -> None:
     )
     for name in rows:
         line, own = '', medians[name, run_once]
-        for run in (run_once, by_definition):
-            if (name, run) in calls:
+        for way in (run_once, by_definition):
+            if (name, way) in calls:
                 student.grad = None
-                line += f'{1000 * medians[name, run]:{9 if run is run_once else 13}.1f}'
-                line += f'{own / medians["the three", run_once]:14.2f}' if run is run_once else ''
-                line += f'{benchmarks.peak_bytes(calls[name, run], device) / 2**20:7.0f}'
+                line += f'{1000 * medians[name, way]:{9 if way is run_once else 13}.1f}'
+                line += f'{own / medians["the three", run_once]:14.2f}' if way is run_once else ''
+                line += f'{benchmarks.peak_bytes(calls[name, way], device) / 2**20:7.0f}'
         ratio = f'{medians[name, by_definition] / own:7.2f}' if (name, by_definition) in calls else ''
         loggers.log_rank0(f'{name:24}{line}{ratio}')
     loggers.log_rank0(benchmarks.machine(device))
@@ -103,4 +97,4 @@ def run() -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(run())
+    run()
