@@ -61,8 +61,8 @@ class NonFiniteGuard:
         self._scaler = scaler
         self._step, self._indices = '', torch.empty(0)
         self._names: list[str] = []
-        self._finite: Tensor | None = None  # of this step, by name
-        self._own_gradients: Tensor | None = None  # finite on this rank before they are averaged; with DDP only
+        self._finite: Tensor | None = None  # of this step: whether each value is, in the order of `_names`
+        self._own_gradients: Tensor | None = None  # with DDP: whether this rank's are finite before averaging
         self._steps: list[tuple[str, Tensor, Tensor]] = []  # since the last sync: step, image indices, what is finite
 
     def attach(self, ddp: DistributedDataParallel) -> None:
@@ -79,7 +79,7 @@ class NonFiniteGuard:
         self._step, self._indices, self._finite = name, indices, None
 
     def mask_loss(self, loss: Tensor, values: dict[str, Tensor]) -> Tensor:
-        """The loss as it is if all values (terms, logits) are finite, else NaN; for each forward pass of a step."""
+        """The loss, or NaN if a value (term, logits) is not finite. To be called for each forward pass of a step."""
         finite = torch.stack([torch.isfinite(value).all() for value in values.values()])
         self._names = list(values)
         self._finite = finite if self._finite is None else finite & self._finite
@@ -111,11 +111,11 @@ class NonFiniteGuard:
             raise FloatingPointError(f'not finite at {steps[-1][0]}: gradients overflow at every scale of float16')
         for (name, indices, _), flags in zip(steps, torch.stack([step[2] for step in steps]).tolist(), strict=True):
             if not flags[-1]:  # the same on all ranks, so all of them come here
-                what = self._describe(utils.gather_objects(self._own_faults(indices, flags)))
+                what = self._describe(utils.gather_objects(self._local_faults(indices, flags)))
                 if what:
                     raise FloatingPointError(f'not finite at {name} {what}')
 
-    def _own_faults(self, indices: Tensor, flags: list[bool]) -> tuple[str, bool]:
+    def _local_faults(self, indices: Tensor, flags: list[bool]) -> tuple[str, bool]:
         """What was not finite in a step of this rank, '' for nothing; and whether it came out of a model."""
         *forward, gradient, _ = flags
         names = [name for name, finite in zip(self._names, forward, strict=True) if not finite]
@@ -135,7 +135,7 @@ class NonFiniteGuard:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the steps of a run are made."""
+    """Settings of the training steps."""
 
     device: torch.device  # of the models
     amp_dtype: torch.dtype = torch.float32  # of autocast for both models; float32 for none
@@ -151,7 +151,7 @@ class TrainConfig:
 
 
 class Trainer:
-    """All that takes part in a training step.
+    """Runs training steps.
 
     Args:
         student: images (B, 3, H, W) → `Output` with logits and tokens, on its device; wrapped in DDP here if there is
@@ -195,7 +195,7 @@ class Trainer:
             batch: images (B, 3, H, W), classes (B,), the images' indices (B,), and what else `preprocess` takes.
             name: of the step, for errors.
         """
-        images, targets = self.prepare(batch)
+        images, targets = self.prepare_batch(batch)
         self.guard.begin_step(name, batch[2])
         self.optimizer.zero_grad()
         passes = self.config.accum_steps
@@ -207,8 +207,8 @@ class Trainer:
         self.state.step += 1
         self.state.position += len(batch[2]) * utils.get_world_size()
 
-    def prepare(self, batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Starts the random numbers of the step; normalised and mixed images and their targets, on the device."""
+    def prepare_batch(self, batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Seeds the random numbers of the step; returns normalised, mixed images and targets, on the device."""
         images, targets, _, *aug_params = batch
         config = self.config
         utils.seed_step(self.generator, config.seed, self.state.step, utils.get_rank(), config.global_relations)
@@ -221,16 +221,18 @@ class Trainer:
     def forward_backward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Adds the gradient of one forward pass; returns the weighted terms by name."""
         with self.autocast():
-            with torch.no_grad():  # not inference_mode: the student's backward saves the teacher's tensors
+            with torch.no_grad():  # not inference_mode: autograd cannot save inference tensors for the backward pass
                 teacher_out = self.teacher(images) if self.teacher else None  # logits (B, C), tokens L × (B, N, D_t)
             student_out = self.student(images)  # logits (B, C), tokens L × (B, N, D_s)
         losses = self.criterion(student_out, teacher_out, targets, self.generator)  # {'base': …, 'mf_patch': …}
         loss = sum(losses.values()) / self.config.accum_steps
-        loss = self.guard.mask_loss(loss, self._values(losses, student_out, teacher_out))
+        loss = self.guard.mask_loss(loss, self._checked_values(losses, student_out, teacher_out))
         self.scaler.scale(loss).backward()
         return losses
 
-    def _values(self, losses: dict[str, Tensor], student_out: Output, teacher_out: Output | None) -> dict[str, Tensor]:
+    def _checked_values(
+        self, losses: dict[str, Tensor], student_out: Output, teacher_out: Output | None
+    ) -> dict[str, Tensor]:
         """All that must be finite, by name. With global relations the tokens too, to find the rank of the error."""
         values = {f'loss_{name}': value.detach() for name, value in losses.items()}
         for side, out in (('student', student_out), ('teacher', teacher_out)):
@@ -250,7 +252,7 @@ class Trainer:
             self.scaler.step(self.optimizer)  # skips a bad update by itself
             self.scaler.update()
         elif getattr(self.optimizer, '_step_supports_amp_scaling', False):
-            # What the scaler would tell a fused optimizer: the device skips the update, and the host need not know.
+            # The protocol of GradScaler: a fused optimizer skips the update if found_inf is set, without a host sync.
             self.optimizer.grad_scale, self.optimizer.found_inf = None, (~good).float()  # type: ignore[attr-defined]
             self.optimizer.step()
         elif good:
@@ -269,7 +271,7 @@ class Trainer:
 
     def gradient_shares(self, batch: Sequence[Any]) -> dict[str, float]:
         """`gradient_shares` of the terms on a batch, on this rank. All ranks call it; the state stays as it is."""
-        images, targets = (x.chunk(self.config.accum_steps)[0] for x in self.prepare(batch))
+        images, targets = (x.chunk(self.config.accum_steps)[0] for x in self.prepare_batch(batch))
         self.student.train(self.config.train_mode)
         statistics = [buffer.clone() for buffer in self.tapped.buffers()]  # BatchNorm's change in a forward pass
         with self.autocast(), torch.compiler.set_stance('force_eager'):
@@ -386,7 +388,7 @@ def finish_epoch(trainer: Trainer, evaluator: 'Evaluator', manager: CheckpointMa
             distribute_bn(model, utils.get_world_size(), reduce=False)
         found = evaluator.measure(model, name, manager.poll)
         row |= {f'{split}_{key}': found[key] for key in ('loss', 'acc1', 'acc5')}
-    best = row['test_acc1'] >= state.best_acc1  # the later of two equal epochs
+    best = row['test_acc1'] >= state.best_acc1  # in a tie the later epoch wins
     state.best_acc1 = max(state.best_acc1, row['test_acc1'])
     log_rank0(f'Max accuracy: {state.best_acc1:.2f}%')
     state.finish_epoch()
@@ -402,8 +404,8 @@ class Evaluator:
     preprocess: nn.Module  # images as they are loaded → normalised images
     device: torch.device
     amp_dtype: torch.dtype  # of autocast; float32 for none
-    copies: int = 1  # how many ranks evaluate each image; 1 if they share them
-    compiled: bool = False  # the blocks are compiled; evaluation runs them without
+    copies: int = 1  # ranks that evaluate each image; 1 if they share the images
+    compiled: bool = False  # the blocks are compiled; evaluation runs them in eager mode
 
     def measure(self, model: nn.Module, name: str, poll: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Evaluates a timm model and logs the result; see `evaluate`.
@@ -418,7 +420,7 @@ class Evaluator:
         if not stats['images']:
             raise BadImageError('no validation image can be read')
         if not math.isfinite(stats['loss']):
-            log_rank0(f'warning: logits of the {name} are not finite; its accuracy means nothing')
+            log_rank0(f'warning: logits of the {name} are not finite; its accuracy is meaningless')
         log_rank0(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
         images = int(stats['images']) // self.copies
         log_rank0(f'Accuracy of the {name} on the {images} test images: {stats["acc1"]:.1f}%')
@@ -469,7 +471,7 @@ def evaluate(
 def count_correct(
     model: nn.Module, images: Tensor, targets: Tensor, device: torch.device, amp_dtype: torch.dtype
 ) -> Tensor:
-    """(4,) sums over a batch: cross-entropy, labels that are the first guess, among the first five, and images."""
+    """(4,) sums over a batch: cross-entropy, top-1 hits, top-5 hits, images."""
     images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
     with autocast(device, amp_dtype):
         logits = model(images)

@@ -28,7 +28,7 @@ from utils import NO_VALUES, UsageError, format_values
 
 
 def _number(kind: type, ends: str, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: numbers of `kind` in an interval, ends as in mathematics: '[)' means low ≤ x < high."""
+    """An argparse type: a `kind` in an interval, whose `ends` are as in mathematics: '[)' is low ≤ x < high."""
 
     def convert(text: str) -> float:
         try:
@@ -39,7 +39,9 @@ def _number(kind: type, ends: str, low: float, high: float = math.inf) -> Callab
         below = value <= high if ends[1] == ']' else value < high
         if not (above and below):
             name = 'whole number' if kind is int else 'number'
-            raise argparse.ArgumentTypeError(f'{text} is not a {name} in {ends[0]}{low:g}, {high:g}{ends[1]}')
+            least = f'of at least {low:g}' if ends[0] == '[' else f'above {low:g}'
+            most = '' if high == math.inf else f' and {"at most" if ends[1] == "]" else "below"} {high:g}'
+            raise argparse.ArgumentTypeError(f'{text}: must be a {name} {least}{most}')
         return value
 
     return convert
@@ -73,7 +75,7 @@ class KeyValues(ParseKwargs):
     def __call__(self, parser, namespace, values, option_string=None) -> None:  # type: ignore[no-untyped-def]
         for value in values:
             if '=' not in value:
-                parser.error(f'{option_string} {value}: not of the form key=value')
+                parser.error(f'{option_string} {value}: must have the form KEY=VALUE')
         super().__call__(parser, namespace, values, option_string)
 
 
@@ -81,10 +83,10 @@ def flag(default: Any, help: str, *names: str, no: str = '', **options: Any) -> 
     """A dataclass field that is a flag.
 
     Args:
-        default: its value if it is not typed.
+        default: its value if it is not passed.
         help: its text in --help; the default is added.
         names: all its spellings; if none, the name of the field with dashes.
-        no: makes it a switch that is on, and this the help of `--no-<name>`, which turns it off.
+        no: help of `--no-<name>`; makes the flag a switch that is on and has this counterpart.
         options: further arguments of `add_argument`.
     """
     if isinstance(default, bool) and 'action' not in options:
@@ -105,14 +107,14 @@ class LossConfig:
     """method: logit distillation and relation terms"""
 
     distillation_type: str = flag('none', 'logit distillation; none: no teacher', choices=DISTILLATION_TYPES)
-    distillation_alpha: float = flag(0.5, 'weight of KD; cross-entropy gets 1 − this', type=FRACTION)
+    distillation_alpha: float = flag(0.5, 'weight α of KD; cross-entropy gets 1 − α', type=FRACTION)
     distillation_tau: float = flag(1.0, 'temperature of soft KD', type=POSITIVE)
-    distillation_beta: float = flag(1.0, 'multiplier on all manifold terms', type=NON_NEGATIVE)
+    distillation_beta: float = flag(1.0, 'multiplier β on all relation terms', type=NON_NEGATIVE)
     # `--w-<name>` of each row of RELATION_TERMS, by the row's name
     weights: dict[str, float] = field(default_factory=lambda: {k: t.default_weight for k, t in RELATION_TERMS.items()})
     K: int = flag(192, 'random tokens per layer pair', type=POSITIVE_INT)
-    relations: str = flag('rank', 'images that sample, random and full relations connect: those of each rank, or of '
-        'all ranks (docs/method.md says how much is sent)', choices=RELATIONS)
+    relations: str = flag('rank', 'rank: sample, random and full relations connect the images of one rank; global: '
+        'those of all ranks (docs/method.md says how much is sent)', choices=RELATIONS)
     relation_dtype: str = flag('float32', 'dtype of the products of the sample, patch and random terms; sums and the '
         'full term keep their precision', choices=RELATION_DTYPES)
     log_grad_share: bool = flag(False, "log each term's share of the gradient norm at the tapped blocks, measured on "
@@ -132,31 +134,32 @@ class LossConfig:
 class ModelConfig:
     """models: student, teacher, and the blocks that are compared"""
 
-    model: str = flag('deit_base_patch16_224', "student: a name of timm's, hf-hub:OWNER/NAME or local-dir:FOLDER; "
+    model: str = flag('deit_base_patch16_224', 'student: a timm model name, hf-hub:OWNER/NAME or local-dir:FOLDER; '
         'weights are random or those of --finetune')
     model_kwargs: dict[str, Any] = flag({}, 'extra kwargs for timm.create_model', nargs='*', action=KeyValues,
         metavar='KEY=VALUE')
     list_blocks: bool = flag(False, 'print the blocks of --model with their grids and widths, and exit')
-    teacher_model: str = flag('cait_s24_224', "teacher: a name of timm's, or hf-hub:OWNER/NAME or local-dir:FOLDER "
+    teacher_model: str = flag('cait_s24_224', 'teacher: a timm model name, or hf-hub:OWNER/NAME or local-dir:FOLDER '
         'with its weights')
     teacher_kwargs: dict[str, Any] = flag({}, 'extra kwargs for timm.create_model of the teacher', nargs='*',
         action=KeyValues, metavar='KEY=VALUE')
-    teacher_dtype: str | None = flag(None, "dtype of the teacher's weights and of all its arithmetic, whatever "
-        '--amp-dtype is (default: float32 weights under --amp-dtype)', choices=('float32', 'bfloat16'))
+    teacher_dtype: str | None = flag(None, "dtype of the teacher's weights and computation; replaces --amp-dtype for "
+        'the teacher (default: float32 weights under --amp-dtype)', choices=('float32', 'bfloat16'))
     teacher_path: str = flag('', "the teacher's weights: a file, URL, hf-hub:OWNER/NAME or local-dir:FOLDER")
     teacher_pretrained: bool = flag(False, "without --teacher-path: timm's pretrained weights of the teacher")
-    finetune: str = flag('', 'start from these weights; positions are resampled, a head of another size is replaced')
+    finetune: str = flag('', 'weights to start from; position embeddings are resampled, a head of another size is '
+        'replaced')
     input_size: int = flag(224, 'height and width of the images in pixels', type=POSITIVE_INT)
     teacher_input_size: int | None = flag(None, "size of the teacher's images, resized on the device (default: the "
         "student's)", type=POSITIVE_INT)
-    s_id: list[int | str] | None = flag(None, 'student blocks to tap, counted from 0, negative from the end; auto: '
-        'the first k and the last k, k = 4 or half of the shallower depth (default: no relation terms)',
+    s_id: list[int | str] | None = flag(None, 'student blocks whose tokens are compared, counted from 0 (negative: '
+        'from the end); auto: the first 4 and the last 4, fewer in shallow models (default: no relation terms)',
         type=_block_id, nargs='+')
-    t_id: list[int | str] | None = flag(None, 'teacher blocks, one for each of --s-id; auto with auto',
+    t_id: list[int | str] | None = flag(None, 'teacher blocks, paired in order with --s-id; auto if --s-id is auto',
         type=_block_id, nargs='+')
-    token_align: str = flag('error', 'if the paired blocks have different grids: error; pool: means on the coarser '
-        "grid; interpolate: the teacher's tokens on the student's grid, bilinear; merge: concatenate neighbours on "
-        'both sides until at most --max-patches remain', choices=models.ALIGNMENTS)
+    token_align: str = flag('error', 'what to do if paired blocks have different grids. error: refuse; pool: average '
+        "to the coarser grid; interpolate: resize the teacher's tokens to the student's grid, bilinear; merge: "
+        'concatenate neighbouring tokens of both until at most --max-patches remain', choices=models.ALIGNMENTS)
     max_patches: int = flag(196, 'patch tokens per image that --token-align merge leaves', type=POSITIVE_INT)
     grad_checkpointing: bool = flag(False, "recompute the student's activations in the backward pass to save memory")
     drop: float = flag(0.0, 'dropout after position embedding, attention projection and MLP', type=FRACTION)
@@ -185,7 +188,7 @@ class ModelConfig:
             raise UsageError(f'{ids}: auto must be the only value of both')
         if len(self.student_ids) != len(self.teacher_ids):
             counts = f'{len(self.student_ids)} and {len(self.teacher_ids)}'
-            raise UsageError(f'{ids}: blocks are paired one to one, but there are {counts}')
+            raise UsageError(f'{ids}: needs as many blocks in --s-id as in --t-id; got {counts}')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +204,8 @@ class OptimConfig:
     opt_betas: list[float] | None = flag(None, "betas of the optimizer (default: the optimizer's own)", type=FRACTION,
         nargs='+')
     momentum: float = flag(0.9, 'momentum (SGD-type optimizers)', type=NON_NEGATIVE)
-    weight_decay: float = flag(0.05, 'weight decay of matrices; biases and norms have none', type=NON_NEGATIVE)
-    clip_grad: float | None = flag(None, 'largest gradient norm (default: no clipping)', type=POSITIVE)
+    weight_decay: float = flag(0.05, 'weight decay; not applied to biases and norms', type=NON_NEGATIVE)
+    clip_grad: float | None = flag(None, 'clip the gradient norm to this value (default: no clipping)', type=POSITIVE)
     lr: float = flag(5e-4, 'learning rate at a global batch of 512; scaled in proportion', type=POSITIVE)
     sched: str = flag('cosine', 'schedule, stepped once per epoch', choices=('cosine', 'tanh', 'step', 'poly'))
     warmup_epochs: int = flag(5, 'epochs of linear warmup', type=NON_NEGATIVE_INT)
@@ -211,8 +214,8 @@ class OptimConfig:
     decay_epochs: float = flag(30, 'epochs between decays of --sched step', type=POSITIVE)
     decay_rate: float = flag(0.1, 'factor of --sched step, power of --sched poly', '--decay-rate', '--dr',
         type=POSITIVE)
-    lr_noise: list[float] | None = flag(None, 'fraction of the run from which on, or between which, the LR is noisy',
-        type=FRACTION, nargs='+')
+    lr_noise: list[float] | None = flag(None, 'one or two fractions of the run: LR noise starts at the first and ends '
+        'at the second', type=FRACTION, nargs='+')
     lr_noise_pct: float = flag(0.67, 'largest relative LR noise', type=NON_NEGATIVE)
     lr_noise_std: float = flag(1.0, 'standard deviation of the LR noise', type=NON_NEGATIVE)
     model_ema: bool = flag(True, 'keep an exponential moving average (EMA) of the student (default)', no='keep no EMA')
@@ -251,15 +254,16 @@ class AugmentConfig:
         choices=('random', 'bilinear', 'bicubic'))
     smoothing: float = flag(0.1, 'label smoothing', type=FRACTION_BELOW_1)
     # 'always' if it is typed: then also in one process
-    repeated_aug: bool | str = flag(True, 'three copies of an image per epoch (default from two ranks on; if typed, '
-        'also in one process)', action='store_const', const='always', no='shuffle without repeats')
+    repeated_aug: bool | str = flag(True, 'three augmented copies of each image per epoch (default: on with two or '
+        'more ranks; pass the flag to use it in one process too)', action='store_const', const='always',
+        no='shuffle without repeats')
     reprob: float = flag(0.25, 'probability of random erasing', type=FRACTION)
     remode: str = flag('pixel', 'random-erasing fill mode', choices=('const', 'rand', 'pixel'))
     recount: int = flag(1, 'number of rectangles that random erasing fills', type=POSITIVE_INT)
     mixup: float = flag(0.8, 'alpha of mixup; 0 for none', type=NON_NEGATIVE)
     cutmix: float = flag(1.0, 'alpha of cutmix; 0 for none', type=NON_NEGATIVE)
-    cutmix_minmax: list[float] | None = flag(None, 'smallest and largest side of the cutmix box, instead of an alpha',
-        type=FRACTION, nargs='+')
+    cutmix_minmax: list[float] | None = flag(None, 'range of the side of the cutmix box, as fractions of the image; '
+        'replaces --cutmix', type=FRACTION, nargs='+')
     mixup_prob: float = flag(1.0, 'probability of mixing a batch', type=FRACTION)
     mixup_switch_prob: float = flag(0.5, 'probability of cutmix where both are on', type=FRACTION)
     mixup_mode: str = flag('batch', 'draw the mixing per batch, pair or image', choices=('batch', 'pair', 'elem'))
@@ -292,16 +296,16 @@ class DataConfig:
     inat_category: str = flag('name', 'level of the taxonomy that is the class', choices=datasets.INAT_CATEGORIES)
     num_workers: int = flag(10, 'data loading processes per rank', '--num_workers', '--num-workers',
         type=NON_NEGATIVE_INT)
-    bad_images: str = flag('stop', 'images that cannot be decoded: stop the run, or skip them: train on the next one '
-        'instead, leave them out of evaluation, and list them', choices=('stop', 'skip'))
-    pin_mem: bool = flag(True, 'use page-locked memory for batches, with a GPU only (default)',
-        no='use pageable memory for batches')
+    bad_images: str = flag('stop', 'stop at an image that cannot be decoded, or skip it: training uses the next image, '
+        'evaluation leaves it out, and skipped images are listed', choices=('stop', 'skip'))
+    pin_mem: bool = flag(True, 'pin the memory of batches, with a GPU only (default)',
+        no='do not pin the memory of batches')
     dist_eval: bool = flag(True, 'split evaluation among the ranks (default)', no='every rank evaluates all images')
 
     def __post_init__(self) -> None:
         if self.num_classes is not None and not self.data_set.startswith('wds/'):
             raise UsageError(
-                f'--num-classes {self.num_classes}: --data-set {self.data_set} has its own number of classes'
+                f'--num-classes {self.num_classes}: can be set only with --data-set wds/…, not {self.data_set}'
             )
 
 
@@ -309,18 +313,19 @@ class DataConfig:
 class RunConfig:
     """run: files, evaluation, device"""
 
-    output_dir: str = flag('', 'folder for checkpoints and log.txt; empty: nothing is kept', '--output_dir',
+    output_dir: str = flag('', 'folder for checkpoints and log.txt; empty: nothing is written', '--output_dir',
         '--output-dir')
-    resume: str = flag('', 'continue from this checkpoint, a file or URL; weights alone start at epoch 0; auto: from '
-        'the newest intact one in --output_dir, or start a new run')
+    resume: str = flag('', 'checkpoint to continue from: a file, URL, hf-hub:OWNER/NAME or local-dir:FOLDER; weights '
+        'alone start at --start_epoch; auto: the newest intact checkpoint in --output_dir, or a new run')
     save_interval_minutes: float = flag(10.0, 'minutes between checkpoints within an epoch; 0: none', type=NON_NEGATIVE)
     save_interval_steps: int = flag(0, 'training steps between checkpoints; 0: by time only', type=NON_NEGATIVE_INT)
     keep: int = flag(1, 'number of older checkpoints to keep', type=NON_NEGATIVE_INT)
-    start_epoch: int = flag(0, 'first epoch, unless --resume tells it', '--start_epoch', '--start-epoch',
+    start_epoch: int = flag(0, 'first epoch; ignored if --resume has an epoch', '--start_epoch', '--start-epoch',
         type=NON_NEGATIVE_INT)
-    eval: bool = flag(False, 'evaluate --resume or --finetune and exit')
-    eval_ema: bool = flag(False, 'EMA weights: in place of the raw ones with --eval, in addition during training')
-    eval_teacher: bool = flag(False, 'evaluate the teacher first')
+    eval: bool = flag(False, 'evaluate the weights of --resume or --finetune, and exit')
+    eval_ema: bool = flag(False, 'evaluate the EMA weights: with --eval instead of the raw weights, in training in '
+        'addition')
+    eval_teacher: bool = flag(False, 'evaluate the teacher before anything else')
     device: str = flag('cuda', 'cuda, cuda:N or cpu; without a GPU cuda becomes cpu')
     amp_dtype: str | None = flag(None, 'dtype of autocast (default: bfloat16 on a GPU that has it, else float16 with '
         'a gradient scaler; float32 on the CPU)', choices=('bfloat16', 'float16', 'float32'))
@@ -401,7 +406,7 @@ class Config:
     def _check_batch(self) -> None:
         data, optim, augment = self.data, self.optim, self.augment
         if data.data_set != 'FAKE' and not data.data_path:
-            raise UsageError(f"--data-path '': --data-set {data.data_set} needs the folder of the data")
+            raise UsageError(f"--data-path '': required with --data-set {data.data_set}")
         # timm draws the side of the box in pixels, below the larger one.
         sides = [int(self.model.input_size * side) for side in augment.cutmix_minmax or (0, 1)]
         if len(sides) != 2 or sides[0] >= sides[1]:
@@ -479,7 +484,7 @@ def _add_flags_without_effect(parser: Parser) -> None:
         add(*dict.fromkeys((f'--{name}', _dashed(f'--{name}'))), type=int, default=default, help='no effect')
 
 
-# What people type who know other programs, by the flag they mean.
+# Common names of these flags in other programs.
 GUESSES = {
     '--amp-dtype': '--amp --fp16 --bf16 --half --mixed-precision --precision --dtype',
     '--batch-size': '--batch --bs --batchsize --train-batch-size --per-device-train-batch-size -b',
@@ -515,7 +520,7 @@ GUESSES = {
 
 
 def nearest_flag(typed: str, known: list[str]) -> str:
-    """The flag that is meant by a word that is none, '' if that is not clear."""
+    """The flag that is probably meant by an unknown one, '' if that is not clear."""
     guessed = [flag for flag, words in GUESSES.items() if typed in words.split()]
     close = difflib.get_close_matches(typed, known, n=1, cutoff=0.75) if typed.startswith('--') else []
     return next(iter(guessed + close), '')

@@ -31,9 +31,9 @@ DISTILLATION_TYPES = ('none', 'soft', 'hard')
 RELATIONS = ('rank', 'global')
 RELATION_DTYPES = ('float32', 'bfloat16')
 
-# Tokens whose products the full term adds in one go: enough for a fast product, 19 MB at the recipe's widths.
+# Tokens per chunk in the full term: enough for a fast product, 19 MB at the recipe's widths.
 CHUNK = 4096
-# Elements, of tokens or of their maps, that a relation term works on in one go: on a CPU what its caches hold, 18
+# Elements (of tokens or maps) per chunk in a relation term: on a CPU what its caches hold, 18
 # images at the recipe's widths; on a GPU many more, because each kernel launch has a cost.
 CPU_CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 1 << 21, 1 << 25
 
@@ -105,7 +105,7 @@ class PrecomputedGrad(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None, None]:
-        # Rounded after scaling: before it, the values that float16's loss scale preserves would underflow.
+        # Cast after scaling by `factor`: small gradients would underflow if they were cast first.
         return (factor * ctx.saved_tensors[0]).to(ctx.dtype), None, None
 
 
@@ -346,7 +346,7 @@ RELATION_TERMS: dict[str, RelationTerm] = {
     'full': RelationTerm(
         lambda s, t, options: full_loss(s, t, options.over_ranks),
         default_weight=0.0,
-        help='weight of relations between all tokens of the batch, undecoupled',
+        help='weight of relations between all tokens of the batch',
         label='full',
         reads=('relations',),
     ),
@@ -436,7 +436,7 @@ class ManifoldDistillationLoss(nn.Module):
                 return {'base': base, 'dist': base.new_zeros(())} | self._relations((), (), generator, base)
             if teacher_out is None:
                 raise ValueError(f'distillation type {self.distillation_type!r} needs the output of a teacher')
-            # Both stay in the graph at weight 0: DistributedDataParallel fails on a head without gradient.
+            # Computed even at weight 0: DistributedDataParallel fails if a head gets no gradient.
             losses = {'base': (1 - self.alpha) * base, 'dist': self.alpha * self._distill(kd_logits, teacher_out[0])}
             return losses | self._relations(tokens, teacher_out[2], generator, base)
 

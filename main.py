@@ -71,7 +71,7 @@ def run(config: Config, device: torch.device, signals: StopSignals) -> None:
     loaders = LoaderBuilder(data, config.model.input_size, flags.seed, device)
     val_loader = loaders.val(config.optim.batch_size)
     summary.warn_of_missing_classes(val_loader, data.data_path, num_classes)
-    fill = [min(255, round(255 * value)) for value in pair.stats[0]]  # as timm has it
+    fill = [min(255, round(255 * value)) for value in pair.stats[0]]  # as timm does
     preprocess = DevicePreprocess(*pair.stats, config.augment.remode, fill).to(device)
     copies = 1 if data.dist_eval else utils.get_world_size()
     evaluator = Evaluator(val_loader, preprocess, device, flags.autocast_dtype(device), copies, flags.compile)
@@ -87,10 +87,12 @@ def run(config: Config, device: torch.device, signals: StopSignals) -> None:
 
 
 def evaluate_teacher(pair: Pair, evaluator: Evaluator, consensus: RankConsensus) -> None:
-    """Evaluates the teacher as it teaches: weights of their own dtype are not run under autocast."""
+    """Evaluates the teacher as in training: without autocast if --teacher-dtype is set."""
     assert pair.teacher is not None
-    own = replace(evaluator, amp_dtype=torch.float32) if pair.config.teacher_dtype else evaluator
-    own.measure(nn.Sequential(pair.teacher.prepare, pair.teacher.model), 'teacher', consensus.raise_if_stopped)
+    teacher_evaluator = replace(evaluator, amp_dtype=torch.float32) if pair.config.teacher_dtype else evaluator
+    teacher_evaluator.measure(
+        nn.Sequential(pair.teacher.prepare, pair.teacher.model), 'teacher', consensus.raise_if_stopped
+    )
 
 
 def train(
@@ -124,7 +126,7 @@ def train(
         compile_pair(pair, config.distills)
     teacher = pair.teacher if config.distills else None
     mixup = build_mixup(augment, num_classes)
-    # As in the release: fine-tuning without a teacher keeps drop-path off and averages two heads.
+    # As in the release, fine-tuning without a teacher keeps the student in eval mode: no drop-path, mean of two heads.
     train_mode = not config.model.finetune or config.distills
     settings = build_settings(optim, flags, config.loss, evaluator, train_mode)
     trainer = Trainer(pair.student, teacher, criterion, state, settings, evaluator.preprocess, mixup)
@@ -213,8 +215,8 @@ def build_state(
     with usage_error_context('--opt', optim.opt + betas, AssertionError, IndexError, TypeError):
         options = {**optimizer_kwargs(optim), 'lr': lr}
         optimizer = create_optimizer_v2(model, **options)
-        # One kernel, and it can skip an update on the device. Not all fused optimizers will do: SGD's uses momentum
-        # buffers before they are written, and Adagrad's is newer on GPUs.
+        # Fused: one kernel, which can skip an update on the device. Only Adam and AdamW: fused SGD reads momentum
+        # buffers before they are written, and fused Adagrad is too new on GPUs.
         if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
             optimizer = create_optimizer_v2(model, **options, fused=True)
     if getattr(optimizer, 'is_second_order', False):
@@ -241,8 +243,8 @@ def main(argv: list[str] | None = None) -> None:
         try:
             _start(argv, signals)
         except UsageError as error:
-            # All ranks have the same usage error. The first of a machine reports it, and its launcher ends the others
-            # while they wait; an error that only the others have is reported in the end.
+            # Usually all ranks have the same usage error: local rank 0 reports it, and the launcher ends the others
+            # while they sleep. An error that only other ranks have is reported after the sleep.
             signals.restore()
             if os.environ.get('LOCAL_RANK', '0') != '0':
                 time.sleep(10)
@@ -295,5 +297,5 @@ if __name__ == '__main__':
     try:
         main()
     except SystemExit:
-        stopping.ignore_signals()  # a launcher sends them once one rank has left; all are leaving
+        stopping.ignore_signals()  # when one rank exits, the launcher signals the others; all are exiting
         raise

@@ -321,4 +321,4 @@ def _save_index(path: Path, arrays: Arrays) -> None:
             np.savez(temporary, **arrays)  # type: ignore[arg-type]  # not `allow_pickle`
             os.replace(temporary, path)
     except OSError as error:
-        log_rank0(f'warning: cannot save the index of the tar files, so each start makes it again: {error}')
+        log_rank0(f'warning: cannot save the index of the tar files, it will be rebuilt at each start: {error}')

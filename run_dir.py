@@ -376,7 +376,13 @@ def restore(state: TrainingState, checkpoint: dict[str, Any], resume: str, start
             models.load_weights(state.ema.module, models.named_weights(checkpoint, ema=True))
     if 'step' not in checkpoint:
         state.step = (state.epoch + 1) * steps
-    ema = 'no EMA' if state.ema is None else 'EMA of the checkpoint' if has_ema else 'EMA starts from its weights'
+    ema = (
+        'no EMA'
+        if state.ema is None
+        else 'EMA of the checkpoint'
+        if has_ema
+        else "EMA starts from the checkpoint's weights"
+    )
     log_rank0(f'resume      {resume}: {state.describe()}, {ema}, best Acc@1 {state.best_acc1:.3f}')
 
 

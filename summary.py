@@ -140,7 +140,7 @@ def _conditions() -> Iterator[Condition]:
     yield ('mixup_prob', 'mixup_mode'), '--mixup or --cutmix', lambda c: c.augment.uses_mixing
     yield ('mixup_switch_prob',), 'both --mixup and --cutmix', (
         lambda c: c.augment.mixup and (c.augment.cutmix or c.augment.cutmix_minmax))
-    yield ('keep', 'save_interval_minutes', 'save_interval_steps'), '--output-dir', lambda c: c.run.output_dir
+    yield ('keep', 'save_interval_minutes', 'save_interval_steps'), '--output_dir', lambda c: c.run.output_dir
 # fmt: on
 
 

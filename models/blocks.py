@@ -146,7 +146,7 @@ def list_blocks(model: nn.Module, input_size: int | tuple[int, int]) -> list[Blo
         if not layouts:
             shape = ', '.join(map(str, x.shape[1:]))
             raise ValueError(
-                f'the output of {name} has the shape (B, {shape}): no tokens (B, N, D), no map of the image'
+                f'the output of {name} has the shape (B, {shape}): neither tokens (B, N, D) nor a feature map'
             )
         found.append((name, output_index, to_plain_layout, x, layouts))
     # If height, width and channels are equal, other blocks of the same class show the layout. If there are none, it is

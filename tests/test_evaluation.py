@@ -21,7 +21,7 @@ def test_non_finite_logits_in_evaluation_give_a_warning(tmp_path, capsys):
             student.head.bias[0] += bias
         weights = toys.save(tmp_path / f'{name}.pth', student.state_dict())
         main.main(toys.flags(**toys.ALONE, eval=True, resume=weights))
-        warned = 'warning: logits of the network are not finite; its accuracy means nothing' in capsys.readouterr().out
+        warned = 'warning: logits of the network are not finite; its accuracy is meaningless' in capsys.readouterr().out
         assert warned == (name == 'spoilt')
 
 

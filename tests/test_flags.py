@@ -357,7 +357,7 @@ def test_wrong_use_is_one_line_with_flag_and_value(wrong, files, tmp_path, epoch
         ),
         (
             {'no_aug': True, 'reprob': 0.5, 'recount': 2, 'aa': 'original', 'keep': 3, 'output_dir': None},
-            ['--aa, --reprob, --recount: no effect without augmentation', '--keep: no effect without --output-dir'],
+            ['--aa, --reprob, --recount: no effect without augmentation', '--keep: no effect without --output_dir'],
         ),
         ({'distillation_alpha': 1, 'smoothing': 0.2}, ['--smoothing: no effect without --distillation-alpha below 1']),
         ({'relations': 'global'}, []),
