@@ -57,7 +57,7 @@ def run(config: Config, device: torch.device, signals: StopSignals) -> None:
     if not flags.eval:
         summary.log_batch(config.optim, flags.seed)
     torch.manual_seed(flags.seed)
-    pair = build_pair(config, num_classes)
+    pair = build_pair(config.model, config.loss, flags, num_classes)
     config = replace(config, model=pair.config)
     checkpoint, own = run_dir.read_resume(flags.resume, flags.output_dir, flags.eval)
     if checkpoint:

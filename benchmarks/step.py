@@ -57,14 +57,14 @@ class Side:
         config = flags.parse_args([*RECIPE, *argv])
         self.device, self.stock, self.dtype = device, stock, config.run.autocast_dtype(device)
         torch.manual_seed(seed)
-        student = register_student_hooks(config, build_student(config.model, CLASSES)).to(device)
+        student = register_student_hooks(config.model, build_student(config.model, CLASSES)).to(device)
         teacher = models.build(config.model.teacher_model, CLASSES, config.model.input_size)
         stats = models.normalisation(student.model)
         if stock:  # images of the student's mean, deviation and size fit this teacher
             tapped = models.tap(teacher, config.model.teacher_ids, config.model.input_size)
             self.teacher = models.freeze(tapped, fast_talking_heads=False).to(device)
         else:
-            self.teacher = register_teacher_hooks(config, teacher, stats).to(device)
+            self.teacher = register_teacher_hooks(config.model, teacher, stats).to(device)
         scale_gradients = self.dtype == torch.float16
         state = main.build_state(config.optim, seed, student.model, config.optim.scaled_lr(1), scale_gradients)
         if stock:

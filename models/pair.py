@@ -7,7 +7,7 @@ from torch import nn
 
 import checkpoints
 import models
-from flags import Config, ModelConfig
+from flags import LossConfig, ModelConfig, RunConfig
 from loggers import log_rank0
 from models import TappedModel, format_grid
 from utils import UsageError, format_values, usage_error_context
@@ -30,27 +30,32 @@ class Pair:
             self.teacher.to(device)
 
 
-def build_pair(config: Config, num_classes: int) -> Pair:
+def build_pair(config: ModelConfig, loss: LossConfig, run: RunConfig, num_classes: int) -> Pair:
     """Builds the student, and the teacher if the run needs one, on the CPU.
 
     Raises:
         UsageError: a model, its weights or its blocks cannot be used; names the flag and its value.
     """
-    student, teacher = build_student(config.model, num_classes, config.run.eval), None
+    distills, alpha = loss.has_teacher and not run.eval, loss.distillation_alpha
+    student, teacher = build_student(config, num_classes, run.eval), None
     stats = models.normalisation(student)
-    if config.distills or config.run.eval_teacher:
-        model = build_teacher(config.model)
-        _check_classes(config, num_classes_of(model), num_classes)
-        if config.distills:
-            config = replace(config, model=choose_blocks(config.model, student, model))
-        teacher = register_teacher_hooks(config, model, stats)
-    tapped = register_student_hooks(config, student)
-    _log_model('student', config.model.model, tapped)
+    if distills or run.eval_teacher:
+        model = build_teacher(config)
+        has_logits = alpha > 0 or not config.s_id
+        _check_classes(config, num_classes_of(model), num_classes, has_logits, run.eval_teacher)
+        if distills:
+            config = choose_blocks(config, student, model)
+        teacher = register_teacher_hooks(config, model, stats, distills, with_logits=alpha > 0)
+    tapped = register_student_hooks(config, student, distills)
+    if config.grad_checkpointing and not run.eval:
+        with usage_error_context('--grad-checkpointing', f'with --model {config.model}'):
+            models.checkpoint_activations(tapped)
+    _log_model('student', config.model, tapped)
     if teacher is not None:
-        _log_model('teacher', config.model.teacher_model, teacher)
-        if config.distills:
-            _align(config.model, tapped, teacher)
-    return Pair(config.model, tapped, teacher, stats)
+        _log_model('teacher', config.teacher_model, teacher)
+        if distills:
+            _align(config, tapped, teacher)
+    return Pair(config, tapped, teacher, stats)
 
 
 def build_student(config: ModelConfig, num_classes: int, evaluates: bool = False) -> nn.Module:
@@ -101,27 +106,25 @@ def choose_blocks(config: ModelConfig, student: nn.Module, teacher: nn.Module) -
     return replace(config, s_id=list[int | str](s_id), t_id=list[int | str](t_id))
 
 
-def register_student_hooks(config: Config, student: nn.Module) -> TappedModel:
+def register_student_hooks(config: ModelConfig, student: nn.Module, distills: bool = True) -> TappedModel:
     """Hooks on --s-id, if the run distills."""
-    flags, block_ids = config.model, [int(i) for i in config.model.student_ids if config.distills]
-    with usage_error_context('--s-id', f'{format_values(block_ids)} with --model {flags.model}'):
-        tapped = models.tap(student, block_ids, flags.input_size, two_heads=config.distills)
-    if flags.grad_checkpointing and not config.run.eval:
-        with usage_error_context('--grad-checkpointing', f'with --model {flags.model}'):
-            models.checkpoint_activations(tapped)
-    return tapped
+    block_ids = [int(i) for i in config.student_ids if distills]
+    with usage_error_context('--s-id', f'{format_values(block_ids)} with --model {config.model}'):
+        return models.tap(student, block_ids, config.input_size, two_heads=distills)
 
 
-def register_teacher_hooks(config: Config, teacher: nn.Module, stats: Stats) -> TappedModel:
+def register_teacher_hooks(
+    config: ModelConfig, teacher: nn.Module, stats: Stats, distills: bool = True, with_logits: bool = True
+) -> TappedModel:
     """Hooks on --t-id, if the run distills; frozen. `stats` are those by which the student's images are normalised."""
-    flags, block_ids = config.model, [int(i) for i in config.model.teacher_ids if config.distills]
-    with usage_error_context('--t-id', f'{format_values(block_ids)} with --teacher-model {flags.teacher_model}'):
-        tapped = models.tap(teacher, block_ids, flags.teacher_size)
-    with usage_error_context('--teacher-path', flags.teacher_path):
-        teacher_stats = models.normalisation(teacher, flags.teacher_path)
-    dtype = getattr(torch, flags.teacher_dtype) if flags.teacher_dtype else None
-    preprocess = models.TeacherPreprocess(stats, teacher_stats, flags.teacher_input_size, dtype)
-    return models.freeze(tapped, preprocess, with_logits=config.loss.distillation_alpha > 0, dtype=dtype)
+    block_ids = [int(i) for i in config.teacher_ids if distills]
+    with usage_error_context('--t-id', f'{format_values(block_ids)} with --teacher-model {config.teacher_model}'):
+        tapped = models.tap(teacher, block_ids, config.teacher_size)
+    with usage_error_context('--teacher-path', config.teacher_path):
+        teacher_stats = models.normalisation(teacher, config.teacher_path)
+    dtype = getattr(torch, config.teacher_dtype) if config.teacher_dtype else None
+    preprocess = models.TeacherPreprocess(stats, teacher_stats, config.teacher_input_size, dtype)
+    return models.freeze(tapped, preprocess, with_logits=with_logits, dtype=dtype)
 
 
 def num_classes_of(model: nn.Module) -> int:
@@ -130,13 +133,12 @@ def num_classes_of(model: nn.Module) -> int:
     return model.num_classes
 
 
-def _check_classes(config: Config, classes: int, num_classes: int) -> None:
+def _check_classes(config: ModelConfig, classes: int, num_classes: int, has_logits: bool, evaluates: bool) -> None:
     """Logits are compared class by class; a teacher of other classes, or without a head, has only relations."""
-    flags, evaluates = config.model, config.run.eval_teacher
-    if classes == num_classes or (config.loss.distillation_alpha == 0 and flags.s_id and not evaluates):
+    if classes == num_classes or not (has_logits or evaluates):
         return
-    path = flags.teacher_path
-    source = f'--teacher-path {path}' if path else f'--teacher-model {flags.teacher_model}'
+    path = config.teacher_path
+    source = f'--teacher-path {path}' if path else f'--teacher-model {config.teacher_model}'
     has = f'has {classes} classes, the data {num_classes}' if classes else 'has no head'
     if evaluates:
         raise UsageError(f'{source}: {has}; --eval-teacher needs the same classes')

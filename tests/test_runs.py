@@ -134,7 +134,9 @@ def test_missing_gpu_falls_back_to_cpu(run, epochs, capsys):
 def test_teacher_is_frozen_and_not_saved(run, files, tmp_path, monkeypatch):
     built = []
     register = pair.register_teacher_hooks
-    monkeypatch.setattr(pair, 'register_teacher_hooks', lambda *args: built.append(register(*args)) or built[0])
+    monkeypatch.setattr(
+        pair, 'register_teacher_hooks', lambda *args, **options: built.append(register(*args, **options)) or built[0]
+    )
     run(epochs=2, opt='sgd', lr=10)
     original = toys.teacher()
     toys.assert_same(built[0].model.state_dict(), original.state_dict())

@@ -63,10 +63,10 @@ def step(monkeypatch):
     def run(sync=lambda: None, **changes) -> Trainer:
         changes = {'device': 'cuda', 'teacher_path': 'none', 'batch_size': 4, 's_id': '0 -1', 't_id': '0 -1', **changes}
         config = toys.config(**changes)
-        student = register_student_hooks(config, build_student(config.model, 10))
+        student = register_student_hooks(config.model, build_student(config.model, 10))
         autograd[:] = [student]
         stats = models.normalisation(student.model)
-        teacher = register_teacher_hooks(config, toys.teacher(), stats)
+        teacher = register_teacher_hooks(config.model, toys.teacher(), stats)
         criterion, mixup = main.build_criterion(config.loss, config.augment), main.build_mixup(config.augment, 10)
         count = config.optim.rank_batch_size
         batch = (
