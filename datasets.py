@@ -70,11 +70,14 @@ class ClassFolders(ImageFolder):
 
 
 class ImageNetFolder(ClassFolders):
-    """ImageNet or a part of it, with ImageNet's class numbers, as any trained head has."""
+    """ImageNet or a part of it, with ImageNet's class numbers, as any trained head has.
+
+    All 1000 classes under other names are numbered in alphabetical order.
+    """
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        names, _ = super().find_classes(directory)
-        return names, {name: _imagenet_numbers()[name] for name in names}
+        names, numbers = super().find_classes(directory)
+        return names, {name: _imagenet_numbers().get(name, numbers[name]) for name in names}
 
 
 @cache
@@ -104,7 +107,7 @@ def _folder_classes(root: Path, inat_category: str) -> list[str]:
 def _imagenet_classes(root: Path, inat_category: str) -> list[str]:
     names = _folder_classes(root, inat_category)
     others = [name for name in names if name not in _imagenet_numbers()]
-    if others:
+    if others and len(names) != len(_imagenet_numbers()):  # all 1000 classes may have names of their own
         raise ValueError(
             f"{len(others)} of {len(names)} class folders do not have a name of ImageNet's, such as n01440764: "
             f'{others[0]}; use --data-set FOLDER for other classes'

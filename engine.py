@@ -364,7 +364,8 @@ def fit(trainer: Trainer, train_loader: DataLoader, evaluator: 'Evaluator', mana
         stats = train_one_epoch(trainer, train_loader, epoch, steps_done, manager.after_step)
         if config.log_grad_share:
             shares = trainer.gradient_shares(first_batch(train_loader, epoch))
-            log_rank0('gradient    ' + ', '.join(f'{name} {share:.1%}' for name, share in shares.items()))
+            text = ', '.join(f'{name} {share:.1%}' for name, share in shares.items())
+            log_rank0(f'gradient    {text or "no shares: the gradient overflows or is 0"}')
             stats |= {f'share_{name}': share for name, share in shares.items()}
         finish_epoch(trainer, evaluator, manager, stats)
         report_bad_images(config.device, train_loader, evaluator.loader)

@@ -182,7 +182,7 @@ class ModelConfig:
         """Whether the flags say where the teacher's weights are."""
         return bool(self.teacher_path or self.teacher_pretrained or models.has_source(self.teacher_model))
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         ids = f'--s-id {format_values(self.student_ids)} and --t-id {format_values(self.teacher_ids)}'
         if 'auto' in self.student_ids + self.teacher_ids and not self.s_id == self.t_id == ['auto']:
             raise UsageError(f'{ids}: auto must be the only value of both')
@@ -231,7 +231,7 @@ class OptimConfig:
         """The learning rate of the global batch: `lr` is that of 512 images."""
         return self.lr * self.rank_batch_size * world_size / 512
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         betas = self.opt_betas
         if betas and (len(betas) not in (2, 3) or max(betas) == 1):
             raise UsageError(
@@ -277,7 +277,7 @@ class AugmentConfig:
     def uses_mixing(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.device_augment and self.policy is None:
             cause = '--no-aug' if self.no_aug else f'--aa {self.aa or repr("")}'
             raise UsageError(f'--device-augment: there is no auto-augmentation to apply with {cause}')
@@ -302,7 +302,7 @@ class DataConfig:
         no='do not pin the memory of batches')
     dist_eval: bool = flag(True, 'split evaluation among the ranks (default)', no='every rank evaluates all images')
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.num_classes is not None and not self.data_set.startswith('wds/'):
             raise UsageError(
                 f'--num-classes {self.num_classes}: can be set only with --data-set wds/…, not {self.data_set}'
@@ -343,7 +343,7 @@ class RunConfig:
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not re.fullmatch(r'cpu|cuda(:\d+)?', self.device):
             raise UsageError(f'--device {self.device}: must be cpu, cuda or cuda:N')
 
@@ -375,7 +375,11 @@ class Config:
         return merged | {f'w_{name}': value for name, value in weights.items()}
 
     def check(self) -> None:
-        """Raises UsageError if flags of several groups do not fit together."""
+        """Raises UsageError for values that are not possible, alone or together."""
+        for part in (self.model, self.optim, self.data, self.run):
+            part.check()
+        if not self.run.eval:
+            self.augment.check()
         self._check_weights()
         self._check_batch()
 
@@ -484,6 +488,8 @@ def _add_flags_without_effect(parser: Parser) -> None:
         add(*dict.fromkeys((f'--{name}', _dashed(f'--{name}'))), type=int, default=default, help='no effect')
 
 
+REMOVED = ('--non-finite', '--relation-scale')
+
 # Common names of these flags in other programs.
 GUESSES = {
     '--amp-dtype': '--amp --fp16 --bf16 --half --mixed-precision --precision --dtype',
@@ -539,6 +545,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     parser = get_args_parser(description)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
+        if unknown[0].split('=')[0] in REMOVED:
+            raise UsageError(f'{unknown[0]}: this flag was removed, see CHANGELOG.md')
         known = [name for action in parser._actions for name in action.option_strings]
         near = nearest_flag(unknown[0].split('=')[0], known)
         raise UsageError(f'{unknown[0]}: unrecognized argument' + (f'; did you mean {near}?' if near else ''))

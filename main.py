@@ -38,7 +38,7 @@ from flags import AugmentConfig, Config, LossConfig, OptimConfig, RunConfig, par
 from loaders import LoaderBuilder, choose_repeated_aug, report_bad_images
 from loggers import log_rank0
 from losses import ManifoldDistillationLoss
-from models.pair import Pair, build_pair, compile_pair, log_blocks, num_classes_of
+from pair import Pair, build_pair, compile_pair, log_blocks, num_classes_of
 from readers import BadImageError
 from run_dir import CheckpointManager, TrainingState
 from stopping import RankConsensus, StoppedError, StopSignals

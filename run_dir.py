@@ -169,7 +169,7 @@ class CheckpointManager:
     interval: float = math.inf  # seconds between saves
     every: int = 0  # steps between saves; 0: by time only
     last_step: int | None = None  # step of the undamaged `checkpoint.pth` in the folder; None: there is none
-    before_save: Callable[[], object] = lambda: None  # an exception means that nothing is saved
+    before_save: Callable[[], object]  # an exception means that nothing is saved
     saves: int = field(default=0, init=False)  # so far
     seconds: float = field(default=0.0, init=False)  # that they took
 
@@ -376,14 +376,12 @@ def restore(state: TrainingState, checkpoint: dict[str, Any], resume: str, start
             models.load_weights(state.ema.module, models.named_weights(checkpoint, ema=True))
     if 'step' not in checkpoint:
         state.step = (state.epoch + 1) * steps
-    ema = (
-        'no EMA'
-        if state.ema is None
-        else 'EMA of the checkpoint'
-        if has_ema
-        else "EMA starts from the checkpoint's weights"
-    )
+    new_ema = "EMA starts from the checkpoint's weights" if state.ema else 'no EMA'
+    ema = 'EMA of the checkpoint' if has_ema else new_ema
     log_rank0(f'resume      {resume}: {state.describe()}, {ema}, best Acc@1 {state.best_acc1:.3f}')
+    data_set = str(checkpoints.flags_of(checkpoint).get('data_set', ''))
+    if state.position and 'skipped' in checkpoint and data_set.startswith('wds/'):  # written when wds/ was a stream
+        log_rank0('warning: the order of wds/ images has changed: in this epoch some come twice and some not at all')
 
 
 def prepare_folder(

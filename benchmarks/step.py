@@ -28,7 +28,7 @@ import main
 import models
 import utils
 from engine import TrainConfig, Trainer, train_one_epoch
-from models.pair import build_student, register_student_hooks, register_teacher_hooks
+from pair import build_student, register_student_hooks, register_teacher_hooks
 from transforms import DevicePreprocess
 
 RECIPE = """--data-set FAKE --teacher-path none --distillation-type soft --distillation-alpha 1

@@ -86,6 +86,15 @@ def test_folders_without_imagenet_names_are_refused_for_imagenet(tmp_path):
     assert count_classes('FOLDER', root) == 2
 
 
+def test_imagenet_may_have_1000_folders_with_other_names(tmp_path):
+    for i in range(1000):
+        (tmp_path / 'val' / f'{i:04}').mkdir(parents=True)
+        save_image(tmp_path / 'val' / f'{i:04}' / 'photo.png')
+    dataset, found = build_dataset('IMNET', str(tmp_path), False)
+    assert found == 1000
+    assert list(dataset.class_to_idx.values()) == list(range(1000))
+
+
 @pytest.mark.parametrize('name', ['FOLDER', 'IMNET'])
 def test_hidden_folders_are_no_classes(tmp_path, name):
     root = image_folder(tmp_path, {'train': [A, B], 'val': [A, B]})

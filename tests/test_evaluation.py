@@ -114,3 +114,17 @@ def test_eval_of_a_damaged_file_does_not_fall_back(run, tmp_path, capsys):
     last = tmp_path / 'checkpoint.pth'
     last.write_bytes(last.read_bytes()[:-2000])
     assert 'is damaged' in toys.refused(capsys, **toys.ALONE, eval=True, resume=last, output_dir=tmp_path)
+
+
+def test_teacher_with_its_own_dtype_is_evaluated_without_autocast(run, files, monkeypatch):
+    seen = []
+    count = engine.count_correct
+
+    def recorded(model, images, targets, device, amp_dtype):
+        seen.append((type(model[1]).__name__, amp_dtype))
+        return count(model, images, targets, device, amp_dtype)
+
+    monkeypatch.setattr(engine, 'count_correct', recorded)
+    run(eval_teacher=True, teacher_dtype='bfloat16', amp_dtype='bfloat16')
+    dtypes = {kind == 'Sequential': dtype for kind, dtype in seen}  # the teacher is its preparation and its model
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}

@@ -7,14 +7,15 @@ import pytest
 import torch
 import toys
 
+import engine
 import main
 import utils
 
 pytestmark = pytest.mark.usefixtures('few_generated_images')
 
 
-@pytest.mark.parametrize(('option', 'stops_at'), [({}, 'loss_dist'), ({'s_id': None, 't_id': None}, 'loss_dist')])
-def test_nan_teacher_stops_the_run_and_names_the_term(run, tmp_path, capsys, option, stops_at):
+@pytest.mark.parametrize('option', [{}, {'s_id': None, 't_id': None}], ids=['relations', 'no relations'])
+def test_nan_teacher_stops_the_run_and_names_the_term(run, tmp_path, capsys, option):
     teacher = toys.teacher()
     with torch.no_grad():
         teacher.head.bias[0] = torch.nan
@@ -24,7 +25,7 @@ def test_nan_teacher_stops_the_run_and_names_the_term(run, tmp_path, capsys, opt
     error = capsys.readouterr().err
     assert stopped.value.code == 1
     assert error.count('\n') == 1
-    assert f'not finite at step 0 of epoch 0 on rank 0: {stops_at}, teacher logits; images ' in error
+    assert 'not finite at step 0 of epoch 0 on rank 0: loss_dist, teacher logits; images ' in error
     assert 'loss_mf' not in error
     assert list((tmp_path / 'out').iterdir()) == []
 
@@ -58,6 +59,22 @@ def poisoned(monkeypatch, *steps: int) -> None:
         return criterion
 
     monkeypatch.setattr(main, 'build_criterion', built)
+
+
+def test_state_is_checked_before_a_save_when_not_every_step_is(run, tmp_path, monkeypatch, capsys):
+    """On a GPU the host looks for values that are not finite only at log lines and before it saves."""
+
+    class LateGuard(engine.NonFiniteGuard):
+        def __init__(self, scaler, every_step):
+            super().__init__(scaler, every_step=False)
+
+    monkeypatch.setattr(engine, 'NonFiniteGuard', LateGuard)
+    poisoned(monkeypatch, 5)
+    with pytest.raises(SystemExit) as stopped:
+        run(**{**toys.LONG, 'print_freq': 100})
+    assert stopped.value.code == 1
+    assert 'not finite at step 1 of epoch 1 on rank 0: loss_mf_rand; images ' in capsys.readouterr().err
+    assert toys.load(tmp_path / 'checkpoint.pth')['step'] == 5
 
 
 def test_non_finite_loss_keeps_the_last_good_state(run, tmp_path, monkeypatch, capsys):

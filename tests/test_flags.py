@@ -118,7 +118,7 @@ class Watched(argparse.Namespace):
 
 def test_every_flag_has_help_and_is_read():
     parser = flags.get_args_parser()
-    core = [path for path in ROOT.glob('*.py') if path.name != 'summary.py'] + [ROOT / 'models' / 'pair.py']
+    core = [path for path in ROOT.glob('*.py') if path.name != 'summary.py']
     nodes = [node for path in core for node in ast.walk(ast.parse(path.read_text()))]
     readers = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     args = Watched(_asked=set(), **vars(parser.parse_args([])))
@@ -370,3 +370,15 @@ def test_flags_without_effect_are_named(run, epochs, capsys, changes, words):
     lines = [line for line in capsys.readouterr().out.splitlines() if 'no effect' in line]
     assert len(lines) == len(words), lines
     assert all(map(str.__contains__, lines, words)), lines
+
+
+@pytest.mark.parametrize('words', [['--s-id', '0', '1', '--t-id', '0'], ['--device', 'mps'], ['--opt-betas', '1', '1']])
+def test_list_blocks_ignores_other_wrong_flags(words, capsys):
+    main.main(['--list-blocks', '--model', 'test_convnext', *words])
+    assert 'blocks over patch tokens' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('word', ['--non-finite', '--relation_scale=paper'])
+def test_removed_flags_are_named_as_such(word):
+    with pytest.raises(UsageError, match=r'this flag was removed, see CHANGELOG\.md$'):
+        flags.parse_args([word])

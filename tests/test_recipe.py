@@ -11,7 +11,7 @@ import toys
 import losses
 import main
 from flags import get_args_parser
-from models.pair import build_student, build_teacher
+from pair import build_student, build_teacher
 
 pytestmark = pytest.mark.usefixtures('few_generated_images')
 

@@ -228,7 +228,7 @@ def clock(monkeypatch):
 def make_manager(folder: Path | None, signals: stopping.StopSignals | None = None, **options) -> CheckpointManager:
     """A manager of a tiny state in one process."""
     consensus = stopping.RankConsensus(signals or stopping.StopSignals())
-    return CheckpointManager(small_state(), folder, consensus, {}, **options)
+    return CheckpointManager(small_state(), folder, consensus, {}, **{'before_save': lambda: None, **options})
 
 
 def save(manager: CheckpointManager, step: int, epoch: int | None = None, best: bool = False) -> None:

@@ -8,8 +8,9 @@ import timm
 import torch
 import toys
 
+import engine
 import main
-from models import pair
+import pair
 
 pytestmark = pytest.mark.usefixtures('few_generated_images')
 
@@ -97,10 +98,22 @@ def test_gradient_shares_are_logged_per_epoch_and_change_no_result(run, tmp_path
 
 
 def test_gradient_shares_after_a_resume_in_mid_epoch_are_those_of_the_whole_run(run, tmp_path):
-    options = {'epochs': 1, 'batch_size': 4, 'save_interval_steps': 1, 'keep': 9, 'log_grad_share': True}
+    options = {'epochs': 2, 'batch_size': 4, 'save_interval_steps': 1, 'keep': 9, 'log_grad_share': True}
     whole = run(**options, output_dir=tmp_path / 'whole')
-    middle = tmp_path / 'whole' / 'checkpoint-00000003.pth'
-    assert run(**options, resume=middle, output_dir=tmp_path / 'parts') == whole
+    middle = tmp_path / 'whole' / 'checkpoint-00000006.pth'
+    assert run(**options, resume=middle, output_dir=tmp_path / 'parts') == whole[1:]
+
+
+def test_batch_of_the_gradient_shares_starts_each_epoch(run, monkeypatch):
+    batches, trained = [], []
+    first, step = engine.first_batch, engine.Trainer.train_step
+    monkeypatch.setattr(engine, 'first_batch', lambda *args: batches.append(first(*args)) or batches[-1])
+    monkeypatch.setattr(engine.Trainer, 'train_step', lambda *args: trained.append(args[1]) or step(*args))
+    run(epochs=2, batch_size=4, log_grad_share=True)
+    starts = [trained[0], trained[4]]
+    assert [batch[2].tolist() for batch in batches] == [batch[2].tolist() for batch in starts]
+    assert batches[0][2].tolist() != batches[1][2].tolist()
+    assert torch.equal(batches[1][0], starts[1][0])
 
 
 def test_summary_describes_the_run(run, capsys):

@@ -15,7 +15,7 @@ import models
 import transforms
 import utils
 from engine import TrainConfig, Trainer, train_one_epoch
-from models.pair import build_student, register_student_hooks, register_teacher_hooks
+from pair import build_student, register_student_hooks, register_teacher_hooks
 
 CUDA, STEPS = torch.device('cuda', 0), 2
 pytestmark = pytest.mark.filterwarnings('ignore')  # torch warns about the stand-ins
