@@ -21,8 +21,9 @@ FOREIGN_FLAGS = {
     'nproc_per_node', 'standalone', 'max-restarts', 'nnodes', 'rdzv-backend', 'rdzv-endpoint',  # torchrun
     'open-mode', 'signal',  # sbatch
 }  # fmt: skip
-# Flags that are gone, by the page that says so.
+# Flags and files that are gone, by the page that says so.
 REMOVED_FLAGS = {'CHANGELOG.md': {'non-finite', 'relation-scale'}}
+REMOVED_FILES = {'CHANGELOG.md': {'augment.py', 'models/tap.py', 'models/weights.py'}}
 
 
 def requirements(name: str) -> list[str]:
@@ -82,6 +83,15 @@ def test_every_flag_on_a_page_exists(page):
         for name in re.findall(r'(?<![\w-])--([A-Za-z](?:[\w-]*\w)?)(?![\w<-])', text)
     }
     assert named - known_flags() - REMOVED_FLAGS.get(page.name, set()) == set()
+
+
+@pytest.mark.parametrize('page', PAGES, ids=PAGE_IDS)
+def test_every_named_file_exists(page):
+    code = '\n'.join(re.findall(r'```.*?```|`[^`]+`', page.read_text(), re.DOTALL))
+    files = set(re.findall(r'(?<![\w./-])[\w./-]+\.(?:py|sh|md|toml|yaml|yml|cff)\b', code))
+    modules = {name.replace('.', '/') + '.py' for name in re.findall(r'python -m ((?:tools|benchmarks)\.\w+)', code)}
+    missing = {file for file in files | modules if not ((ROOT / file).exists() or (page.parent / file).exists())}
+    assert missing - REMOVED_FILES.get(page.name, set()) == set()
 
 
 @pytest.mark.parametrize('page', PAGES, ids=PAGE_IDS)
