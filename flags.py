@@ -87,7 +87,6 @@ def flag(default: Any, help: str, *names: str, no: str = '', **options: Any) -> 
         help: its text in --help; the default is added.
         names: all its spellings; if none, the name of the field with dashes.
         no: help of `--no-<name>`; makes the flag a switch that is on and has this counterpart.
-        options: further arguments of `add_argument`.
     """
     if isinstance(default, bool) and 'action' not in options:
         options['action'] = 'store_true'
@@ -126,7 +125,6 @@ class LossConfig:
 
     @property
     def has_relations(self) -> bool:
-        """Whether any relation term has a weight."""
         return bool(self.distillation_beta and any(self.weights.values()))
 
 
@@ -270,7 +268,6 @@ class AugmentConfig:
 
     @property
     def policy(self) -> str | None:
-        """timm's auto-augmentation policy, if any."""
         return None if self.aa in ('', 'none') or self.no_aug else self.aa
 
     @property
