@@ -397,7 +397,9 @@ class ManifoldDistillationLoss(nn.Module):
             raise ValueError(f'K must be at least 1, not {K}')
         unknown = weights.keys() - {f'w_{name}' for name in RELATION_TERMS}
         if unknown:
-            raise TypeError(f'{min(unknown)}: no relation term has this weight')
+            raise TypeError(
+                f'unknown weight {min(unknown)}; known are {", ".join(f"w_{name}" for name in RELATION_TERMS)}'
+            )
         self.base_criterion = base_criterion
         self.distillation_type = distillation_type
         self.alpha, self.tau, self.beta, self.K = alpha, tau, beta, K

@@ -91,7 +91,7 @@ class TrainingState:
         for name, lowest in (('epoch', -1), ('position', 0), ('step', 0)):
             value = checkpoint.get(name, 0)
             if not isinstance(value, int) or value < lowest:
-                raise ValueError(f'{name} is {value!r}, not a count')
+                raise ValueError(f'{name} must be a whole number of at least {lowest}, not {value!r}')
         self._load_optimizer(checkpoint['optimizer'])
         if checkpoint.get('scaler'):
             self.scaler.load_state_dict(checkpoint['scaler'])
@@ -111,7 +111,9 @@ class TrainingState:
             for name, value in moments.items():
                 # Some optimizers keep a number, a row or a column per matrix. A matrix must have the parameter's shape.
                 if getattr(value, 'ndim', 0) == parameters[index].ndim and value.shape != parameters[index].shape:
-                    raise ValueError(f"the optimizer's {name} number {index} has another shape than its parameter")
+                    raise ValueError(
+                        f'the optimizer state {name} of parameter {index} does not have the shape of the parameter'
+                    )
         # Options come from the flags. LAMB, Adan and Lookahead keep their step counters among the options.
         groups = [mine | {name: old[name] for name in ('step', 'lookahead_step') if name in old}
                   for mine, old in zip(own['param_groups'], saved['param_groups'], strict=True)]  # fmt: skip

@@ -633,7 +633,7 @@ def test_terms_relate_to_the_sums_of_the_paper():
 
 
 def test_unknown_weight_raises():
-    with pytest.raises(TypeError, match=r'^w_smaple: no relation term has this weight$'):
+    with pytest.raises(TypeError, match=r'^unknown weight w_smaple; known are w_sample, w_patch, w_rand, w_full$'):
         ManifoldDistillationLoss(nn.CrossEntropyLoss(), w_smaple=1.0)
 
 

@@ -158,12 +158,12 @@ def test_float16_checkpoint_loads_without_scaler():
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [
-        ({'epoch': -2}, 'epoch is -2'),
-        ({'epoch': '3'}, "epoch is '3'"),
-        ({'epoch': 1.0}, 'epoch is 1.0'),
-        ({'position': -1}, 'position is -1, not a count'),
-        ({'step': 2.5}, 'step is 2.5, not a count'),
-        ({'step': '0'}, "step is '0', not a count"),
+        ({'epoch': -2}, 'epoch must be a whole number of at least -1, not -2'),
+        ({'epoch': '3'}, "epoch must be a whole number of at least -1, not '3'"),
+        ({'epoch': 1.0}, 'epoch must be a whole number of at least -1, not 1.0'),
+        ({'position': -1}, 'position must be a whole number of at least 0, not -1'),
+        ({'step': 2.5}, 'step must be a whole number of at least 0, not 2.5'),
+        ({'step': '0'}, "step must be a whole number of at least 0, not '0'"),
         ({'best_acc1': 'x'}, 'x'),
         ({'meters': {'names': ['loss'], 'totals': [[1.0, 2.0, 3.0]]}}, 'as many values as names'),
         ({'format': checkpoints.FORMAT + 1}, 'newer than this program'),
@@ -178,7 +178,7 @@ def test_moments_of_another_shape_are_refused():
     checkpoint = copy.deepcopy(make_state().state_dict({}, {}))
     moments = checkpoint['optimizer']['state'][4]
     moments['exp_avg'] = moments['exp_avg'].new_zeros([size + 1 for size in moments['exp_avg'].shape])
-    with pytest.raises(ValueError, match='exp_avg number 4 has another shape'):
+    with pytest.raises(ValueError, match='optimizer state exp_avg of parameter 4 does not have the shape'):
         make_state().load_progress(checkpoint, CPU)
 
 

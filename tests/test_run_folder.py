@@ -75,8 +75,8 @@ def test_kill_between_two_files_keeps_the_best_weights(run, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ('changes', 'word'),
     [
-        ({'epoch': '3'}, "epoch is '3'"),
-        ({'epoch': -5}, 'epoch is -5'),
+        ({'epoch': '3'}, "epoch must be a whole number of at least -1, not '3'"),
+        ({'epoch': -5}, 'epoch must be a whole number of at least -1, not -5'),
         ({'best_acc1': 'x'}, 'x'),
         ({'args': {'opt': 'lamb'}}, '--opt lamb'),
         ({'optimizer': {}}, 'optimizer'),
