@@ -45,15 +45,15 @@ class NonFiniteGuard:
     """Withholds the update of a step in which a value was not finite, on all ranks, and reports what it was and where.
 
     A rank whose terms or logits are not finite multiplies its loss by NaN. Its gradients become NaN, and so do the
-    averaged gradients of all ranks: no rank takes the update, without a message between them and without waiting for
-    the device. The host learns of it at the next `sync`.
+    averaged gradients of all ranks, so no rank takes the update. This needs no extra communication, and the host does
+    not wait for the device: it learns of the fault at the next `sync`.
 
-    Under float16 overflowing gradients are normal, and the scaler withholds the update: only terms, logits and a scale
-    below 1 count.
+    Under float16, overflowing gradients are normal: the scaler withholds the update, and no error is raised. Only terms
+    or logits that are not finite, or a scale below 1, raise an error.
 
     Args:
         scaler: of the gradients.
-        every_step: sync after each step; on the CPU nothing has to wait for that.
+        every_step: the trainer calls `sync` after each step; on the CPU this costs no wait.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler, every_step: bool = True) -> None:
@@ -61,7 +61,7 @@ class NonFiniteGuard:
         self._scaler = scaler
         self._step, self._indices = '', torch.empty(0)
         self._names: list[str] = []
-        self._finite: Tensor | None = None  # of this step: whether each value is, in the order of `_names`
+        self._finite: Tensor | None = None  # of this step: whether each value in `_names` is finite
         self._own_gradients: Tensor | None = None  # with DDP: whether this rank's are finite before averaging
         self._steps: list[tuple[str, Tensor, Tensor]] = []  # since the last sync: step, image indices, what is finite
 
@@ -116,7 +116,7 @@ class NonFiniteGuard:
                     raise FloatingPointError(f'not finite at {name} {what}')
 
     def _local_faults(self, indices: Tensor, flags: list[bool]) -> tuple[str, bool]:
-        """What was not finite in a step of this rank, '' for nothing; and whether it came out of a model."""
+        """What was not finite on this rank in a step ('' if nothing), and whether it includes a model's output."""
         *forward, gradient, _ = flags
         names = [name for name, finite in zip(self._names, forward, strict=True) if not finite]
         if not names and not gradient and not self._scaler.is_enabled():
@@ -138,13 +138,13 @@ class TrainConfig:
     """Settings of the training steps."""
 
     device: torch.device  # of the models
-    amp_dtype: torch.dtype = torch.float32  # of autocast for both models; float32 for none
+    amp_dtype: torch.dtype = torch.float32  # of autocast for both models; float32 turns autocast off
     seed: int = 0  # with the step it determines every random number of that step
     epochs: int = 1
-    accum_steps: int = 1  # forward passes per step; relations across images see one pass, mixing the whole batch
+    accum_steps: int = 1  # forward passes per step; relations see the images of one pass, mixing the whole batch
     clip_grad: float | None = None  # largest norm of the gradient
     train_mode: bool = True  # False keeps dropout and drop-path off
-    global_relations: bool = False  # terms connect the images of all ranks, which draw the same random tokens
+    global_relations: bool = False  # terms relate images of all ranks, so all ranks draw the same random tokens
     log_grad_share: bool = False  # log each term's share of the gradient after each epoch
     eval_ema: bool = False  # evaluate the EMA weights too after each epoch
     print_freq: int = 10  # steps between log lines; between them the host does not wait for the device
@@ -353,7 +353,7 @@ def train_one_epoch(
 
 
 def fit(trainer: Trainer, train_loader: DataLoader, evaluator: 'Evaluator', manager: CheckpointManager) -> None:
-    """The epochs of a run that are left: train, evaluate, log, save."""
+    """Runs the remaining epochs: trains, evaluates, logs and saves."""
     state, config, start = trainer.state, trainer.config, time.monotonic()
     if state.epoch + 1 >= config.epochs:
         log_rank0(f'already trained for --epochs {config.epochs}')
@@ -385,7 +385,7 @@ def finish_epoch(trainer: Trainer, evaluator: 'Evaluator', manager: CheckpointMa
         models['test_ema'] = ('EMA', ema.to(trainer.config.device))
     row = {f'train_{key}': value for key, value in stats.items()}
     for split, (name, model) in models.items():
-        if utils.get_world_size() > 1:  # BatchNorm statistics of the first rank count, as in DDP's next forward pass
+        if utils.get_world_size() > 1:  # take the first rank's BatchNorm statistics, as DDP's next forward pass does
             distribute_bn(model, utils.get_world_size(), reduce=False)
         found = evaluator.measure(model, name, manager.poll)
         row |= {f'{split}_{key}': found[key] for key in ('loss', 'acc1', 'acc5')}
@@ -404,7 +404,7 @@ class Evaluator:
     loader: DataLoader  # this rank's share of the images, or all of them
     preprocess: nn.Module  # images as they are loaded → normalised images
     device: torch.device
-    amp_dtype: torch.dtype  # of autocast; float32 for none
+    amp_dtype: torch.dtype  # of autocast; float32 turns autocast off
     copies: int = 1  # ranks that evaluate each image; 1 if they share the images
     compiled: bool = False  # the blocks are compiled; evaluation runs them in eager mode
 
@@ -443,7 +443,7 @@ def evaluate(
         loader: this rank's share of the images, each image on one rank; shares may differ in length. Images of a
             negative class do not count.
         device: of the model.
-        amp_dtype: dtype of autocast; float32 for none.
+        amp_dtype: dtype of autocast; float32 turns autocast off.
         poll: called after each batch, equally often on all ranks.
 
     Returns:

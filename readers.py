@@ -31,7 +31,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from loggers import log_rank0
 
-CLASS_KEYS = ('cls', 'label')  # of a sample's .json, the first that is there
+CLASS_KEYS = ('cls', 'label')  # keys of the class in a sample's .json; the first one found is used
 _VERSION = 1  # of the index; a new version makes saved indexes invalid
 
 Arrays = dict[str, np.ndarray]
@@ -96,7 +96,10 @@ def to_uint8(image: Image.Image | torch.Tensor) -> torch.Tensor:
 
 
 class Samples:
-    """(name, class) of each image file, in arrays: every loader process would copy a million Python objects."""
+    """(name, class) of each image file.
+
+    They are kept in arrays, because every loader process would copy a list of a million Python objects.
+    """
 
     def __init__(self, samples: Iterable[tuple[str, int]]) -> None:
         self.arrays = _pack(samples, 1)
@@ -196,7 +199,7 @@ def _images_by_folder(file: BinaryIO, end: int, tar: str, prefix: str = '') -> I
 
 
 def webdataset(tars: Sequence[Path]) -> Arrays:
-    """Index of WebDataset samples, in the order of the shards: adjacent files with the same name up to the first dot.
+    """Index of WebDataset samples in shard order. A sample is adjacent files with the same name up to the first dot.
 
     The class is the number in the `.cls` file. A sample without one has it in its `.json` file as `cls` or `label`.
     """
@@ -251,7 +254,7 @@ def _read_class(data: bytes, member: str) -> int:
 
 @contextmanager
 def _open_tar(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """The open file and its size in bytes. Errors while it is used name it."""
+    """The open file and its size in bytes. Errors raised while it is open name the tar."""
     with open(path, 'rb') as file:
         try:
             yield file, os.fstat(file.fileno()).st_size
@@ -290,7 +293,7 @@ def open_index(tars: Sequence[Path], layout: Callable[[Sequence[Path]], Arrays])
     return TarSamples(tars, _open_index(tuple(tars), stamps, layout))
 
 
-@lru_cache(maxsize=4)  # needed for both splits, first for their classes, then for their images
+@lru_cache(maxsize=4)  # each split is opened twice: for its classes, then for its images
 def _open_index(tars: tuple[Path, ...], stamps: tuple, layout: Callable[[Sequence[Path]], Arrays]) -> Arrays:
     folder = Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')) / 'manifold-distillation'
     names = '\0'.join([layout.__name__, str(_VERSION), *map(os.path.abspath, tars)])

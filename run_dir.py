@@ -131,7 +131,7 @@ class TrainingState:
         return (f'epoch {self.epoch} done' if self.epoch >= 0 else 'no epoch done') + within
 
     def finish_epoch(self) -> None:
-        """Counts the epoch as done. The schedule lags one epoch, as in the published runs."""
+        """Counts the epoch as done. Epoch e + 1 uses the schedule's value for e, as in the published runs."""
         self.start_after(self.epoch + 1)
         self.position, self.meters = 0, utils.Meters()
 
@@ -171,9 +171,9 @@ class CheckpointManager:
     interval: float = math.inf  # seconds between saves
     every: int = 0  # steps between saves; 0: by time only
     last_step: int | None = None  # step of the undamaged `checkpoint.pth` in the folder; None: there is none
-    before_save: Callable[[], object]  # an exception means that nothing is saved
-    saves: int = field(default=0, init=False)  # so far
-    seconds: float = field(default=0.0, init=False)  # that they took
+    before_save: Callable[[], object]  # called before each save; if it raises, nothing is saved
+    saves: int = field(default=0, init=False)  # number of saves so far
+    seconds: float = field(default=0.0, init=False)  # time that these saves took
 
     def __post_init__(self) -> None:
         self._pending: dict[str, bytes | memoryview] = {}  # files that are not written yet, by name
@@ -199,7 +199,7 @@ class CheckpointManager:
             self.save()
 
     def drain(self) -> None:
-        """Waits for all ranks."""
+        """Waits for all ranks; saves and stops the run if any of them has received a signal."""
         self._stop_if(self.consensus.drain())
 
     def is_due(self) -> bool:
@@ -250,12 +250,12 @@ class CheckpointManager:
         return errors[0] if errors else ''
 
     def _rotate(self) -> None:
-        """Gives the present `checkpoint.pth` a second name with its step, and removes the oldest ones."""
+        """Keeps the present `checkpoint.pth` under a name with its step, and removes older ones beyond `keep`."""
         if self.last_step is None or self.folder is None:
             return  # a damaged checkpoint must not replace a good one
         name = self.folder / f'checkpoint-{self.last_step:08d}.pth'
         others = [path for path in checkpoints.find_earlier(self.folder) if path != name]
-        # Larger steps are from before the run was resumed from an earlier checkpoint.
+        # Files with larger steps are from before the run went back to an earlier checkpoint; they are removed first.
         others.sort(key=lambda path: checkpoints.step_of(path) <= (self.last_step or 0), reverse=True)
         for path in others[max(self.keep - 1, 0) :]:
             path.unlink()
@@ -285,7 +285,7 @@ class CheckpointManager:
         if signum:
             self.save()
             self._finish_writing()
-            # A launcher kills all ranks once one has exited, so the rank that writes must be done before.
+            # A launcher kills all ranks once one has exited, so no rank may exit before the first rank has written.
             self.consensus.wait_for_all()
             where = f'saved in {self.folder / LAST}' if self.folder else 'not saved, because there is no --output_dir'
             raise StoppedError(signum, f'{self.state.describe()}, {where}')
@@ -309,7 +309,7 @@ def read_resume(resume: str, output_dir: str, evaluate: bool) -> tuple[dict[str,
         return {}, None
     last = folder / LAST
     own = bool(output_dir) and not evaluate and Path(resume).resolve() == last.resolve() and last.exists()
-    # All ranks do what the first rank finds.
+    # The first rank decides for all, as ranks may see different files.
     if resume == 'auto' and not utils.gather_objects(bool(checkpoints.find_checkpoints(folder)))[0]:
         if evaluate:
             raise UsageError(f'--resume auto: there is no checkpoint in --output_dir {folder} to evaluate')
@@ -330,7 +330,7 @@ def read_resume(resume: str, output_dir: str, evaluate: bool) -> tuple[dict[str,
 def check_same_flags(resume: str, flags: dict[str, Any], checkpoint: dict[str, Any]) -> None:
     """Raises UsageError if a flag of RESUME_MUST_MATCH has changed, and shows a table of the others that have."""
     saved = checkpoints.flags_of(checkpoint)
-    from_release = 'format' not in checkpoint  # only the optimizer must fit then
+    from_release = 'format' not in checkpoint  # a checkpoint of the 2022 release: only --opt must match
     for name in ('opt',) if from_release else RESUME_MUST_MATCH:
         if name in saved and saved[name] != flags[name]:
             was = f'{flag_name(name)} {format_values(saved[name])}'
@@ -362,7 +362,7 @@ def check_same_data(data_path: str, resume: str, state: TrainingState, checkpoin
 def restore(state: TrainingState, checkpoint: dict[str, Any], resume: str, start_epoch: int, steps: int) -> None:
     """Loads all but the weights of the model from a checkpoint; raises UsageError if it does not fit the run.
 
-    A checkpoint without progress starts a new run at `start_epoch`. A whole epoch has so many `steps`.
+    A checkpoint without progress starts a new run at `start_epoch`. `steps` is the number of steps in a whole epoch.
     """
     if not checkpoints.has_progress(checkpoint):
         if checkpoint:

@@ -24,12 +24,12 @@ class Output(NamedTuple):
     """What a tapped model returns."""
 
     # Logits (B, C) of the class head; the mean of both heads of a distilled model in eval mode; None if `freeze` was
-    # told that logits are not needed. Those of the distillation head are the same object if there is one head.
+    # told that logits are not needed. `kd_logits` are those of the distillation head; without it, they are `logits`.
     logits: Tensor | None
     kd_logits: Tensor | None
     # One (B, N, D) per tapped block, in the order of `block_ids`, before the final norm, patch tokens only.
     tokens: tuple[Tensor, ...]
-    # The outputs of the blocks from which the tokens were taken. The logits depend on them, but not on the tokens.
+    # The block outputs from which `tokens` were made. The logits are computed from these, not from `tokens`.
     features: tuple[Tensor, ...] = ()
 
 
@@ -88,7 +88,7 @@ class TappedModel(nn.Module):
             with suppress(StopForward), own_dtype:
                 logits = self.model(self.prepare(images))
         finally:
-            # Kept here, the tokens would keep their graph alive and make torch.compile recompile at every step.
+            # If kept, the outputs would hold their graph in memory and make torch.compile recompile at every step.
             self._captured = None
         features = tuple(captured[i] for i in self.block_ids)
         tokens = tuple(
@@ -113,8 +113,8 @@ class TeacherPreprocess(nn.Module):
     """Converts images (B, 3, H, W) made for the student to those that the teacher expects.
 
     Args:
-        student_stats: with which the images were normalised, for pixel values in [0, 1].
-        teacher_stats: with which the teacher was trained.
+        student_stats: mean and standard deviation that normalised the images, for pixel values in [0, 1].
+        teacher_stats: the same for the images on which the teacher was trained.
         size: height and width of the teacher's images in pixels; None keeps the size.
         dtype: of the teacher's weights; None keeps that of the images.
     """
@@ -158,7 +158,7 @@ def tap(
         two_heads: True returns the logits of both heads of a distilled model in training; False their mean.
 
     Raises:
-        ValueError: an index is out of range, or the outputs of the blocks are no patch tokens.
+        ValueError: an index is out of range, or the outputs of the blocks are not patch tokens.
     """
     if hasattr(model, 'set_distilled_training'):
         model.set_distilled_training(two_heads)  # type: ignore[operator]
@@ -208,7 +208,7 @@ def checkpoint_activations(tapped: TappedModel) -> None:
 def compile_blocks(tapped: TappedModel) -> int:
     """Compiles the blocks and returns their number. Names of parameters do not change, hooks are not compiled.
 
-    Make deep copies before: a copy of a compiled block would run the original.
+    Make deep copies before this call: a copy of a compiled block would run the original block.
 
     Raises:
         ValueError: the model has no blocks at a known place.
