@@ -24,13 +24,21 @@ import torch
 from timm.models import load_state_dict_from_hf
 from torch.hub import download_url_to_file, get_dir
 
+import utils
+
 FORMAT = 1
-LOG, BEST, LAST = 'log.txt', 'best_checkpoint.pth', 'checkpoint.pth'
+LOG, BEST, LAST, LOCK = 'log.txt', 'best_checkpoint.pth', 'checkpoint.pth', '.lock'
 KEPT = (LOG, BEST, LAST)  # in the order of writing: once the last one is written, the whole epoch is saved
 EARLIER = re.compile(r'checkpoint-(\d{8,})\.pth')
 HUB_FILES = ('model.safetensors', 'pytorch_model.bin', 'model.pth', 'pytorch_model.pth')  # the names timm uses
 FOLDER_BIT = 0x10  # of a zip member's attributes; torch then reads nothing and returns uninitialized memory
 _UNREADABLE = 'is damaged or not a weights file'
+_ONLY_PLAIN = 'only tensors and plain types are loaded, so save model.state_dict() and not the model'
+# How files start that are often taken for weights.
+_OTHER_FILES = {
+    b'version https://git-lfs': ': it is a pointer of Git LFS; fetch the file itself with `git lfs pull`',
+    b'<': ': it is an HTML or XML page; was the address that of a download?',
+}
 
 # Reading --------------------------------------------------------------------------------------------------------------
 
@@ -60,16 +68,41 @@ def read_checkpoint(source: str | Path) -> dict[str, Any]:
     is_url = '://' in str(source)
     path = _download(str(source)) if is_url else Path(source)
     cached = f' (downloaded to {path}; delete it to download it again)' if is_url else ''
-    with open(path, 'rb') as file:  # errors of the file system come first: not found, a folder, no permission
+    _check_is_file(path)
+    with open(path, 'rb') as file:
         try:
-            checkpoint = safetensors.torch.load_file(path) if path.suffix == '.safetensors' else _read_torch(file)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f'{_UNREADABLE}{cached}') from error
+            checkpoint = _read_file(file, path)
         except ValueError as error:
             raise ValueError(f'{error}{cached}') from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f'contains a {type(checkpoint).__name__}, not a dictionary of weights')
     return checkpoint
+
+
+def _check_is_file(path: Path) -> None:
+    """Raises OSError if there is no such file, with what is probably meant."""
+    if path.is_dir():
+        found = [path / name for name in (LAST, BEST, *HUB_FILES) if (path / name).exists()]
+        hint = f'; did you mean {found[0]}?' if found else ''
+        raise IsADirectoryError(errno.EISDIR, f'is a folder{hint}', str(path))
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT) + utils.path_hint(path), str(path))
+
+
+def _read_file(file: BinaryIO, path: Path) -> object:
+    """The contents of a file in the format of torch or of safetensors, whatever its name is."""
+    head = file.read(64)
+    file.seek(0)
+    if head[8:9] == b'{':  # after the length of its header
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(_UNREADABLE) from error
+    try:
+        return _read_torch(file)
+    except ValueError as error:
+        what = next((text for start, text in _OTHER_FILES.items() if head.lstrip().startswith(start)), '')
+        raise ValueError(f'{error}{what}') from error
 
 
 def _read_torch(file: BinaryIO) -> object:
@@ -83,7 +116,7 @@ def _read_torch(file: BinaryIO) -> object:
         raise
     except Exception as error:  # torch raises many types for a file that it cannot read
         found = re.search(r'GLOBAL (\S+)', str(error))
-        reason = f'contains {found[1]}; only tensors and plain types are loaded' if found else _UNREADABLE
+        reason = f'contains {found[1]}; {_ONLY_PLAIN}' if found else _UNREADABLE
         raise ValueError(reason) from error
 
 

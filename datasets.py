@@ -5,8 +5,9 @@ the input of a model.
 """
 
 import json
+import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -17,11 +18,12 @@ import torch
 from timm.data import ImageNetInfo
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, FakeData, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import readers
 from readers import BadImageError, Samples, TarSamples, load_image
 from transforms import seed_augmentation
-from utils import counter_seed
+from utils import counter_seed, path_hint
 
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 FAKE_CLASSES, FAKE_TRAIN, FAKE_VAL = 10, 1024, 256
@@ -90,14 +92,37 @@ def _open_folder(request: DatasetRequest, kind: type[ClassFolders] = ClassFolder
 
 
 def _class_folders(root: Path, split: str) -> list[str]:
+    folder = root / split
     if not root.is_dir():
-        raise ValueError('no such folder')
-    if not (root / split).is_dir():
-        raise ValueError(f'there is no folder {root / split}')
-    names = sorted(entry.name for entry in (root / split).iterdir() if entry.is_dir() and entry.name[0] != '.')
+        raise ValueError('is a file; a folder is needed' if root.exists() else f'no such folder{path_hint(root)}')
+    if not folder.is_dir():
+        raise ValueError(f'there is no folder {folder}{_split_hint(root, split)}')
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != '.')
     if not names:
-        raise ValueError(f'{root / split} has no class folders; images must be in one folder per class')
+        raise ValueError(f'{folder} has no class folders; images must be in one folder per class')
+    if empty := [name for name in names if not _has_image(folder / name)]:
+        raise ValueError(f'{folder} has class folders without images: {_listing(empty)}')
     return names
+
+
+def _split_hint(root: Path, split: str) -> str:
+    if root.name in ('train', 'val') and (root.parent / split).is_dir():
+        return f'; use its parent, --data-path {root.parent}'
+    other = next((name for name in ('test', 'valid', 'validation') if (root / name).is_dir()), '')
+    return f'; there is {root / other}: rename it to {split}' if split == 'val' and other else ''
+
+
+def _has_image(folder: Path) -> bool:
+    """Whether there is an image below a folder; raises OSError if it cannot be read."""
+    os.scandir(folder).close()  # os.walk ignores errors
+    walked = os.walk(folder, followlinks=True)
+    return any(name.lower().endswith(IMG_EXTENSIONS) for _, _, names in walked for name in names)
+
+
+def _listing(names: Iterable[str]) -> str:
+    """The first ten names, and how many more there are."""
+    names = sorted(names)
+    return ', '.join(names[:10]) + (f' and {len(names) - 10} more' if names[10:] else '')
 
 
 def _folder_classes(root: Path, inat_category: str) -> list[str]:
@@ -110,7 +135,7 @@ def _imagenet_classes(root: Path, inat_category: str) -> list[str]:
     if others and len(names) != len(_imagenet_numbers()):  # all 1000 classes may have names of their own
         raise ValueError(
             f"{len(others)} of {len(names)} class folders do not have a name of ImageNet's, such as n01440764: "
-            f'{others[0]}; use --data-set FOLDER for other classes'
+            f'{_listing(others)}; use --data-set FOLDER for other classes'
         )
     return names
 
@@ -120,9 +145,9 @@ def _same_classes(find: Callable[[str], list[str]], has_train: bool) -> list[str
     val = find('val')
     train = find('train') if has_train else val
     if train != val:
-        odd = min(set(train) ^ set(val))
-        only = f'{odd} is only in {"train" if odd in train else "val"}/'
-        raise ValueError(f'train/ has {len(train)} classes, val/ {len(val)}, and they differ: {only}')
+        only = {'train': {*train} - {*val}, 'val': {*val} - {*train}}
+        differences = '; '.join(f'only in {split}/: {_listing(names)}' for split, names in only.items() if names)
+        raise ValueError(f'train/ has {len(train)} classes, val/ {len(val)}, and they differ: {differences}')
     return train
 
 
@@ -237,6 +262,13 @@ def _shard_classes(root: Path, inat_category: str) -> range:
 # The table ------------------------------------------------------------------------------------------------------------
 
 
+def _cifar_classes(root: Path, inat_category: str, *, kind: type[CIFAR10]) -> range:
+    if not (root / kind.base_folder).is_dir():
+        parent = f'; use --data-path {root.parent}' if root.name == kind.base_folder else ''
+        raise ValueError(f'there is no folder {kind.base_folder} in it; unpack {kind.filename} there{parent}')
+    return range(100 if kind is CIFAR100 else 10)
+
+
 def _open_cifar(request: DatasetRequest, kind: type[CIFAR10]) -> Dataset:
     return kind(str(request.root), request.train, request.transform)
 
@@ -260,8 +292,8 @@ class DatasetSpec:
 DATA_SETS = {
     'IMNET': DatasetSpec(partial(_open_folder, kind=ImageNetFolder), _imagenet_classes, 1000),
     'FOLDER': DatasetSpec(_open_folder, _folder_classes),
-    'CIFAR': DatasetSpec(partial(_open_cifar, kind=CIFAR100), num_classes=100),
-    'CIFAR10': DatasetSpec(partial(_open_cifar, kind=CIFAR10), num_classes=10),
+    'CIFAR': DatasetSpec(partial(_open_cifar, kind=CIFAR100), partial(_cifar_classes, kind=CIFAR100)),
+    'CIFAR10': DatasetSpec(partial(_open_cifar, kind=CIFAR10), partial(_cifar_classes, kind=CIFAR10)),
     'INAT': DatasetSpec(partial(_open_inat, year=2018), partial(_inat_classes, year=2018)),
     'INAT19': DatasetSpec(partial(_open_inat, year=2019), partial(_inat_classes, year=2019)),
     'TAR': DatasetSpec(partial(_open_tars, _tar_samples), _tar_classes),
@@ -374,7 +406,8 @@ class CheckedDataset(Dataset):
             return self.dataset[index]
         except BadImageError as error:
             if not self.skip_bad:
-                raise BadImageError(f'{error} (class {self._class_of(index)})') from error
+                advice = '--bad-images skip continues without such images'
+                raise BadImageError(f'{error} (class {self._class_of(index)}); {advice}') from error
             self.bad[index] = 1
             return None
 
@@ -436,13 +469,6 @@ class EvalDataset(CheckedDataset):
         return (torch.zeros_like(self.first()[0]), -1) if item is None else item
 
 
-def image_size(dataset: CheckedDataset) -> tuple[int, int]:
-    """Height and width of the first image of a split."""
-    image = dataset.first()[0]
-    height, width = (image[0] if isinstance(image, tuple) else image).shape[1:]
-    return height, width
-
-
 def fingerprint(dataset: Any, num_classes: int) -> dict[str, int]:
     """Identifies a training set, in whatever folder it is: numbers of images and classes, checksum of class names."""
     names = '\n'.join(map(str, getattr(dataset, 'classes', ())))
@@ -450,3 +476,12 @@ def fingerprint(dataset: Any, num_classes: int) -> dict[str, int]:
     if numbers != [*range(len(numbers))]:  # a part of ImageNet
         names += f'\n{numbers}'
     return {'images': len(dataset), 'classes': num_classes, 'names': zlib.crc32(names.encode())}
+
+
+def class_names(dataset: Any, num_classes: int) -> list[str]:
+    """Names of the classes by number, '' for those without; [] if the data set has no names."""
+    names = [''] * num_classes
+    numbers = getattr(dataset, 'class_to_idx', None) or {n: i for i, n in enumerate(getattr(dataset, 'classes', ()))}
+    for name, number in numbers.items():
+        names[number] = str(name)
+    return names if any(names) else []

@@ -362,6 +362,7 @@ def fit(trainer: Trainer, train_loader: DataLoader, evaluator: 'Evaluator', mana
         train_loader.sampler.set_epoch(epoch, state.position)  # type: ignore[attr-defined]
         steps_done = state.position // ((train_loader.batch_size or 1) * utils.get_world_size())
         stats = train_one_epoch(trainer, train_loader, epoch, steps_done, manager.after_step)
+        manager.save_before_evaluation()
         if config.log_grad_share:
             shares = trainer.gradient_shares(first_batch(train_loader, epoch))
             text = ', '.join(f'{name} {share:.1%}' for name, share in shares.items())

@@ -8,8 +8,8 @@ The flags of the 2022 release keep their names, defaults and meanings.
 
 import argparse
 import dataclasses
-import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from timm.utils import ParseKwargs
 
 import datasets
 import models
+from flag_hints import explain_unknown
 from losses import DISTILLATION_TYPES, RELATION_DTYPES, RELATION_TERMS, RELATIONS
 from utils import NO_VALUES, UsageError, format_values
 
@@ -76,6 +77,8 @@ class KeyValues(ParseKwargs):
         for value in values:
             if '=' not in value:
                 parser.error(f'{option_string} {value}: must have the form KEY=VALUE')
+            if re.fullmatch(r'[^=]+=[^=]*(,\w+=[^=]*)+', value):
+                parser.error(f'{option_string} {value}: put spaces between the pairs: {value.replace(",", " ")}')
         super().__call__(parser, namespace, values, option_string)
 
 
@@ -133,7 +136,7 @@ class ModelConfig:
     """models: student, teacher, and the blocks that are compared"""
 
     model: str = flag('deit_base_patch16_224', 'student: a timm model name, hf-hub:OWNER/NAME or local-dir:FOLDER; '
-        'weights are random or those of --finetune')
+        'weights are random without --pretrained or --finetune. A checkpoint of this program says what its model is')
     model_kwargs: dict[str, Any] = flag({}, 'extra kwargs for timm.create_model', nargs='*', action=KeyValues,
         metavar='KEY=VALUE')
     list_blocks: bool = flag(False, 'print the blocks of --model with their grids and widths, and exit')
@@ -145,8 +148,12 @@ class ModelConfig:
         'the teacher (default: float32 weights under --amp-dtype)', choices=('float32', 'bfloat16'))
     teacher_path: str = flag('', "the teacher's weights: a file, URL, hf-hub:OWNER/NAME or local-dir:FOLDER")
     teacher_pretrained: bool = flag(False, "without --teacher-path: timm's pretrained weights of the teacher")
+    pretrained: bool = flag(False, "start from timm's pretrained weights of --model; a head of another size is "
+        'replaced')
     finetune: str = flag('', 'weights to start from; position embeddings are resampled, a head of another size is '
         'replaced')
+    checkpoint_key: str = flag('', 'key of the weights in the files of --teacher-path and --finetune, for example '
+        'teacher or model_ema (default: model or state_dict, or the file itself)')
     input_size: int = flag(224, 'height and width of the images in pixels', type=POSITIVE_INT)
     teacher_input_size: int | None = flag(None, "size of the teacher's images, resized on the device (default: the "
         "student's)", type=POSITIVE_INT)
@@ -187,6 +194,10 @@ class ModelConfig:
         if len(self.student_ids) != len(self.teacher_ids):
             counts = f'{len(self.student_ids)} and {len(self.teacher_ids)}'
             raise UsageError(f'{ids}: needs as many blocks in --s-id as in --t-id; got {counts}')
+        if self.pretrained and self.finetune:
+            raise UsageError(f'--finetune {self.finetune}: --pretrained names other weights; only one can be used')
+        if self.checkpoint_key and not (self.teacher_path or self.finetune):
+            raise UsageError(f'--checkpoint-key {self.checkpoint_key}: needs the file, --teacher-path or --finetune')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,13 +302,21 @@ class DataConfig:
     num_classes: int | None = flag(None, 'number of classes, for --data-set wds/… only (default: largest class + 1)',
         type=POSITIVE_INT)
     inat_category: str = flag('name', 'level of the taxonomy that is the class', choices=datasets.INAT_CATEGORIES)
-    num_workers: int = flag(10, 'data loading processes per rank', '--num_workers', '--num-workers',
-        type=NON_NEGATIVE_INT)
+    num_workers: int | None = flag(None, 'data loading processes per rank (default: one per CPU core, at most 10)',
+        '--num_workers', '--num-workers', type=NON_NEGATIVE_INT)
     bad_images: str = flag('stop', 'stop at an image that cannot be decoded, or skip it: training uses the next image, '
         'evaluation leaves it out, and skipped images are listed', choices=('stop', 'skip'))
     pin_mem: bool = flag(True, 'pin the memory of batches, with a GPU only (default)',
         no='do not pin the memory of batches')
     dist_eval: bool = flag(True, 'split evaluation among the ranks (default)', no='every rank evaluates all images')
+
+    @property
+    def workers(self) -> int:
+        """Data loading processes per rank."""
+        if self.num_workers is not None:
+            return self.num_workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        return min(10, cores or 1)
 
     def check(self) -> None:
         if self.num_classes is not None and not self.data_set.startswith('wds/'):
@@ -319,7 +338,7 @@ class RunConfig:
     keep: int = flag(1, 'number of older checkpoints to keep', type=NON_NEGATIVE_INT)
     start_epoch: int = flag(0, 'first epoch; ignored if --resume has an epoch', '--start_epoch', '--start-epoch',
         type=NON_NEGATIVE_INT)
-    eval: bool = flag(False, 'evaluate the weights of --resume or --finetune, and exit')
+    eval: bool = flag(False, 'evaluate the weights of --resume, --finetune or --pretrained, and exit')
     eval_ema: bool = flag(False, 'evaluate the EMA weights: with --eval instead of the raw weights, in training in '
         'addition')
     eval_teacher: bool = flag(False, 'evaluate the teacher before anything else')
@@ -358,6 +377,7 @@ class Config:
     augment: AugmentConfig
     data: DataConfig
     run: RunConfig
+    typed: frozenset[str] = frozenset()  # names of the fields whose flags were typed
 
     @property
     def distills(self) -> bool:
@@ -366,7 +386,7 @@ class Config:
 
     def flags(self) -> dict[str, Any]:
         """All flags by name, as a checkpoint keeps them."""
-        parts = [dataclasses.asdict(getattr(self, part.name)) for part in dataclasses.fields(self)]
+        parts = [dataclasses.asdict(getattr(self, name)) for name in PARTS]
         merged = {name: value for part in parts for name, value in part.items()}
         weights = merged.pop('weights')
         return merged | {f'w_{name}': value for name, value in weights.items()}
@@ -397,8 +417,8 @@ class Config:
                     raise UsageError(f'{name} {value}: a teacher needs --distillation-type soft or hard')
         if run.eval_teacher and not model.has_teacher_weights:
             raise UsageError('--eval-teacher: needs --teacher-path FILE or --teacher-pretrained')
-        if run.eval and not (run.resume or model.finetune):
-            raise UsageError('--eval: needs the weights to evaluate, --resume FILE or --finetune FILE')
+        if run.eval and not (run.resume or model.finetune or model.pretrained):
+            raise UsageError('--eval: needs the weights to evaluate, --resume FILE, --finetune FILE or --pretrained')
         if run.resume == 'auto' and not run.output_dir:
             raise UsageError('--resume auto: needs the folder to look in, --output_dir')
         if run.eval and run.eval_ema and not run.resume:
@@ -419,7 +439,8 @@ class Config:
             )
 
 
-PARTS: dict[str, type] = {part.name: part.type for part in dataclasses.fields(Config)}  # type: ignore[misc]
+PARTS: dict[str, Any] = {part.name: part.type for part in dataclasses.fields(Config) if part.name != 'typed'}
+PATHS = ('data_path', 'output_dir', 'resume', 'finetune', 'teacher_path')  # a shell leaves the ~ in --flag=~/x
 
 
 # The parser -----------------------------------------------------------------------------------------------------------
@@ -485,50 +506,6 @@ def _add_flags_without_effect(parser: Parser) -> None:
         add(*dict.fromkeys((f'--{name}', _dashed(f'--{name}'))), type=int, default=default, help='no effect')
 
 
-REMOVED = ('--non-finite', '--relation-scale')
-
-# Common names of these flags in other programs.
-GUESSES = {
-    '--amp-dtype': '--amp --fp16 --bf16 --half --mixed-precision --precision --dtype',
-    '--batch-size': '--batch --bs --batchsize --train-batch-size --per-device-train-batch-size -b',
-    '--clip-grad': '--grad-clip --max-grad-norm --clip --gradient-clip-val',
-    '--accum-steps': '--gradient-accumulation-steps --grad-accum-steps --accumulate-grad-batches --accum-iter',
-    '--data-path': '--data --data-dir --root --dataset-path --imagenet --train-dir',
-    '--data-set': '--dataset --data-name',
-    '--device': '--gpu --cuda --cpu',
-    '--distillation-alpha': '--alpha --kd-alpha --kd-weight',
-    '--distillation-beta': '--beta',
-    '--distillation-tau': '--tau --temperature --kd-temperature -T',
-    '--distillation-type': '--distill --distillation --kd --kd-type',
-    '--drop-path': '--drop-path-rate --stochastic-depth',
-    '--eval': '--evaluate --validate --test --test-only --eval-only',
-    '--finetune': '--pretrained --init --weights --initial-checkpoint',
-    '--input-size': '--img-size --image-size --size --resolution',
-    '--lr': '--learning-rate --base-lr',
-    '--model': '--student --student-model --arch --net',
-    '--model-ema': '--ema',
-    '--num_workers': '--workers --num-worker -j',
-    '--opt': '--optimizer --optim',
-    '--output_dir': '--output --out --out-dir --save-dir --save-path --log-dir --logdir --work-dir',
-    '--print-freq': '--log-interval --log-freq --print-every',
-    '--resume': '--checkpoint --ckpt --load --resume-from --from-checkpoint',
-    '--sched': '--scheduler --lr-scheduler --schedule',
-    '--s-id': '--student-layers --student-blocks --student-id',
-    '--t-id': '--teacher-layers --teacher-blocks --teacher-id',
-    '--teacher-model': '--teacher --teacher-arch --kd-model-name',
-    '--teacher-path': '--teacher-weights --teacher-checkpoint --teacher-ckpt --teacher-resume',
-    '--warmup-epochs': '--warmup --warm-up --warmup-epoch',
-    '--weight-decay': '--wd --decay',
-}
-
-
-def nearest_flag(typed: str, known: list[str]) -> str:
-    """The flag that is probably meant by an unknown one, '' if that is not clear."""
-    guessed = [flag for flag, words in GUESSES.items() if typed in words.split()]
-    close = difflib.get_close_matches(typed, known, n=1, cutoff=0.75) if typed.startswith('--') else []
-    return next(iter(guessed + close), '')
-
-
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> Config:
     """The configs of a command line, checked as far as possible without touching a file.
 
@@ -539,21 +516,27 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     Raises:
         UsageError: the first error, in one line that names the flag and its value.
     """
+    argv = sys.argv[1:] if argv is None else argv
     parser = get_args_parser(description)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        if unknown[0].split('=')[0] in REMOVED:
-            raise UsageError(f'{unknown[0]}: this flag was removed, see CHANGELOG.md')
-        known = [name for action in parser._actions for name in action.option_strings]
-        near = nearest_flag(unknown[0].split('=')[0], known)
-        raise UsageError(f'{unknown[0]}: unrecognized argument' + (f'; did you mean {near}?' if near else ''))
-    values = vars(args)
+        counts = {name: action.nargs for action in parser._actions for name in action.option_strings}
+        raise UsageError(explain_unknown(unknown[0], list(map(_dashed, argv)), counts))
+    values = {**vars(args), **{name: os.path.expanduser(getattr(args, name)) for name in PATHS}}
     values['weights'] = {name: values[f'w_{name}'] for name in RELATION_TERMS}
     parts = {
         name: part(**{each.name: values[each.name] for each in dataclasses.fields(part)})
         for name, part in PARTS.items()
     }
-    config = Config(**parts)
+    config = Config(**parts, typed=_typed(argv))
     if not config.model.list_blocks:
         config.check()
     return config
+
+
+def _typed(argv: list[str]) -> frozenset[str]:
+    """Names of the fields whose flags are on the command line."""
+    parser = get_args_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return frozenset(vars(parser.parse_known_args(argv)[0]))

@@ -14,7 +14,6 @@ import utils
 from datasets import EvalDataset, TrainDataset
 from flags import AugmentConfig, DataConfig
 from loggers import log_rank0
-from models import format_grid
 from samplers import KeyedSampler, build_train_sampler
 from utils import UsageError, usage_error_context
 
@@ -74,16 +73,11 @@ class LoaderBuilder:
                 num_classes=data.num_classes,
             )
         dataset = TrainDataset(images, skip_bad, self.seed) if train else EvalDataset(images, skip_bad)
-        shape = datasets.image_size(dataset)
-        if shape != (self.input_size, self.input_size):
-            raise UsageError(
-                f'--input-size {self.input_size}: the images are {format_grid(shape)} pixels, and up to '
-                f'{transforms.SMALL_SIZE} pixels images are not resized'
-            )
+        dataset.first()  # if not even the first image can be decoded, that is an error before training
         return dataset
 
     def _options(self) -> dict[str, Any]:
-        workers, pin = self.data.num_workers, self.data.pin_mem and self.device.type == 'cuda'
+        workers, pin = self.data.workers, self.data.pin_mem and self.device.type == 'cuda'
         return {'num_workers': workers, 'pin_memory': pin, 'persistent_workers': workers > 0}
 
 

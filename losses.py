@@ -17,6 +17,7 @@ Letters: B images, N patch tokens per image, D channels (D_s student, D_t teache
 C classes, M tokens of any set, G sets, W ranks.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,14 @@ def hard_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _full_precision(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check_output(side: str, out: Any) -> None:
+    """Raises TypeError if the output of a model is not (logits, kd_logits, list of tokens)."""
+    if isinstance(out, Tensor) or len(out) < 3:
+        raise TypeError(f'the output of the {side} must be (logits, kd_logits, tokens), see models.tap')
+    if isinstance(out[2], Tensor):
+        raise TypeError(f'the tokens of the {side} must be a list with one tensor (B, N, D) per tapped block')
 
 
 def _check_pair(student: Tensor, teacher: Tensor) -> None:
@@ -358,7 +367,8 @@ class ManifoldDistillationLoss(nn.Module):
 
     The terms are means over the entries of a map, the maps and the layer pairs, as in the release; its weights (0.1, 4,
     0.2, 0) belong to them. The paper writes sums over entries and layer pairs, which are larger by L times the entries
-    of a map. With `distillation_type` 'none' there is no teacher: `base` is the plain CE, every other term is 0.
+    of a map. With `distillation_type` 'none', the default, there is no teacher: `base` is the plain CE, every other
+    term is 0, and a teacher's output is not used, with a warning.
 
     Args:
         base_criterion: loss of logits (B, C) and targets, class indices (B,) or soft labels (B, C).
@@ -418,7 +428,7 @@ class ManifoldDistillationLoss(nn.Module):
 
         Args:
             student_out: (logits (B, C), kd_logits (B, C), tokens: L of (B, N, D_s)), see `models.Output`.
-            teacher_out: (logits (B, C), …, tokens: L of (B, N, D_t)); not read with distillation type 'none'. With α 0
+            teacher_out: (logits (B, C), …, tokens: L of (B, N, D_t)); not used with distillation type 'none'. With α 0
                 the logits may be None: a teacher without a head, or with other classes.
             targets: of `base_criterion`.
             generator: of the random tokens, advanced by one draw per layer pair; with relations 'global' in the same
@@ -428,16 +438,21 @@ class ManifoldDistillationLoss(nn.Module):
             `base`, `dist`, and `mf_<name>` for each term in `RELATION_TERMS`; a term that is not used is 0.
 
         Raises:
+            TypeError: an output has another form.
             ValueError: student and teacher differ in classes, layers, images or patch tokens.
         """
+        _check_output('student', student_out)
         logits, kd_logits, tokens = student_out[:3]
         # The loss chooses its precision, whatever the models ran in.
         with torch.autocast(logits.device.type, enabled=False):
             base = self.base_criterion(_full_precision(logits), targets)
             if self.distillation_type == 'none':
+                if teacher_out is not None:
+                    warnings.warn("distillation_type is 'none', so the teacher is not used", stacklevel=2)
                 return {'base': base, 'dist': base.new_zeros(())} | self._relations((), (), generator, base)
             if teacher_out is None:
                 raise ValueError(f'distillation type {self.distillation_type!r} needs the output of a teacher')
+            _check_output('teacher', teacher_out)
             # Computed even at weight 0: DistributedDataParallel fails if a head gets no gradient.
             losses = {'base': (1 - self.alpha) * base, 'dist': self.alpha * self._distill(kd_logits, teacher_out[0])}
             return losses | self._relations(tokens, teacher_out[2], generator, base)

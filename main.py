@@ -11,12 +11,23 @@
 import math
 import os
 import re
+import signal
 import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends without a traceback
+    try:
+        import timm  # noqa: F401
+        import torch
+    except ModuleNotFoundError as error:
+        advice = 'run `bash scripts/setup.sh`, then `source .venv/bin/activate`'
+        print(f'main.py: error: {error} in {sys.executable}; {advice}', file=sys.stderr)
+        raise SystemExit(2) from None
 
 import torch
 from timm.data import Mixup
@@ -28,7 +39,6 @@ from torch import nn
 
 import datasets
 import loggers
-import models
 import run_dir
 import stopping
 import summary
@@ -38,7 +48,7 @@ from flags import AugmentConfig, Config, LossConfig, OptimConfig, RunConfig, par
 from loaders import LoaderBuilder, choose_repeated_aug, report_bad_images
 from loggers import log_rank0
 from losses import ManifoldDistillationLoss
-from pair import Pair, build_pair, compile_pair, log_blocks, num_classes_of
+from pair import Pair, adopt_data, build_pair, compile_pair, log_blocks, num_classes_of, read_weights
 from readers import BadImageError
 from run_dir import CheckpointManager, TrainingState
 from stopping import RankConsensus, StoppedError, StopSignals
@@ -48,24 +58,28 @@ from utils import UsageError, format_values, usage_error_context
 
 def run(config: Config, device: torch.device, signals: StopSignals) -> None:
     """Builds the parts, in the order that finds errors before work is done, and evaluates or trains."""
-    data, flags = config.data, config.run
+    flags = config.run
+    summary.log_environment(flags, device)
+    if flags.output_dir and not flags.eval:
+        run_dir.lock(flags.output_dir)  # before anything in it is read
+    checkpoint, own = run_dir.read_resume(flags.resume, flags.output_dir, flags.eval)
+    data = adopt_data(config, checkpoint) if flags.eval else config.data
     with usage_error_context('--data-path', data.data_path):
         num_classes = utils.main_process_first(
             lambda: datasets.count_classes(data.data_set, data.data_path, data.inat_category, data.num_classes)
         )
-    summary.log_environment(flags, data, device, num_classes)
+    summary.log_data(data, num_classes)
     if not flags.eval:
         summary.log_batch(config.optim, flags.seed)
+    config, files = read_weights(config, checkpoint)
     torch.manual_seed(flags.seed)
-    pair = build_pair(config.model, config.loss, flags, num_classes)
-    config = replace(config, model=pair.config)
-    checkpoint, own = run_dir.read_resume(flags.resume, flags.output_dir, flags.eval)
+    pair = build_pair(config, files, num_classes)
+    config = replace(config, model=pair.config, data=data)
     if checkpoint:
         if not flags.eval:
             run_dir.check_same_flags(flags.resume, config.flags(), checkpoint)
-        with usage_error_context('--resume', flags.resume):
-            weights = models.named_weights(checkpoint, ema=flags.eval and flags.eval_ema)
-            models.load_weights(pair.student.model, weights)
+        uses_ema = flags.eval and flags.eval_ema
+        run_dir.load_student(pair.student.model, flags.resume, config.model.model, checkpoint, uses_ema)
     pair.to(device)
 
     loaders = LoaderBuilder(data, config.model.input_size, flags.seed, device)
@@ -111,17 +125,23 @@ def train(
     train_loader = loaders.train(augment, optim.rank_batch_size, repeated_aug, pair.stats[0])
     criterion = build_criterion(config.loss, augment)
     summary.log_images(train_loader, evaluator.loader, repeated_aug, augment.repeated_aug)
-    log_rank0(f'loss        {summary.describe_loss(criterion, bool(config.model.s_id), optim.batch_size)}')
+    patches = min((h * w for h, w in pair.student.grids), default=0)
+    log_rank0(f'loss        {summary.describe_loss(criterion, patches, optim.batch_size)}')
     for warning in summary.flags_without_effect(config):
         log_rank0(f'warning: {warning}')
     summary.warn_of_short_run(optim, len(train_loader))
 
     model, num_classes = pair.student.model, num_classes_of(pair.student.model)
     state = build_state(optim, flags.seed, model, optim.scaled_lr(world), evaluator.amp_dtype == torch.float16)
-    state.data = datasets.fingerprint(train_loader.dataset.dataset, num_classes)  # type: ignore
+    images = train_loader.dataset.dataset  # type: ignore[attr-defined]
+    state.data = datasets.fingerprint(images, num_classes)
+    mean, std = map(list, pair.stats)
+    state.student = {'mean': mean, 'std': std, 'classes': datasets.class_names(images, num_classes)}
+    state.checksums = {'teacher_weights': pair.teacher_checksum} if config.distills else {}
     state.repeated_aug = repeated_aug
     run_dir.check_same_data(config.data.data_path, flags.resume, state, checkpoint)
-    run_dir.restore(state, checkpoint, flags.resume, flags.start_epoch, len(train_loader))
+    run_dir.warn_of_other_teacher(config.model.teacher_path, flags.resume, state, checkpoint)
+    run_dir.restore(state, checkpoint, flags.resume, flags.start_epoch, len(train_loader), own is not None)
     if flags.compile:
         compile_pair(pair, config.distills)
     teacher = pair.teacher if config.distills else None
@@ -250,7 +270,9 @@ def main(argv: list[str] | None = None) -> None:
                 time.sleep(10)
             stop(error, 2)
         except FloatingPointError as error:
-            stop(error if utils.get_rank() == 0 else '', 1)  # all ranks know it
+            from_teacher = 'teacher' in str(error)
+            advice = "check the teacher's weights" if from_teacher else 'try a smaller --lr, or --clip-grad 1'
+            stop(f'{error}; {advice}' if utils.get_rank() == 0 else '', 1)  # all ranks know it
         except (BadImageError, run_dir.NotSavedError) as error:
             stop(error, 1)
         except StoppedError as error:
@@ -280,6 +302,8 @@ def _start(argv: list[str] | None, signals: StopSignals) -> None:
     except BaseException:
         stopping.end_loader_processes()
         raise
+    finally:
+        run_dir.unlock()
 
 
 def stop(reason: object, code: int) -> NoReturn:

@@ -1,18 +1,31 @@
 """Student and teacher of a run: built through timm, with hooks on the chosen blocks, their tokens on common grids."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from timm.layers import PatchEmbed
 from torch import nn
 
 import checkpoints
 import models
-from flags import LossConfig, ModelConfig, RunConfig
+from flags import Config, DataConfig, ModelConfig
 from loggers import log_rank0
 from models import TappedModel, format_grid
-from utils import UsageError, format_values, usage_error_context
+from utils import UsageError, flag_name, format_values, usage_error_context
 
 Stats = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel, values in 0 … 1
+
+
+@dataclass(frozen=True)
+class WeightsFiles:
+    """Contents of a run's weights files, as `checkpoints.read_checkpoint` returns them; {} for no file."""
+
+    resume: dict[str, Any] = field(default_factory=dict)
+    finetune: dict[str, Any] = field(default_factory=dict)
+    teacher: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -23,6 +36,7 @@ class Pair:
     student: TappedModel
     teacher: TappedModel | None  # frozen; None if the run needs none
     stats: Stats  # by which the images are normalised, the student's
+    teacher_checksum: str = ''  # of the teacher's weights as they were loaded
 
     def to(self, device: torch.device) -> None:
         self.student.to(device)
@@ -30,68 +44,205 @@ class Pair:
             self.teacher.to(device)
 
 
-def build_pair(config: ModelConfig, loss: LossConfig, run: RunConfig, num_classes: int) -> Pair:
+# What weights files say about their models ----------------------------------------------------------------------------
+
+
+def read_weights(config: Config, resume: dict[str, Any]) -> tuple[Config, WeightsFiles]:
+    """Reads the other weights files, and takes from all of them which models they belong to.
+
+    Args:
+        config: the flags.
+        resume: contents of the checkpoint that --resume names, {} for none.
+
+    Returns:
+        The flags, with those of the files' own runs where the user has typed none; and the files.
+
+    Raises:
+        UsageError: a file cannot be read, or a flag contradicts it.
+    """
+    model, needs_teacher = config.model, config.distills or config.run.eval_teacher
+    files = WeightsFiles(resume, *(
+        _read(flag, path) for flag, path in (
+            ('--finetune', model.finetune), ('--teacher-path', model.teacher_path if needs_teacher else ''))
+    ))  # fmt: skip
+    student = {'model': 'model', 'model_kwargs': 'model_kwargs', 'input_size': 'input_size'}
+    teacher = {'model': 'teacher_model', 'model_kwargs': 'teacher_kwargs'}
+    model = adopt(model, config.typed, f'--resume {config.run.resume}', files.resume, student)
+    typed = config.typed | ({*student} if files.resume else set())
+    model = adopt(model, typed, f'--finetune {model.finetune}', files.finetune, student)
+    model = adopt(model, config.typed, f'--teacher-path {model.teacher_path}', files.teacher, teacher)
+    return replace(config, model=model), files
+
+
+def adopt_data(config: Config, resume: dict[str, Any]) -> DataConfig:
+    """The data flags of an evaluation: those of the checkpoint's own run where the user has typed none."""
+    if 'data_set' in config.typed:
+        return config.data
+    names = {name: name for name in ('data_set', 'inat_category', 'num_classes')}
+    data = adopt(config.data, config.typed, f'--resume {config.run.resume}', resume, names)
+    if data.data_set.startswith('wds/') and data.num_classes is None:  # val/ may lack the largest class
+        data = replace(data, num_classes=resume.get('data', {}).get('classes'))
+    return data
+
+
+def _read(flag: str, source: str) -> dict[str, Any]:
+    if not source:
+        return {}
+    with usage_error_context(flag, source):
+        return checkpoints.read_checkpoint(source)
+
+
+def adopt(part: Any, typed: frozenset[str], source: str, checkpoint: dict[str, Any], names: Mapping[str, str]) -> Any:
+    """A config with the flags of the run that wrote a weights file, where they were not typed.
+
+    Args:
+        part: a config of `flags`.
+        typed: fields of configs whose flags were typed.
+        source: the flag that names the file and its value, for messages.
+        checkpoint: contents of the file. Only a file whose model timm knows is asked.
+        names: fields of `part` by their names in the file.
+
+    Raises:
+        UsageError: --model or --model-kwargs was typed and is not that of the file.
+    """
+    saved = checkpoints.flags_of(checkpoint)
+    if not models.is_known(str(saved.get('model'))):
+        return part
+    changes = {}
+    for key, name in names.items():
+        was, now = saved.get(key, getattr(part, name)), getattr(part, name)
+        if name not in typed:
+            changes[name] = was
+        elif key in _ARCHITECTURE and _ARCHITECTURE[key](was) != _ARCHITECTURE[key](now):
+            flag = flag_name(name)
+            raise UsageError(
+                f'{source}: was trained with {flag_name(key)} {format_values(was)}, but {flag} is '
+                f'{format_values(now)}; leave out {flag} to use what the file says'
+            )
+    shown = [f'{flag_name(k)} {format_values(v)}' for k, v in changes.items() if v != getattr(part, k)]
+    if shown:
+        log_rank0(f'flags       {" ".join(shown)}, from {source}')
+    return replace(part, **changes)
+
+
+# What must be the same, of a flag's value. A tag after the dot names weights, and drop rates hold in training only.
+_ARCHITECTURE = {
+    'model': lambda name: name if models.has_source(name) else name.split('.')[0],
+    'model_kwargs': lambda kwargs: {key: value for key, value in kwargs.items() if 'drop' not in key},
+}
+
+
+def recorded_stats(checkpoint: dict[str, Any]) -> Stats | None:
+    """The normalisation of the images that a checkpoint was trained on; None if it does not say."""
+    with suppress(KeyError, TypeError):
+        return tuple(checkpoint['student']['mean']), tuple(checkpoint['student']['std'])
+    return None
+
+
+# Building -------------------------------------------------------------------------------------------------------------
+
+
+def build_pair(config: Config, files: WeightsFiles, num_classes: int) -> Pair:
     """Builds the student, and the teacher if the run needs one, on the CPU.
 
     Raises:
         UsageError: a model, its weights or its blocks cannot be used; names the flag and its value.
     """
-    distills, alpha = loss.has_teacher and not run.eval, loss.distillation_alpha
-    student, teacher = build_student(config, num_classes, run.eval), None
-    stats = models.normalisation(student)
+    model, run, distills, alpha = config.model, config.run, config.distills, config.loss.distillation_alpha
+    student, teacher, checksum = build_student(model, num_classes, run.eval, files), None, ''
+    stats = recorded_stats(files.resume) or models.normalisation(student)
     if distills or run.eval_teacher:
-        model = build_teacher(config)
-        has_logits = alpha > 0 or not config.s_id
-        _check_classes(config, num_classes_of(model), num_classes, has_logits, run.eval_teacher)
+        built = build_teacher(model, files.teacher)
+        checksum = models.checksum(built)
+        has_logits = alpha > 0 or not model.s_id
+        _check_classes(model, num_classes_of(built), num_classes, has_logits, run.eval_teacher)
         if distills:
-            config = choose_blocks(config, student, model)
-        teacher = register_teacher_hooks(config, model, stats, distills, with_logits=alpha > 0)
-    tapped = register_student_hooks(config, student, distills)
-    if config.grad_checkpointing and not run.eval:
-        with usage_error_context('--grad-checkpointing', f'with --model {config.model}'):
+            model = choose_blocks(model, student, built)
+        teacher_stats = recorded_stats(files.teacher)
+        teacher = register_teacher_hooks(model, built, stats, distills, alpha > 0, teacher_stats)
+    tapped = register_student_hooks(model, student, distills)
+    if model.grad_checkpointing and not run.eval:
+        with usage_error_context('--grad-checkpointing', f'with --model {model.model}'):
             models.checkpoint_activations(tapped)
-    _log_model('student', config.model, tapped)
+    _log_model('student', model.model, tapped)
+    _warn_of_unseen_pixels('--input-size', model.input_size, student)
     if teacher is not None:
-        _log_model('teacher', config.teacher_model, teacher)
+        _log_model('teacher', model.teacher_model, teacher)
+        _warn_of_unseen_pixels('--teacher-input-size', model.teacher_size, teacher.model)
         if distills:
-            _align(config, tapped, teacher)
-    return Pair(config, tapped, teacher, stats)
+            _align(model, tapped, teacher)
+    return Pair(model, tapped, teacher, stats, checksum)
 
 
-def build_student(config: ModelConfig, num_classes: int, evaluates: bool = False) -> nn.Module:
-    """The student with random weights, or those of --finetune. A new head is for training, not for evaluation."""
+def build_student(
+    config: ModelConfig, num_classes: int, evaluates: bool = False, files: WeightsFiles | None = None
+) -> nn.Module:
+    """The student with random weights, or those of --pretrained or --finetune; those of --resume are loaded later.
+
+    A new head is for training, not for evaluation.
+    """
+    files = files or WeightsFiles()
     dropout = {'pos_drop_rate': config.drop, 'proj_drop_rate': config.drop} if config.drop else {}
     kwargs = {'drop_path_rate': config.drop_path, **dropout, **config.model_kwargs}
     options = f'--input-size {config.input_size}' + (f' and --drop {config.drop}' if config.drop else '')
+    options += f' and --model-kwargs {format_values(config.model_kwargs)}' if config.model_kwargs else ''
+    pretrained = config.pretrained and not files.resume
+    options += ' and --pretrained' if pretrained else ''
     with usage_error_context('--model', f'{config.model} with {options}'):
-        student = models.build(config.model, num_classes, config.input_size, kwargs=kwargs)
+        size = None if pretrained and evaluates else num_classes
+        student = models.build(config.model, size, config.input_size, pretrained, kwargs)
+    if num_classes_of(student) != num_classes:
+        raise UsageError(f'--pretrained: {config.model} has {num_classes_of(student)} classes, the data {num_classes}')
     if config.finetune:
-        with usage_error_context('--finetune', config.finetune):
-            weights = models.named_weights(checkpoints.read_checkpoint(config.finetune))
+        with usage_error_context('--finetune', f'{config.finetune} with --model {config.model}'):
+            weights = models.named_weights(files.finetune, key=config.checkpoint_key)
             state, changes = models.adapt(student, weights, replace_heads=not evaluates)
             models.load_weights(student, state)
-            stats, trained_with = models.normalisation(student), models.normalisation(student, config.finetune)
+            stats = models.normalisation(student)
+            trained_with = recorded_stats(files.finetune) or models.normalisation(student, config.finetune)
         log_rank0(f'finetune    {config.finetune}' + ''.join(f'; {change}' for change in changes))
         if stats != trained_with:
             log_rank0(f'warning: --finetune {config.finetune}: was trained with another mean and std than --model uses')
+    elif not pretrained and not files.resume and (models.has_source(config.model) or '.' in config.model):
+        log_rank0(f'warning: --model {config.model}: starts from random weights; --pretrained starts from its weights')
     return student
 
 
-def build_teacher(config: ModelConfig) -> nn.Module:
-    """The teacher with its weights, from --teacher-path or timm, and a head of as many classes as these have."""
+def build_teacher(config: ModelConfig, file: dict[str, Any]) -> nn.Module:
+    """The teacher with its weights, from --teacher-path or timm, and a head of as many classes as these have.
+
+    `file` is what `checkpoints.read_checkpoint` returns of --teacher-path.
+    """
     flag = '--teacher-input-size' if config.teacher_input_size else '--input-size'
-    with usage_error_context('--teacher-model', f'{config.teacher_model} with {flag} {config.teacher_size}'):
+    options = f'{flag} {config.teacher_size}'
+    options += f' and --teacher-kwargs {format_values(config.teacher_kwargs)}' if config.teacher_kwargs else ''
+    options += ' and --teacher-pretrained' if config.teacher_pretrained and not config.teacher_path else ''
+    with usage_error_context('--teacher-model', f'{config.teacher_model} with {options}'):
         pretrained = not config.teacher_path
         teacher = models.build(config.teacher_model, None, config.teacher_size, pretrained, config.teacher_kwargs)
     if config.teacher_path:
-        with usage_error_context('--teacher-path', config.teacher_path):
-            weights = models.named_weights(checkpoints.read_checkpoint(config.teacher_path))
+        value = f'{config.teacher_path} with --teacher-model {config.teacher_model}'
+        with usage_error_context('--teacher-path', value):
+            weights = models.named_weights(file, key=config.checkpoint_key)
             state, changes = models.adapt(teacher, weights, replace_heads=False)
             models.match_head(teacher, state)
             models.load_weights(teacher, state)
         if changes:
             log_rank0(f'teacher     {config.teacher_path}' + ''.join(f'; {change}' for change in changes))
     return teacher
+
+
+def _warn_of_unseen_pixels(flag: str, size: int, model: nn.Module) -> None:
+    """Warns if the patches do not cover the image: tokens are then not where those of the other model are."""
+    embed = getattr(model, 'patch_embed', None)
+    if not isinstance(embed, PatchEmbed) or embed.dynamic_img_pad or not size % (patch := embed.patch_size[0]):
+        return
+    rest = size % patch
+    fitting = [fit for fit in (size - rest, size - rest + patch) if fit]
+    log_rank0(
+        f'warning: {flag} {size}: patches of {patch} pixels leave the last {rest} rows and columns of the image '
+        f'unseen; {flag} {" or ".join(map(str, fitting))} fits'
+    )
 
 
 def choose_blocks(config: ModelConfig, student: nn.Module, teacher: nn.Module) -> ModelConfig:
@@ -114,14 +265,23 @@ def register_student_hooks(config: ModelConfig, student: nn.Module, distills: bo
 
 
 def register_teacher_hooks(
-    config: ModelConfig, teacher: nn.Module, stats: Stats, distills: bool = True, with_logits: bool = True
+    config: ModelConfig,
+    teacher: nn.Module,
+    stats: Stats,
+    distills: bool = True,
+    with_logits: bool = True,
+    teacher_stats: Stats | None = None,
 ) -> TappedModel:
-    """Hooks on --t-id, if the run distills; frozen. `stats` are those by which the student's images are normalised."""
+    """Hooks on --t-id, if the run distills; frozen.
+
+    The student's images are normalised by `stats`, the teacher's by `teacher_stats`, or as timm or the source of its
+    weights say.
+    """
     block_ids = [int(i) for i in config.teacher_ids if distills]
     with usage_error_context('--t-id', f'{format_values(block_ids)} with --teacher-model {config.teacher_model}'):
         tapped = models.tap(teacher, block_ids, config.teacher_size)
     with usage_error_context('--teacher-path', config.teacher_path):
-        teacher_stats = models.normalisation(teacher, config.teacher_path)
+        teacher_stats = teacher_stats or models.normalisation(teacher, config.teacher_path)
     dtype = getattr(torch, config.teacher_dtype) if config.teacher_dtype else None
     preprocess = models.TeacherPreprocess(stats, teacher_stats, config.teacher_input_size, dtype)
     return models.freeze(tapped, preprocess, with_logits=with_logits, dtype=dtype)
@@ -153,11 +313,14 @@ def _align(config: ModelConfig, student: TappedModel, teacher: TappedModel) -> N
         try:
             common.append(models.common_grid(*pair, config.token_align, config.max_patches))
         except ValueError as error:
+            size = _fitting_teacher_size(config, student, teacher)
+            others = ', '.join(how for how in models.ALIGNMENTS if how not in ('error', config.token_align))
             raise UsageError(
                 f'--token-align {config.token_align}: {error}, in block {student.block_ids[i]} of --model '
-                f'{config.model} and {teacher.block_ids[i]} of --teacher-model {config.teacher_model}. Use '
-                '--token-align pool, interpolate or merge (--max-patches), other blocks (--list-blocks), '
-                f'or another --teacher-input-size than {config.teacher_size}'
+                f'{config.model} and block {teacher.block_ids[i]} of --teacher-model {config.teacher_model} with '
+                f'images of {config.teacher_size} pixels. '
+                + (f'--teacher-input-size {size} gives the same grids. ' if size else '')
+                + f'Or use another --token-align ({others}) or other blocks (--list-blocks)'
             ) from error
     if common != pairs:
         changes = dict.fromkeys(zip(pairs, common, strict=True))
@@ -166,6 +329,17 @@ def _align(config: ModelConfig, student: TappedModel, teacher: TappedModel) -> N
     if common:
         student.align([grid for grid, _ in common], config.token_align)
         teacher.align([grid for _, grid in common], config.token_align)
+
+
+def _fitting_teacher_size(config: ModelConfig, student: TappedModel, teacher: TappedModel) -> int | None:
+    """The --teacher-input-size at which the grids of all paired blocks are the student's, None if there is none."""
+    size = round(config.teacher_size * student.blocks[0].grid[0] / teacher.blocks[0].grid[0])
+    with suppress(Exception):  # whatever the teacher says to this size, it is only advice
+        model = models.build(config.teacher_model, None, size, kwargs=config.teacher_kwargs)
+        blocks = models.list_blocks(model, size)
+        if [blocks[i].grid for i in teacher.block_ids] == [block.grid for block in student.blocks]:
+            return size
+    return None
 
 
 def _log_model(role: str, name: str, tapped: TappedModel) -> None:

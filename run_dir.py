@@ -1,13 +1,18 @@
 """The output folder of a run: its training state, when it is saved, which files it has, and what a resume checks."""
 
+import errno
+import fcntl
+import itertools
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import timm
 import torch
@@ -18,7 +23,7 @@ from torch import nn
 import checkpoints
 import models
 import utils
-from checkpoints import BEST, EARLIER, FORMAT, KEPT, LAST, LOG
+from checkpoints import BEST, EARLIER, FORMAT, KEPT, LAST, LOCK, LOG
 from loggers import log_rank0
 from stopping import RankConsensus, StoppedError
 from utils import UsageError, flag_name, format_values, usage_error_context
@@ -27,12 +32,13 @@ RETRY = 60.0  # seconds until a failed write is tried again
 LAST_TRIES = (1.0, 2.0, 4.0)  # seconds between the last attempts of a run that is about to end
 
 # A resumed run must have the same values of these flags as its checkpoint.
-RESUME_MUST_MATCH = ('model', 'model_kwargs', 'seed', 'opt')
-# Changes of these flags are not shown, because they do not change what is trained.
+RESUME_MUST_MATCH = ('seed', 'opt')
+# Changes of these flags are not shown, because they do not change what is trained, or `pair.adopt` has compared them.
 RESUME_MAY_DIFFER = (
+    'model', 'model_kwargs',
     'output_dir', 'resume', 'eval', 'eval_ema', 'eval_teacher', 'start_epoch', 'data_path', 'num_workers',
     'pin_mem', 'device', 'dist_url', 'dist_timeout', 'dist_eval', 'print_freq', 'keep', 'save_interval_steps',
-    'save_interval_minutes', 'log_grad_share', 'list_blocks', 'num_classes',
+    'save_interval_minutes', 'log_grad_share', 'list_blocks', 'num_classes', 'pretrained', 'checkpoint_key',
 )  # fmt: skip
 
 # Training state -------------------------------------------------------------------------------------------------------
@@ -56,6 +62,8 @@ class TrainingState:
     best_acc1: float = 0.0  # best accuracy of the raw model so far, in percent
     meters: utils.Meters = field(default_factory=utils.Meters)  # means of the unfinished epoch
     data: dict[str, Any] = field(default_factory=dict)  # `datasets.fingerprint` of the training data
+    student: dict[str, Any] = field(default_factory=dict)  # mean and std of its images, names of the classes
+    checksums: dict[str, str] = field(default_factory=dict)  # of the teacher's weights
     repeated_aug: bool = False  # whether the training order is that of repeated augmentation
 
     def state_dict(self, args: dict[str, Any], meters: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +74,7 @@ class TrainingState:
             meters: `Meters.state_dict()`, which holds the values of all ranks.
         """
         stateful = ('model', 'optimizer', 'lr_scheduler', 'scaler')
-        plain = ('epoch', 'position', 'step', 'best_acc1', 'data', 'repeated_aug')
+        plain = ('epoch', 'position', 'step', 'best_acc1', 'data', 'student', 'checksums', 'repeated_aug')
         states = {name: getattr(self, name).state_dict() for name in stateful}
         values = {name: getattr(self, name) for name in plain}
         versions = {'torch': str(torch.__version__), 'timm': timm.__version__}
@@ -178,6 +186,8 @@ class CheckpointManager:
     def __post_init__(self) -> None:
         self._pending: dict[str, bytes | memoryview] = {}  # files that are not written yet, by name
         self._pending_step = 0
+        self._saved_step = -1  # the same on all ranks
+        self._provisional = False  # whether `checkpoint.pth` is from before an evaluation
         self._last_save = self._last_attempt = time.monotonic()
         if utils.get_rank() > 0:
             self.folder = None
@@ -217,6 +227,7 @@ class CheckpointManager:
         """
         self.before_save()
         meters = self.state.meters.state_dict()  # gathers those of all ranks
+        self._saved_step = self.state.step
         if self.folder is None:
             return
         start = time.monotonic()
@@ -232,6 +243,12 @@ class CheckpointManager:
         self.saves += 1
         self.seconds += time.monotonic() - start
 
+    def save_before_evaluation(self) -> None:
+        """Saves the last step of an epoch, so that an evaluation that fails loses nothing. A resume evaluates again."""
+        if self._saved_step != self.state.step:
+            self.save()
+            self._provisional = LAST not in self._pending
+
     def write_pending(self) -> str:
         """Writes the pending files in order, each one that can be written; returns the first error, '' if none."""
         assert self.folder is not None
@@ -245,14 +262,19 @@ class CheckpointManager:
                 errors.append(f'{path}: {error.strerror or error}')
             else:
                 del self._pending[path.name]
+                self._provisional &= path.name != LAST
         if LAST not in self._pending:
             self.last_step = self._pending_step
         return errors[0] if errors else ''
 
     def _rotate(self) -> None:
-        """Keeps the present `checkpoint.pth` under a name with its step, and removes older ones beyond `keep`."""
-        if self.last_step is None or self.folder is None:
-            return  # a damaged checkpoint must not replace a good one
+        """Keeps the present `checkpoint.pth` under a name with its step, and removes older ones beyond `keep`.
+
+        One from before an evaluation is replaced, so that an earlier step remains. A damaged one must not replace a
+        good one.
+        """
+        if self.last_step is None or self.folder is None or self._provisional:
+            return
         name = self.folder / f'checkpoint-{self.last_step:08d}.pth'
         others = [path for path in checkpoints.find_earlier(self.folder) if path != name]
         # Files with larger steps are from before the run went back to an earlier checkpoint; they are removed first.
@@ -318,6 +340,11 @@ def read_resume(resume: str, output_dir: str, evaluate: bool) -> tuple[dict[str,
     with usage_error_context('--resume', resume):
         if resume != 'auto' and not own:
             return checkpoints.read_checkpoint(resume), None
+        if not checkpoints.find_checkpoints(folder):
+            raise ValueError(
+                f'the first rank sees checkpoints in {folder}, but rank {utils.get_rank()} does not; all machines must '
+                'share the folder --output_dir'
+            )
         path, checkpoint, errors = checkpoints.read_newest(folder)
         first = Path(utils.gather_objects(str(path))[0])
         if first != path:
@@ -325,6 +352,57 @@ def read_resume(resume: str, output_dir: str, evaluate: bool) -> tuple[dict[str,
     for error in errors:
         log_rank0(f'warning: --resume {resume}: {error}; falling back to {path.name}')
     return checkpoint, path if checkpoints.has_progress(checkpoint) else None
+
+
+_locks: dict[Path, IO[str]] = {}  # open files, by path: closing one releases its lock
+
+
+def lock(output_dir: str) -> None:
+    """Reserves an existing folder for this run, until `unlock` or the end of the process.
+
+    It is the process that holds the lock: a file `.lock` that a killed run has left means nothing. Loader processes do
+    not inherit it.
+
+    Raises:
+        UsageError: another run has reserved it.
+    """
+    path, holder = Path(output_dir).resolve() / LOCK, ''
+    if utils.get_rank() == 0 and path.parent.is_dir() and path not in _locks:
+        with usage_error_context('--output_dir', output_dir):
+            holder = _try_lock(path)
+    if holder := utils.gather_objects(holder)[0]:
+        raise UsageError(f'--output_dir {output_dir}: is used by another run, {holder}')
+
+
+def _try_lock(path: Path) -> str:
+    """Locks a file, and returns '' or, if another process has locked it, which one."""
+    file = open(path, 'a+')  # noqa: SIM115 (stays open)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            with file:
+                file.seek(0)
+                return file.read().strip() or 'of an unknown process'
+        log_rank0(f'warning: {path.parent}: cannot be locked against other runs: {error.strerror}')
+    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        file.close()
+        return _try_lock(path)  # the run before removed the file in this moment
+    _locks[path] = file
+    with suppress(OSError):  # a full disk
+        file.truncate(0)
+        print(f'process {os.getpid()} on {socket.gethostname()}', file=file, flush=True)
+    return ''
+
+
+def unlock() -> None:
+    """Ends all locks of this process."""
+    while _locks:
+        path, file = _locks.popitem()
+        with suppress(OSError):
+            path.unlink()
+        with suppress(OSError):
+            file.close()
 
 
 def check_same_flags(resume: str, flags: dict[str, Any], checkpoint: dict[str, Any]) -> None:
@@ -348,6 +426,12 @@ def check_same_flags(resume: str, flags: dict[str, Any], checkpoint: dict[str, A
             log_rank0('            {:<24} {:<24} {}'.format(*row))
 
 
+def load_student(model: nn.Module, resume: str, name: str, checkpoint: dict[str, Any], ema: bool) -> None:
+    """Loads the student's weights, or its EMA's; raises UsageError if they are not those of the model `name`."""
+    with usage_error_context('--resume', f'{resume} with --model {name}'):
+        models.load_weights(model, models.named_weights(checkpoint, ema))
+
+
 def check_same_data(data_path: str, resume: str, state: TrainingState, checkpoint: dict[str, Any]) -> None:
     """Raises UsageError if the numbers of training images or classes, or the class names, have changed."""
     was, now = checkpoint.get('data'), state.data
@@ -359,10 +443,22 @@ def check_same_data(data_path: str, resume: str, state: TrainingState, checkpoin
         raise UsageError(f'--data-path {data_path}: --resume {resume} was trained on {kind}')
 
 
-def restore(state: TrainingState, checkpoint: dict[str, Any], resume: str, start_epoch: int, steps: int) -> None:
+def warn_of_other_teacher(teacher_path: str, resume: str, state: TrainingState, checkpoint: dict[str, Any]) -> None:
+    """Warns if the teacher's weights have changed."""
+    was, now = (each.get('teacher_weights') for each in (checkpoint.get('checksums') or {}, state.checksums))
+    if was and now and was != now:
+        source = f'--teacher-path {teacher_path}' if teacher_path else '--teacher-pretrained'
+        log_rank0(f'warning: {source}: the weights are not those that --resume {resume} was trained with')
+
+
+def restore(
+    state: TrainingState, checkpoint: dict[str, Any], resume: str, start_epoch: int, steps: int, own: bool = True
+) -> None:
     """Loads all but the weights of the model from a checkpoint; raises UsageError if it does not fit the run.
 
-    A checkpoint without progress starts a new run at `start_epoch`. `steps` is the number of steps in a whole epoch.
+    A checkpoint without progress starts a new run at `start_epoch`. `steps` is the number of steps in a whole epoch. If
+    the checkpoint is not the folder's own, the best accuracy starts at 0: `best_checkpoint.pth` is then the best of the
+    epochs in this folder.
     """
     if not checkpoints.has_progress(checkpoint):
         if checkpoint:
@@ -381,6 +477,7 @@ def restore(state: TrainingState, checkpoint: dict[str, Any], resume: str, start
     new_ema = "EMA starts from the checkpoint's weights" if state.ema else 'no EMA'
     ema = 'EMA of the checkpoint' if has_ema else new_ema
     log_rank0(f'resume      {resume}: {state.describe()}, {ema}, best Acc@1 {state.best_acc1:.3f}')
+    state.best_acc1 = state.best_acc1 if own else 0.0
     data_set = str(checkpoints.flags_of(checkpoint).get('data_set', ''))
     if state.position and 'skipped' in checkpoint and data_set.startswith('wds/'):  # written when wds/ was a stream
         log_rank0('warning: the order of wds/ images has changed: in this epoch some come twice and some not at all')
@@ -398,26 +495,34 @@ def prepare_folder(
         The step of the `checkpoint.pth` in the folder, None if there is none or if it is damaged.
 
     Raises:
-        UsageError: the folder cannot be written to, or contains another run.
+        UsageError: the folder cannot be written to, contains another run, or is used by one.
     """
     if not output_dir:
         log_rank0('warning: no --output_dir: no checkpoints and no log.txt are written')
         return None
     folder = Path(output_dir)
     with usage_error_context('--output_dir', output_dir):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError('is a file; a folder is needed')
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise ValueError('is not writable')
+    lock(output_dir)
+    with usage_error_context('--output_dir', output_dir):
         # Read here so that a damaged log is noticed now and not after the first epoch.
         epochs = [row['epoch'] for row in checkpoints.read_log(folder / LOG)]
         found = [name for name in KEPT if (folder / name).exists()]
-        # A run that was killed between the first row of its log and its first checkpoint may start again.
-        restart = resume == 'auto' and found == [LOG] and epochs in ([], [start_epoch])
+        # The disk was full, or the run was killed, between the first row of the log and the first checkpoint.
+        restart = resume == 'auto' and found == [LOG]
+        if restart and epochs not in ([], [start_epoch]) and utils.get_rank() == 0:
+            name = next(name for i in itertools.count(1) if not (folder / (name := f'{LOG}.{i}')).exists())
+            (folder / LOG).rename(folder / name)
+            log_rank0(f'warning: --output_dir {folder}: {LOG} is of a run without checkpoints; it is now {name}')
         if found and not own and not restart:
             advice = f'move {"it" if len(found) == 1 else "them"} away'
             if LAST in found and resume != 'auto':
                 advice = 'pass --resume auto to continue'
             raise ValueError(f'already contains {" and ".join(found)}; {advice}, or choose another folder')
     if checkpoints.has_progress(checkpoint) and not own:
-        log_rank0(f'note        {folder}: new run; its log.txt and best_checkpoint.pth do not include earlier epochs')
+        log_rank0(f'note        {folder}: its {LOG} and {BEST} cover the epochs from here on')
     return checkpoint.get('step', 0) if own is not None and own.name == LAST else None

@@ -17,8 +17,8 @@ from samplers import distinct_images
 from utils import flag_name
 
 
-def log_environment(flags: RunConfig, data: DataConfig, device: torch.device, num_classes: int) -> None:
-    """What runs where, before any model is built."""
+def log_environment(flags: RunConfig, device: torch.device) -> None:
+    """What runs where, before any file is read."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
     log_rank0(
         f'versions    torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, '
@@ -27,6 +27,10 @@ def log_environment(flags: RunConfig, data: DataConfig, device: torch.device, nu
     log_rank0(f'device      {device} ({name}), {str(flags.autocast_dtype(device)).removeprefix("torch.")}')
     if flags.device != 'cpu' and device.type == 'cpu':
         log_rank0(f'warning: --device {flags.device}: there is no CUDA device, running on the CPU')
+
+
+def log_data(data: DataConfig, num_classes: int) -> None:
+    """The data set, before any model is built."""
     log_rank0(f'data        {data.data_set} {data.data_path or "(generated)"}, {num_classes} classes')
 
 
@@ -73,20 +77,27 @@ def warn_of_missing_classes(val: DataLoader, data_path: str, num_classes: int) -
         log_rank0(f"warning: --data-path {data_path} has {found}; class numbers are ImageNet's")
 
 
-def describe_loss(criterion: ManifoldDistillationLoss, has_pairs: bool, batch_size: int) -> str:
-    """The loss as a formula, and the images that its relations connect, `batch_size` of each rank."""
+def describe_loss(criterion: ManifoldDistillationLoss, patches: int, batch_size: int) -> str:
+    """The loss as a formula, and the images that its relations connect.
+
+    Args:
+        criterion: the loss.
+        patches: patch tokens per image of a layer pair, the fewest of all pairs; 0 without pairs.
+        batch_size: images of each rank.
+    """
     if criterion.distillation_type == 'none':
         return 'CE, no teacher'
     text = f'{1 - criterion.alpha:g}·CE + {criterion.alpha:g}·KD ({criterion.distillation_type}, τ {criterion.tau:g})'
     text = text if criterion.alpha else 'CE, no KD'
-    if not has_pairs:
+    if not patches:
         return text + '; no relation terms without --s-id and --t-id'
     terms = []
+    ranks = utils.get_world_size() if criterion.relations == 'global' else 1
+    drawn = min(criterion.K, ranks * batch_size * patches)
     for name, term in RELATION_TERMS.items():
         if criterion.weights[name] or term.default_weight:
-            tokens = f' of {criterion.K} tokens' if 'K' in term.reads else ''
+            tokens = f' of {drawn} tokens' if 'K' in term.reads else ''
             terms.append(f'{criterion.weights[name]:g}·{term.label}{tokens}')
-    ranks = utils.get_world_size() if criterion.relations == 'global' else 1
     owner = 'a rank' if criterion.relations == 'rank' else counted(ranks, 'rank')
     return f'{text} + {criterion.beta:g}·({" + ".join(terms)}), means over the {ranks * batch_size} images of {owner}'
 
@@ -110,9 +121,8 @@ def _conditions() -> Iterator[Condition]:
     """Names of flags, what they need in words, and whether that is so. The first need that is not met is reported."""
     weights = [f'w_{name}' for name in RELATION_TERMS]
     relations = (*weights, 'K', 'relations', 'distillation_beta', 'relation_dtype', 'token_align', 'max_patches')
-    yield ('s_id', *relations, 'distillation_alpha', 'distillation_tau'), 'a teacher', lambda c: c.loss.has_teacher
-    yield ('teacher_path', 'teacher_input_size', 'teacher_dtype'), 'a teacher', (
-        lambda c: c.loss.has_teacher or c.run.eval_teacher)
+    yield (*relations, 'distillation_alpha', 'distillation_tau'), 'a teacher', lambda c: c.loss.has_teacher
+    yield ('teacher_input_size', 'teacher_dtype'), 'a teacher', lambda c: c.loss.has_teacher or c.run.eval_teacher
     yield relations, '--s-id and --t-id', lambda c: c.model.s_id
     yield ('s_id', *relations), 'a relation whose weight is not 0', lambda c: c.model.s_id and c.loss.has_relations
     yield ('distillation_type',), 'a weight of KD or of a relation', (

@@ -33,7 +33,7 @@ from torchvision.transforms.v2.functional import equalize
 
 from readers import to_uint8
 
-SMALL_SIZE = 32  # images up to this size are not resized
+SMALL_SIZE = 32  # up to this input size images are not cropped from larger ones, as in the release for CIFAR
 FILTERS = {0: 'nearest', 2: 'bilinear', 3: 'bicubic'}  # PIL's numbers
 _TO_FLOAT = (ToTensor, PILToTensor, MaybeToTensor, ToNumpy)  # steps that end timm's work on PIL images
 
@@ -118,7 +118,8 @@ def build_train_transform(
     """DeiT's training augmentation by timm. `DevicePreprocess` normalises and erases.
 
     Args:
-        input_size: height and width in pixels; up to 32 a random crop with padding 4 replaces the resized crop.
+        input_size: height and width in pixels. Up to 32 a random crop with padding 4 replaces the resized crop, and
+            an image of another size is first resized so that its shorter side fits.
         color_jitter: strength; used only without auto-augmentation.
         auto_augment: timm's policy string; None: no auto-augmentation.
         interpolation: 'random', 'bilinear' or 'bicubic'.
@@ -140,7 +141,11 @@ def build_train_transform(
         mean=tuple(mean),
     ).transforms
     crop, flip, *colours = steps[: next(i for i, step in enumerate(steps) if isinstance(step, _TO_FLOAT))]
-    crop = RandomResizedCrop(crop) if input_size > SMALL_SIZE else RandomCrop(input_size, padding=4)
+    if input_size > SMALL_SIZE:
+        crop = RandomResizedCrop(crop)
+    else:
+        # An image whose shorter side has this size stays as it is.
+        crop = Compose([Resize(input_size, InterpolationMode.BICUBIC), RandomCrop(input_size, padding=4)])
     patch_posterize(colours)
     policy = None
     if on_device:
@@ -154,13 +159,12 @@ def build_train_transform(
 
 
 def build_eval_transform(input_size: int) -> Callable[[Image.Image | Tensor], Tensor]:
-    """PIL image or bytes → bytes: PIL resizes to 256/224 of the input size, then the centre is cropped.
+    """PIL image or bytes → bytes: PIL resizes the shorter side to 256/224 of the input size, the centre is cropped.
 
-    Up to 32 pixels the image stays as it is.
+    Up to 32 pixels the shorter side is resized to the input size, so an image of exactly that size stays as it is.
     """
-    if input_size <= SMALL_SIZE:
-        return to_uint8
-    resize_by_pil = Resize(int(256 / 224 * input_size), InterpolationMode.BICUBIC)
+    side = input_size if input_size <= SMALL_SIZE else int(256 / 224 * input_size)
+    resize_by_pil = Resize(side, InterpolationMode.BICUBIC)
     return Compose([to_uint8, _to_pil, resize_by_pil, CenterCrop(input_size), to_uint8])
 
 

@@ -1,5 +1,6 @@
 """What every part of a run needs: process groups, usage errors, meters, counters for random numbers."""
 
+import difflib
 import os
 import random
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -39,6 +41,20 @@ def usage_error_context(flag: str, value: object, *kinds: type[Exception]) -> It
         raise UsageError(f'{flag} {value}: {where}{reason}') from error
 
 
+def path_hint(path: Path) -> str:
+    """What is probably meant by a path that does not exist, as the end of an error message; '' if that is unclear."""
+    if str(path) != str(path).strip() and Path(str(path).strip()).exists():
+        return '; remove the space before or after the path'
+    parent = next((folder for folder in path.parents if folder.exists()), None)
+    if parent is None or not parent.is_dir():
+        return ''
+    first = path.relative_to(parent).parts[0]
+    near = difflib.get_close_matches(first, os.listdir(parent), n=1)
+    if near:
+        return f'; did you mean {parent / near[0]}?'
+    return '' if parent / first == path else f'; there is no {parent / first}'
+
+
 def flag_name(field_name: str) -> str:
     """A field of the flags as it is typed, `--teacher-path`."""
     return '--' + field_name.replace('_', '-')
@@ -49,8 +65,9 @@ NO_VALUES = '(none)'
 
 def format_values(value: object) -> str:
     """The value of a flag, or its list of values, as they are typed."""
-    text = ' '.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return NO_VALUES if text in ('', '{}') else text
+    values = [f'{key}={each}' for key, each in value.items()] if isinstance(value, dict) else value
+    text = ' '.join(map(str, values)) if isinstance(values, list | tuple) else str(values)
+    return text or NO_VALUES
 
 
 def init_distributed(device: str, dist_url: str, timeout_minutes: float = 30.0) -> torch.device:

@@ -4,7 +4,18 @@ Letters: B images, N patch tokens, D channels, C classes.
 """
 
 from models.blocks import Block, list_blocks
-from models.build import adapt, build, has_source, load_weights, match_head, named_weights, normalisation
+from models.build import (
+    adapt,
+    build,
+    checksum,
+    has_source,
+    head_size,
+    is_known,
+    load_weights,
+    match_head,
+    named_weights,
+    normalisation,
+)
 from models.grids import ALIGNMENTS, common_grid, format_grid, resample
 from models.hooks import (
     Output,
@@ -26,11 +37,14 @@ __all__ = [
     'adapt',
     'build',
     'checkpoint_activations',
+    'checksum',
     'common_grid',
     'compile_blocks',
     'format_grid',
     'freeze',
     'has_source',
+    'head_size',
+    'is_known',
     'list_blocks',
     'load_weights',
     'match_head',

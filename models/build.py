@@ -4,10 +4,15 @@ import difflib
 import json
 import math
 import sys
+import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from huggingface_hub import logging as hub_logging
+from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.data import resolve_data_config
 from timm.layers import resample_abs_pos_embed
 from timm.models import clean_state_dict, load_model_config_from_hf
@@ -36,14 +41,18 @@ def build(
     Raises:
         ValueError: the model does not exist, refuses the arguments or the images, or has another number of classes.
     """
-    if not has_source(name) and not timm.is_model(name):
+    if not is_known(name):
         raise ValueError(f'timm has no such model; the nearest names are {", ".join(_nearest_names(name))}')
-    kwargs = {'img_size': input_size, 'num_classes': num_classes, **(kwargs or {})}
+    options = {'img_size': input_size, 'num_classes': num_classes}
+    hub_logging.set_verbosity_error()  # it prints a warning for each of its ten attempts
     try:
-        model: Any = _create(name, pretrained, kwargs)
+        model: Any = _create(name, pretrained, {**options, **(kwargs or {})})
         trace_shapes(model, (input_size, input_size))
+    except LocalEntryNotFoundError as error:
+        raise ValueError('the weights are not in the cache of the Hub, and the Hub cannot be reached') from error
     except Exception as error:  # anything that the code of a model or a download may raise
-        raise ValueError(f'timm cannot build or run it: {first_line(error)}') from error
+        blamed = _find_wrong_kwargs(name, options, kwargs or {}, input_size)
+        raise ValueError(f'timm cannot build or run it{blamed}: {first_line(error)}') from error
     if num_classes is not None and model.num_classes != num_classes:
         raise ValueError(f'the model has num_classes={model.num_classes}, but the data has {num_classes} classes')
     return model
@@ -52,6 +61,11 @@ def build(
 def has_source(name: str) -> bool:
     """Whether the name of a model starts with the source of its weights, `hf-hub:` or `local-dir:`."""
     return name.split(':')[0] in ('hf-hub', 'hf_hub', 'local-dir')
+
+
+def is_known(name: str) -> bool:
+    """Whether timm has a model of this name, or the name starts with a source."""
+    return has_source(name) or timm.is_model(name)
 
 
 def normalisation(model: nn.Module, source: str = '') -> tuple[tuple, tuple]:
@@ -85,6 +99,21 @@ def _nearest_names(name: str) -> list[str]:
     return sorted(ratios, key=ratios.__getitem__, reverse=True)[:3]
 
 
+def _find_wrong_kwargs(name: str, options: dict, kwargs: dict, input_size: int) -> str:
+    """' with path_size=8' if a model can be built without these extra arguments but not with them, else ''."""
+
+    def works(extra: dict) -> bool:
+        with suppress(Exception):
+            trace_shapes(_create(name, False, {**options, **extra}), (input_size, input_size))
+            return True
+        return False
+
+    if has_source(name) or works(kwargs) or not works({}):
+        return ''
+    wrong = [key for key in kwargs if not works({key: kwargs[key]})] or kwargs
+    return ' with ' + ' '.join(f'{key}={kwargs[key]}' for key in wrong)
+
+
 def _create(name: str, pretrained: bool, kwargs: dict) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
@@ -101,26 +130,36 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def named_weights(checkpoint: dict, ema: bool = False) -> dict[str, Tensor]:
+def named_weights(checkpoint: dict, ema: bool = False, key: str = '') -> dict[str, Tensor]:
     """The state dict in a checkpoint, its keys without the prefixes of DDP and torch.compile.
 
     The checkpoint is `{'model': …}`, `{'state_dict': …}` or a bare state dict. With `ema` the EMA weights are returned,
-    from `{'model_ema': …}` or `{'state_dict_ema': …}`.
+    from `{'model_ema': …}` or `{'state_dict_ema': …}`; with `key` those under this key.
 
     Raises:
         ValueError: the checkpoint has no such weights.
     """
-    keys = EMA_KEYS if ema else WEIGHT_KEYS
-    found = [key for key in keys if isinstance(checkpoint.get(key), dict)]
-    if ema and not found:
-        raise ValueError(f'there are no EMA weights under {" or ".join(EMA_KEYS)}')
+    keys = (key,) if key else EMA_KEYS if ema else WEIGHT_KEYS
+    found = [name for name in keys if isinstance(checkpoint.get(name), dict)]
+    first_keys = ', '.join(map(str, list(checkpoint)[:5])) or 'none'
+    if not found and (ema or key):
+        kind = 'EMA weights' if ema else 'weights'
+        raise ValueError(f'there are no {kind} under {" or ".join(keys)}: keys {first_keys}')
     state = checkpoint[found[0]] if found else checkpoint
-    if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        first_keys = ', '.join(map(str, list(checkpoint)[:5])) or 'none'
+    if not _is_state_dict(state):
+        others = [name for name, value in checkpoint.items() if _is_state_dict(value)]
+        advice = f'; --checkpoint-key {others[0]} takes the weights under that key' if others and not found else ''
         raise ValueError(
-            f'there is no state dict, neither bare nor under {" or ".join(WEIGHT_KEYS)}: keys {first_keys}'
+            f'there is no state dict, neither bare nor under {" or ".join(WEIGHT_KEYS)}: keys {first_keys}{advice}'
         )
     return clean_state_dict(clean_state_dict(state))  # twice, as the prefixes come in either order
+
+
+def _is_state_dict(value: object) -> bool:
+    """Whether a value is a dictionary of tensors by name, and not empty."""
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -129,7 +168,9 @@ def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
     Raises:
         ValueError: keys or shapes differ; the message names the first of each kind.
     """
-    own = model.state_dict()
+    own, size, wanted = model.state_dict(), head_size(model, state), getattr(model, 'num_classes', 0)
+    if size not in (0, wanted):
+        raise ValueError(f'has a head of {size} classes, but {wanted} are needed; --finetune can train a new head')
     resized = [key for key in own if key in state and state[key].shape != own[key].shape]
     differences = [
         _count('missing', [key for key in own if key not in state]),
@@ -224,9 +265,23 @@ def _convert(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor] | 
         return None
 
 
+def head_size(model: nn.Module, state: dict[str, Tensor]) -> int:
+    """The number of classes of the weights of a model, 0 if they have no head."""
+    return next((len(state[f'{head}.weight']) for head in classifiers(model) if f'{head}.weight' in state), 0)
+
+
+def checksum(model: nn.Module) -> str:
+    """Eight hexadecimal digits that identify the weights of a model on the CPU."""
+    crc = 0
+    for name, tensor in sorted(model.state_dict().items()):
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy(), crc)
+    return f'{crc:08x}'
+
+
 def match_head(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Gives a model a head with as many classes as its weights have, or no head if they have none."""
-    count = next((len(state[f'{head}.weight']) for head in classifiers(model) if f'{head}.weight' in state), 0)
+    count = head_size(model, state)
     timm_model: Any = model
     if count != timm_model.num_classes:
         timm_model.reset_classifier(count)

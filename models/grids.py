@@ -45,18 +45,32 @@ def common_grid(student: Grid, teacher: Grid, how: str, max_patches: int) -> tup
     elif how == 'interpolate':
         teacher = student
     elif how == 'merge':
-        student, teacher = _merged_grid(student, max_patches), _merged_grid(teacher, max_patches)
+        return _common_merged_grid(student, teacher, max_patches)
     if student != teacher:
         raise ValueError(f'the student has {format_grid(student)} patch tokens and the teacher {format_grid(teacher)}')
     return student, teacher
 
 
-def _merged_grid(grid: Grid, max_patches: int) -> Grid:
+def _common_merged_grid(student: Grid, teacher: Grid, max_patches: int) -> tuple[Grid, Grid]:
+    merged = _merged_grid(student, max_patches), _merged_grid(teacher, max_patches)
+    if merged[0] == merged[1] and merged[0] is not None:
+        return merged[0], merged[0]
+    # The largest grid into which both sides can be merged.
+    numbers = range(max(student[0] * student[1], teacher[0] * teacher[1]), 0, -1)
+    pairs = ((_merged_grid(student, m), _merged_grid(teacher, m)) for m in numbers)
+    fitting = next((s[0] * s[1] for s, t in pairs if s == t and s is not None), 0)
+    grids = f'the student has {format_grid(student)} patch tokens and the teacher {format_grid(teacher)}'
+    shown = [format_grid(grid) if grid else 'none' for grid in merged]
+    advice = f'--max-patches {fitting} works' if fitting else 'no --max-patches brings them to one grid'
+    raise ValueError(f'{grids}; --max-patches {max_patches} merges them into {shown[0]} and {shown[1]}; {advice}')
+
+
+def _merged_grid(grid: Grid, max_patches: int) -> Grid | None:
+    """The grid divided by the smallest k that leaves at most `max_patches` tokens; None if no k does."""
     h, w = grid
-    for k in range(1, min(h, w) + 1):
-        if h % k == 0 and w % k == 0 and h * w <= max_patches * k * k:
-            return h // k, w // k
-    raise ValueError(f'{format_grid(grid)} patch tokens cannot be merged into at most {max_patches}')
+    fits = (k for k in range(1, min(h, w) + 1) if h % k == 0 and w % k == 0 and h * w <= max_patches * k * k)
+    k = next(fits, 0)
+    return (h // k, w // k) if k else None
 
 
 def format_grid(grid: Grid) -> str:

@@ -14,6 +14,7 @@ from timm.layers import set_reentrant_ckpt
 from torch import Tensor, nn
 
 from models.blocks import find_modules, list_blocks
+from models.build import normalisation
 from models.grids import Grid, resample
 from models.talking_heads import use_fast_talking_heads
 
@@ -147,19 +148,29 @@ class TeacherPreprocess(nn.Module):
 
 
 def tap(
-    model: nn.Module, block_ids: Sequence[int], input_size: int | tuple[int, int], two_heads: bool = False
+    model: nn.Module,
+    block_ids: Sequence[int] | str,
+    input_size: int | tuple[int, int],
+    two_heads: bool = False,
+    partner: nn.Module | None = None,
 ) -> TappedModel:
     """Registers a forward hook on each chosen block and wraps the model.
 
     Args:
         model: a timm model, on the CPU.
-        block_ids: indices of blocks, negative ones from the end; empty for logits only.
+        block_ids: indices of blocks, negative ones from the end; empty for logits only; 'auto' for those of `pair_ids`.
         input_size: height and width of the images in pixels.
         two_heads: True returns the logits of both heads of a distilled model in training; False their mean.
+        partner: the timm model that `model` is paired with, for 'auto'; None for one of the same depth.
 
     Raises:
         ValueError: an index is out of range, or the outputs of the blocks are not patch tokens.
     """
+    if isinstance(block_ids, str):
+        if block_ids != 'auto':
+            raise ValueError(f"block_ids must be a list of numbers or 'auto', not {block_ids!r}")
+        depth, other = (len(list_blocks(each, input_size)) for each in (model, partner or model))
+        block_ids = pair_ids(depth, other)[0]
     if hasattr(model, 'set_distilled_training'):
         model.set_distilled_training(two_heads)  # type: ignore[operator]
     return TappedModel(model, block_ids, input_size)
@@ -167,19 +178,29 @@ def tap(
 
 def freeze(
     tapped: TappedModel,
-    prepare: nn.Module | None = None,
+    prepare: nn.Module | str | None = None,
     with_logits: bool = True,
     dtype: torch.dtype | None = None,
     fast_talking_heads: bool = True,
+    student: TappedModel | None = None,
 ) -> TappedModel:
     """Makes a model a teacher: no gradients, always in eval mode, and outputs that are not needed are not computed.
 
     Args:
-        prepare: converts the student's images for this model, see `TeacherPreprocess`; None if both take the same.
+        prepare: converts the student's images for this model, see `TeacherPreprocess`; 'auto' from the normalisation
+            of `student` to that of this model, both as timm knows them; None if both take the same images.
         with_logits: False stops after the last tapped block, as logits are not needed.
         dtype: of weights and arithmetic, also under autocast; None changes neither.
         fast_talking_heads: False keeps timm's own talking-heads attention, as a baseline for benchmarks.
+        student: for `prepare='auto'`.
+
+    Raises:
+        ValueError: `prepare` is another word, or 'auto' without a student.
     """
+    if isinstance(prepare, str):
+        if prepare != 'auto' or student is None:
+            raise ValueError(f"prepare must be a module, or 'auto' with a student, not {prepare!r}")
+        prepare = TeacherPreprocess(normalisation(student.model), normalisation(tapped.model), None, dtype)
     tapped.frozen, tapped.with_logits = True, with_logits
     tapped.prepare = prepare or nn.Identity()
     if fast_talking_heads:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -93,8 +94,9 @@ def files(tmp_path_factory):
     (folder / 'empty' / 'val' / 'c0').mkdir(parents=True)
     (folder / 'flat' / 'val').mkdir(parents=True)
     (folder / 'flat' / 'val' / '0.png').write_bytes((folder / 'tree' / 'val' / 'c0' / '0.png').read_bytes())
-    (folder / 'unlike' / 'train' / 'c0').mkdir(parents=True)
-    (folder / 'unlike' / 'val' / 'c1').mkdir(parents=True)
+    for split, i in (('train', 0), ('val', 1)):
+        toys.write_images(folder / 'unlike' / split, [1] * (i + 1), 8)
+    shutil.rmtree(folder / 'unlike' / 'val' / 'c0')
     (folder / 'run').mkdir()
     (folder / 'run' / 'checkpoint.pth').write_text('of another run')
     return folder

@@ -36,8 +36,20 @@ def test_eval_transform_resizes_and_crops_the_centre(shape, size, short):
 
 @pytest.mark.parametrize('size', [8, 32])
 def test_eval_transform_keeps_small_images(size):
-    image = toys.noise(20, 24)
+    image = toys.noise(size, size)
     assert torch.equal(build_eval_transform(size)(image), toys.as_bytes(image))
+
+
+@pytest.mark.parametrize(('width', 'height'), [(28, 28), (80, 50), (33, 40), (5, 7)])
+def test_small_input_size_resizes_the_shorter_side_of_other_images(width, height):
+    image, size = toys.noise(width, height), 32
+    found = build_eval_transform(size)(image)
+    resized = image.resize((size * width // min(width, height), size * height // min(width, height)))
+    left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
+    expected = toys.as_bytes(resized.crop((left, top, left + size, top + size)))
+    assert torch.equal(found, expected)
+    trained, _ = toys.train_transform(size, auto_augment=None, color_jitter=0.0, reprob=0.0)(image)
+    assert trained.shape == (3, size, size)
 
 
 def test_small_training_images_are_padded_by_4_and_cropped():

@@ -251,8 +251,8 @@ def test_common_grid(student, teacher, how, expected):
     ('how', 'teacher', 'message'),
     [
         ('error', (16, 16), 'the student has 14×14 patch tokens and the teacher 16×16'),
-        ('merge', (7, 7), 'the student has 14×14 patch tokens and the teacher 7×7'),
-        ('merge', (17, 13), '17×13 patch tokens cannot be merged into at most 196'),
+        ('merge', (7, 7), '14×14 patch tokens and the teacher 7×7; --max-patches 196 .* --max-patches 49 works'),
+        ('merge', (17, 13), '17×13; --max-patches 196 merges them into 14×14 and none; no --max-patches brings'),
     ],
 )
 def test_grid_mismatch_names_both_grids(how, teacher, message):

@@ -226,7 +226,10 @@ def test_broken_file_is_refused_in_one_line(tmp_path, kind):
 
 
 def test_folder_is_an_os_error(tmp_path):
-    with pytest.raises(OSError, match='directory'):
+    with pytest.raises(OSError, match='is a folder'):
+        read_checkpoint(str(tmp_path))
+    (tmp_path / 'best_checkpoint.pth').write_bytes(b'')
+    with pytest.raises(OSError, match=f'is a folder; did you mean {tmp_path}/best_checkpoint.pth'):
         read_checkpoint(str(tmp_path))
 
 
@@ -351,7 +354,7 @@ def test_file_without_checksums_loads(tmp_path):
 def test_folder_in_place_of_a_checkpoint_is_named(tmp_path):
     (tmp_path / 'checkpoint-00000003.pth').write_bytes(checkpoints.serialize(contents(3)))
     (tmp_path / 'checkpoint.pth').mkdir()
-    assert read_newest(tmp_path)[2] == ['checkpoint.pth Is a directory']
+    assert read_newest(tmp_path)[2] == ['checkpoint.pth is a folder']
 
 
 def test_newest_undamaged_checkpoint_is_found(tmp_path):

@@ -107,9 +107,9 @@ def test_hidden_folders_are_no_classes(tmp_path, name):
 @pytest.mark.parametrize(
     ('train', 'val', 'words'),
     [
-        ([A, B], [A, C], f'train/ has 2 classes, val/ 2, and they differ: {B} is only in train/'),
-        ([B], [A, B], f'train/ has 1 classes, val/ 2, and they differ: {A} is only in val/'),
-        ([A, B, C], [A, B], f'train/ has 3 classes, val/ 2, and they differ: {C} is only in train/'),
+        ([A, B], [A, C], f'train/ has 2 classes, val/ 2, and they differ: only in train/: {B}; only in val/: {C}'),
+        ([B], [A, B], f'train/ has 1 classes, val/ 2, and they differ: only in val/: {A}'),
+        ([A, B, C], [A, B], f'train/ has 3 classes, val/ 2, and they differ: only in train/: {C}'),
     ],
 )
 @pytest.mark.parametrize('split', [True, False])
@@ -136,7 +136,7 @@ def without_images(root):
     [
         (flat, 'val has no class folders'),
         (empty, 'val has no class folders'),
-        (without_images, 'Found no valid file'),
+        (without_images, 'has class folders without images: n01440764'),
         (lambda root: None, 'no folder .*val'),
         (lambda root: root.rmdir(), 'no such folder'),
     ],
@@ -189,7 +189,7 @@ def test_cifar_opens(tmp_path, monkeypatch, name, base, classes, train_files):
 @pytest.mark.parametrize('name', ['CIFAR', 'CIFAR10'])
 @pytest.mark.parametrize('train', [True, False])
 def test_missing_cifar_files_are_refused(tmp_path, name, train):
-    with pytest.raises(ValueError, match=rf'{name}: .*not found'):
+    with pytest.raises(ValueError, match=r'there is no folder cifar-100?-.* unpack cifar-100?-python.tar.gz'):
         build_dataset(name, str(tmp_path), train)
 
 
@@ -364,7 +364,7 @@ def test_bad_image_is_named_with_its_class(tree, tmp_path, train, kind):
     with pytest.raises(BadImageError) as caught:
         dataset[key]
     assert str(caught.value).startswith(f'{path}: ')
-    assert str(caught.value).endswith(' (class b)')
+    assert str(caught.value).endswith(' (class b); --bad-images skip continues without such images')
     assert dataset.list_bad(lambda bad: bad, again=True) == []
 
 

@@ -111,4 +111,4 @@ def test_bad_images_skip_replaces_and_lists_them(run, files, tmp_path, capsys, w
         run(**flags, num_workers=0, output_dir=tmp_path / 'stops')
     assert stopped.value.code == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert any(f'{path}: ' in error and error.endswith(f'(class {path.parent.name})') for path in bad[:2])
+    assert any(f'{path}: ' in error and f'(class {path.parent.name}); --bad-images skip' in error for path in bad[:2])

@@ -8,6 +8,7 @@ import timm
 import torch
 import toys
 
+import checkpoints
 import losses
 import main
 from flags import get_args_parser
@@ -53,7 +54,8 @@ def test_schedule_lags_one_epoch(run, epochs):
 
 def test_drop_sets_dropout_of_the_student_as_the_release_does(files):
     config = toys.config(drop=0.3, drop_path=0.2, teacher_path=files / 'teacher.pth').model
-    student, teacher = build_student(config, 10), build_teacher(config)
+    student = build_student(config, 10)
+    teacher = build_teacher(config, checkpoints.read_checkpoint(config.teacher_path))
     block = student.blocks[-1]
     on = [student.pos_drop, block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2]
     assert [module.p for module in on] == [0.3] * 4

@@ -25,7 +25,7 @@ def test_every_distillation_type_logs_the_release_keys(run, tmp_path, kind):
     assert absent == (set(toys.TERMS) - {'base'} if kind == 'none' else set())
     checkpoint = toys.load(tmp_path / 'checkpoint.pth')
     keys = {'model', 'optimizer', 'lr_scheduler', 'epoch', 'model_ema', 'scaler', 'args', 'best_acc1', 'versions'}
-    keys |= {'position', 'step', 'meters', 'data', 'repeated_aug', 'ranks', 'format'}
+    keys |= {'position', 'step', 'meters', 'data', 'student', 'checksums', 'repeated_aug', 'ranks', 'format'}
     assert checkpoint.keys() == keys
     assert (checkpoint['epoch'], checkpoint['args']['distillation_type']) == (0, kind)
     toys.student().load_state_dict(checkpoint['model'], strict=True)
@@ -73,8 +73,8 @@ def test_run_with_these_flags_trains(run, tmp_path, changes):
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [
-        ({'w_full': None}, '1·sample + 1·patch + 1·random of 192 tokens), means over the 8 images of a rank'),
-        ({'w_full': 0.5}, '1·random of 192 tokens + 0.5·full), means over the 8 images of a rank'),
+        ({'w_full': None}, '1·sample + 1·patch + 1·random of 128 tokens), means over the 8 images of a rank'),
+        ({'w_full': 0.5}, '1·random of 128 tokens + 0.5·full), means over the 8 images of a rank'),
         ({'relations': 'global'}, 'means over the 8 images of 1 rank'),
     ],
 )

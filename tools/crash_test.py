@@ -381,7 +381,7 @@ def values(bench: Bench) -> Row:
         weights = life.logged('weights')
         line = life.errors[0] if life.errors else ''
         named = f'step {at - 1} of epoch 0 on rank 1: ' in line and where in line
-        images = re.search(r'images((?: \d+)+)$', line)
+        images = re.search(r'images((?: \d+)+);', line)
         wrong = []
         if life.codes != [1, 1] or len(life.errors) != 1 or life.left > 10:
             wrong.append(f'exit {life.codes} after {life.left:.1f} s')
