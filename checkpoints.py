@@ -21,6 +21,7 @@ from urllib.parse import urlparse
 
 import safetensors.torch
 import torch
+from huggingface_hub import logging as hub_logging
 from timm.models import load_state_dict_from_hf
 from torch.hub import download_url_to_file, get_dir
 
@@ -56,6 +57,7 @@ def read_checkpoint(source: str | Path) -> dict[str, Any]:
     """
     kind, _, rest = str(source).partition(':')
     if kind in ('hf-hub', 'hf_hub'):
+        hub_logging.set_verbosity_error()  # it prints a warning for each of its ten attempts
         try:
             return load_state_dict_from_hf(rest, weights_only=True)
         except Exception as error:  # the Hub's client raises many types
@@ -196,7 +198,8 @@ def read_newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a log, none if there is no file. Raises ValueError if a line is not a JSON object with an epoch."""
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), start=1):
+    lines = path.read_text().rstrip().splitlines() if path.exists() else ()
+    for number, line in enumerate(lines, start=1):
         with suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
         if len(rows) < number or not isinstance(rows[-1], dict) or not isinstance(rows[-1].get('epoch'), int):

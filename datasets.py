@@ -309,10 +309,15 @@ def parse_name(text: str) -> str:
             f'{text}: hfds/ needs the package datasets, but a module of this program has the same name; '
             'convert the images to WebDataset shards and use wds/'
         )
-    kind, slash, _ = text.partition('/')
-    if kind + slash not in DATA_SETS:
+    if not is_name(text):
         raise ValueError(f'{text} is not one of {", ".join(DATA_SETS)}')
     return text
+
+
+def is_name(text: str) -> bool:
+    """Whether `parse_name` accepts a name."""
+    kind, slash, _ = text.partition('/')
+    return kind + slash in DATA_SETS
 
 
 def _find_spec(name: str, root: str) -> tuple[DatasetSpec, Path]:

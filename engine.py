@@ -24,11 +24,13 @@ from torch.utils.data import DataLoader
 
 import utils
 from loaders import first_batch, report_bad_images
-from loggers import Progress, log_rank0
+from loggers import MetricLog, Progress, log_rank0, peak_memory, progress_bar
 from models import Output, TappedModel
 from readers import BadImageError
 from run_dir import CheckpointManager, TrainingState
 from stopping import iter_with_signals_blocked
+
+EVALUATION_LINES = 30.0  # seconds between the lines of an evaluation
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
@@ -262,6 +264,10 @@ class Trainer:
         if self.state.ema is not None:
             self.state.ema.update(self.state.model)  # without `step`: a constant decay from the first step on
 
+    def images_per_step(self, loader: utils.SizedIterable) -> int:
+        """Images of a step on all ranks."""
+        return (getattr(loader, 'batch_size', None) or 0) * utils.get_world_size()
+
     def gradient_norm(self) -> Tensor:
         """Norm of the gradient, which is clipped to `clip_grad`."""
         if self.config.clip_grad is not None:
@@ -320,6 +326,7 @@ def train_one_epoch(
     epoch: int,
     steps_done: int = 0,
     after_step: Callable[[], None] = lambda: None,
+    metrics: MetricLog | None = None,
 ) -> dict[str, float]:
     """Trains for one epoch, or for the rest of it.
 
@@ -329,6 +336,7 @@ def train_one_epoch(
         epoch: counts from 0, for log lines and errors.
         steps_done: steps of this epoch that were made before.
         after_step: called after each step.
+        metrics: takes the losses of the steps that are printed.
 
     Returns:
         Means over steps and ranks: `lr`, `loss`, and `loss_<name>` for each term.
@@ -337,23 +345,38 @@ def train_one_epoch(
         FloatingPointError: a term, logits or gradients are not finite, see `NonFiniteGuard`.
     """
     trainer.student.train(trainer.config.train_mode)
+    config, state, start = trainer.config, trainer.state, time.monotonic()
     lr = max(group['lr'] for group in trainer.optimizer.param_groups)
-    meters = trainer.state.meters
 
-    def line() -> str:
+    def losses() -> dict[str, float]:
         trainer.guard.sync()
-        return f'lr: {lr:.6g}  {meters.line()}'
+        return state.meters.recent()
 
-    progress = Progress(f'Epoch: [{epoch}]', trainer.config.print_freq, line, device=trainer.config.device)
+    def log(values: dict[str, float]) -> None:
+        if metrics is not None:
+            metrics.log({'epoch': epoch, 'lr': lr, **values}, state.step)
+
+    header = f'{epoch}/{config.epochs}'
+    progress = Progress(header, config.print_freq, trainer.images_per_step(loader), losses, log)
+    progress.later_steps = (config.epochs - epoch - 1) * (steps_done + len(loader))
     for number, batch in enumerate(progress.over(loader, steps_done), start=steps_done):
         trainer.train_step(batch, f'step {number} of epoch {epoch}')
         after_step()
     trainer.guard.sync()
-    return {'lr': lr, **meters.means()}
+    took = timedelta(seconds=int(time.monotonic() - start))
+    log_rank0(f'epoch {epoch} took {took}, lr {lr:.6g}, peak memory {peak_memory(config.device):,} MiB')
+    return {'lr': lr, **state.meters.means()}
 
 
-def fit(trainer: Trainer, train_loader: DataLoader, evaluator: 'Evaluator', manager: CheckpointManager) -> None:
+def fit(
+    trainer: Trainer,
+    train_loader: DataLoader,
+    evaluator: 'Evaluator',
+    manager: CheckpointManager,
+    metrics: MetricLog | None = None,
+) -> None:
     """Runs the remaining epochs: trains, evaluates, logs and saves."""
+    metrics = metrics or MetricLog()
     state, config, start = trainer.state, trainer.config, time.monotonic()
     if state.epoch + 1 >= config.epochs:
         log_rank0(f'already trained for --epochs {config.epochs}')
@@ -361,24 +384,27 @@ def fit(trainer: Trainer, train_loader: DataLoader, evaluator: 'Evaluator', mana
     for epoch in range(state.epoch + 1, config.epochs):
         train_loader.sampler.set_epoch(epoch, state.position)  # type: ignore[attr-defined]
         steps_done = state.position // ((train_loader.batch_size or 1) * utils.get_world_size())
-        stats = train_one_epoch(trainer, train_loader, epoch, steps_done, manager.after_step)
+        stats = train_one_epoch(trainer, train_loader, epoch, steps_done, manager.after_step, metrics)
         manager.save_before_evaluation()
         if config.log_grad_share:
             shares = trainer.gradient_shares(first_batch(train_loader, epoch))
             text = ', '.join(f'{name} {share:.1%}' for name, share in shares.items())
             log_rank0(f'gradient    {text or "no shares: the gradient overflows or is 0"}')
             stats |= {f'share_{name}': share for name, share in shares.items()}
-        finish_epoch(trainer, evaluator, manager, stats)
+        metrics.log(finish_epoch(trainer, evaluator, manager, stats), state.step)
         report_bad_images(config.device, train_loader, evaluator.loader)
     manager.finish()
+    metrics.close()
     took = time.monotonic() - start
     share = manager.seconds / max(took, 1e-9)
     log_rank0(f'Training time {timedelta(seconds=int(took))}, {share:.2%} of it for {manager.saves} saves')
     report_bad_images(config.device, train_loader, evaluator.loader, again=True)
 
 
-def finish_epoch(trainer: Trainer, evaluator: 'Evaluator', manager: CheckpointManager, stats: dict[str, float]) -> None:
-    """Evaluates the student, and its EMA if asked for; writes the row of the log and the checkpoint."""
+def finish_epoch(
+    trainer: Trainer, evaluator: 'Evaluator', manager: CheckpointManager, stats: dict[str, float]
+) -> dict[str, float]:
+    """Evaluates the student, and its EMA if asked for; saves the checkpoint and the row of the log; returns the row."""
     state = trainer.state
     models = {'test': ('network', state.model)}
     if trainer.config.eval_ema and state.ema is not None:
@@ -395,7 +421,9 @@ def finish_epoch(trainer: Trainer, evaluator: 'Evaluator', manager: CheckpointMa
     log_rank0(f'Max accuracy: {state.best_acc1:.2f}%')
     state.finish_epoch()
     parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
-    manager.save({**row, 'epoch': state.epoch, 'n_parameters': parameters}, best)
+    row |= {'epoch': state.epoch, 'n_parameters': parameters}
+    manager.save(row, best)
+    return row
 
 
 @dataclass(frozen=True)
@@ -455,10 +483,16 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     lengths = utils.gather_over_ranks(torch.tensor([float(len(loader))], device=device))
     rounds = max(int(length) for (length,) in lengths)
-    for _, batch in zip_longest(range(rounds), iter_with_signals_blocked(loader)):
-        if batch is not None:
-            sums += count_correct(model, batch[0], batch[1], device, amp_dtype)
-        poll()
+    with progress_bar('evaluation', rounds) as bar:
+        shown = time.monotonic()
+        for number, batch in zip_longest(range(rounds), iter_with_signals_blocked(loader)):
+            if batch is not None:
+                sums += count_correct(model, batch[0], batch[1], device, amp_dtype)
+            poll()
+            bar.update()
+            if bar.disable and time.monotonic() - shown > EVALUATION_LINES:
+                log_rank0(f'[evaluation {number + 1}/{rounds}]')
+                shown = time.monotonic()
     loss, correct1, correct5, images = utils.sum_over_ranks(sums).tolist()
     return {
         'loss': loss / max(images, 1),

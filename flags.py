@@ -21,7 +21,9 @@ from timm.utils import ParseKwargs
 
 import datasets
 import models
+from config_files import read_config
 from flag_hints import explain_unknown
+from loggers import SINKS, parse_sinks
 from losses import DISTILLATION_TYPES, RELATION_DTYPES, RELATION_TERMS, RELATIONS
 from utils import NO_VALUES, UsageError, format_values
 
@@ -61,6 +63,13 @@ def _block_id(text: str) -> int | str:
     if text != 'auto' and not re.fullmatch(r'-?\d+', text):
         raise argparse.ArgumentTypeError(f'{text} is neither a whole number nor auto')
     return text if text == 'auto' else int(text)
+
+
+def _sinks(text: str) -> list[str]:
+    try:
+        return parse_sinks(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _data_set(text: str) -> str:
@@ -313,10 +322,12 @@ class DataConfig:
     @property
     def workers(self) -> int:
         """Data loading processes per rank."""
-        if self.num_workers is not None:
-            return self.num_workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-        return min(10, cores or 1)
+        return min(10, cores or 1) if self.num_workers is None else self.num_workers
+
+    def check_path(self) -> None:
+        if self.data_set != 'FAKE' and not self.data_path:
+            raise UsageError(f"--data-path '': required with --data-set {self.data_set}")
 
     def check(self) -> None:
         if self.num_classes is not None and not self.data_set.startswith('wds/'):
@@ -331,6 +342,10 @@ class RunConfig:
 
     output_dir: str = flag('', 'folder for checkpoints and log.txt; empty: nothing is written', '--output_dir',
         '--output-dir')
+    config: str = flag('', 'YAML file with flags, one `flag: value` per line, such as the args.yaml of a run; flags on '
+        'the command line have priority')
+    log_to: list[str] = flag((), 'further destinations of metrics beside metrics.jsonl, with commas between them: '
+        + ', '.join(SINKS), type=_sinks)
     resume: str = flag('', 'checkpoint to continue from: a file, URL, hf-hub:OWNER/NAME or local-dir:FOLDER; weights '
         'alone start at --start_epoch; auto: the newest intact checkpoint in --output_dir, or a new run')
     save_interval_minutes: float = flag(10.0, 'minutes between checkpoints within an epoch; 0: none', type=NON_NEGATIVE)
@@ -426,8 +441,8 @@ class Config:
 
     def _check_batch(self) -> None:
         data, optim, augment = self.data, self.optim, self.augment
-        if data.data_set != 'FAKE' and not data.data_path:
-            raise UsageError(f"--data-path '': required with --data-set {data.data_set}")
+        if not (self.run.eval and self.run.resume):  # an evaluation takes the data set from its checkpoint
+            data.check_path()
         # timm draws the side of the box in pixels, below the larger one.
         sides = [int(self.model.input_size * side) for side in augment.cutmix_minmax or (0, 1)]
         if len(sides) != 2 or sides[0] >= sides[1]:
@@ -518,6 +533,8 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = get_args_parser(description)
+    if config_file := parser.parse_known_args(argv)[0].config:
+        argv = [*read_config(config_file, parser._actions), *argv]
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         counts = {name: action.nargs for action in parser._actions for name in action.option_strings}

@@ -37,6 +37,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import config_files
 import datasets
 import loggers
 import run_dir
@@ -46,7 +47,7 @@ import utils
 from engine import Evaluator, TrainConfig, Trainer, fit
 from flags import AugmentConfig, Config, LossConfig, OptimConfig, RunConfig, parse_args
 from loaders import LoaderBuilder, choose_repeated_aug, report_bad_images
-from loggers import log_rank0
+from loggers import MetricLog, log_rank0
 from losses import ManifoldDistillationLoss
 from pair import Pair, adopt_data, build_pair, compile_pair, log_blocks, num_classes_of, read_weights
 from readers import BadImageError
@@ -64,6 +65,7 @@ def run(config: Config, device: torch.device, signals: StopSignals) -> None:
         run_dir.lock(flags.output_dir)  # before anything in it is read
     checkpoint, own = run_dir.read_resume(flags.resume, flags.output_dir, flags.eval)
     data = adopt_data(config, checkpoint) if flags.eval else config.data
+    data.check_path()
     with usage_error_context('--data-path', data.data_path):
         num_classes = utils.main_process_first(
             lambda: datasets.count_classes(data.data_set, data.data_path, data.inat_category, data.num_classes)
@@ -85,6 +87,9 @@ def run(config: Config, device: torch.device, signals: StopSignals) -> None:
     loaders = LoaderBuilder(data, config.model.input_size, flags.seed, device)
     val_loader = loaders.val(config.optim.batch_size)
     summary.warn_of_missing_classes(val_loader, data.data_path, num_classes)
+    names = datasets.class_names(val_loader.dataset.dataset, num_classes)  # type: ignore[attr-defined]
+    for source, file in files.with_logits(config):
+        summary.warn_of_other_classes(source, file, names)
     fill = [min(255, round(255 * value)) for value in pair.stats[0]]  # as timm does
     preprocess = DevicePreprocess(*pair.stats, config.augment.remode, fill).to(device)
     copies = 1 if data.dist_eval else utils.get_world_size()
@@ -161,7 +166,19 @@ def train(
         last_step=last_step,
         before_save=trainer.guard.sync,
     )
-    fit(trainer, train_loader, evaluator, manager)
+    metrics = start_logs(flags, config.flags(), state.step)
+    fit(trainer, train_loader, evaluator, manager, metrics)
+
+
+def start_logs(flags: RunConfig, values: dict[str, Any], step: int) -> MetricLog:
+    """Starts what is written beside the checkpoints, on the first rank: args.yaml, console.log, metrics."""
+    if not flags.output_dir or utils.get_rank() > 0:
+        return MetricLog()
+    folder = Path(flags.output_dir)
+    with suppress(OSError):  # a full disk must not stop a run
+        config_files.write_args(folder, values)
+    loggers.console_file.open(folder / loggers.CONSOLE)
+    return MetricLog(folder, flags.log_to, values, step)
 
 
 def build_settings(
@@ -304,6 +321,7 @@ def _start(argv: list[str] | None, signals: StopSignals) -> None:
         raise
     finally:
         run_dir.unlock()
+        loggers.console_file.open(None)
 
 
 def stop(reason: object, code: int) -> NoReturn:

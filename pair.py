@@ -1,6 +1,6 @@
 """Student and teacher of a run: built through timm, with hooks on the chosen blocks, their tokens on common grids."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +10,7 @@ from timm.layers import PatchEmbed
 from torch import nn
 
 import checkpoints
+import datasets
 import models
 from flags import Config, DataConfig, ModelConfig
 from loggers import log_rank0
@@ -24,8 +25,18 @@ class WeightsFiles:
     """Contents of a run's weights files, as `checkpoints.read_checkpoint` returns them; {} for no file."""
 
     resume: dict[str, Any] = field(default_factory=dict)
-    finetune: dict[str, Any] = field(default_factory=dict)
+    finetune: dict[str, Any] = field(default_factory=dict)  # not read with --resume, whose weights count
     teacher: dict[str, Any] = field(default_factory=dict)
+
+    def with_logits(self, config: Config) -> list[tuple[str, dict[str, Any]]]:
+        """The files whose logits are compared with the classes of the data, by the flag that names them."""
+        model, run = config.model, config.run
+        found = []
+        if run.eval:
+            found = [(f'--resume {run.resume}', self.resume), (f'--finetune {model.finetune}', self.finetune)]
+        if config.loss.distillation_alpha or run.eval_teacher:
+            found.append((f'--teacher-path {model.teacher_path}', self.teacher))
+        return found
 
 
 @dataclass(frozen=True)
@@ -61,15 +72,12 @@ def read_weights(config: Config, resume: dict[str, Any]) -> tuple[Config, Weight
         UsageError: a file cannot be read, or a flag contradicts it.
     """
     model, needs_teacher = config.model, config.distills or config.run.eval_teacher
-    files = WeightsFiles(resume, *(
-        _read(flag, path) for flag, path in (
-            ('--finetune', model.finetune), ('--teacher-path', model.teacher_path if needs_teacher else ''))
-    ))  # fmt: skip
+    finetune = {} if resume else _read('--finetune', model.finetune)
+    files = WeightsFiles(resume, finetune, _read('--teacher-path', model.teacher_path) if needs_teacher else {})
     student = {'model': 'model', 'model_kwargs': 'model_kwargs', 'input_size': 'input_size'}
     teacher = {'model': 'teacher_model', 'model_kwargs': 'teacher_kwargs'}
     model = adopt(model, config.typed, f'--resume {config.run.resume}', files.resume, student)
-    typed = config.typed | ({*student} if files.resume else set())
-    model = adopt(model, typed, f'--finetune {model.finetune}', files.finetune, student)
+    model = adopt(model, config.typed, f'--finetune {model.finetune}', files.finetune, student)
     model = adopt(model, config.typed, f'--teacher-path {model.teacher_path}', files.teacher, teacher)
     return replace(config, model=model), files
 
@@ -110,10 +118,12 @@ def adopt(part: Any, typed: frozenset[str], source: str, checkpoint: dict[str, A
         return part
     changes = {}
     for key, name in names.items():
-        was, now = saved.get(key, getattr(part, name)), getattr(part, name)
+        was, now = saved.get(key), getattr(part, name)
+        if key not in saved or not _IS_VALID[key](was):
+            continue
         if name not in typed:
             changes[name] = was
-        elif key in _ARCHITECTURE and _ARCHITECTURE[key](was) != _ARCHITECTURE[key](now):
+        elif key in _IS_SAME and not _IS_SAME[key](was, now):
             flag = flag_name(name)
             raise UsageError(
                 f'{source}: was trained with {flag_name(key)} {format_values(was)}, but {flag} is '
@@ -125,18 +135,40 @@ def adopt(part: Any, typed: frozenset[str], source: str, checkpoint: dict[str, A
     return replace(part, **changes)
 
 
-# What must be the same, of a flag's value. A tag after the dot names weights, and drop rates hold in training only.
-_ARCHITECTURE = {
-    'model': lambda name: name if models.has_source(name) else name.split('.')[0],
-    'model_kwargs': lambda kwargs: {key: value for key, value in kwargs.items() if 'drop' not in key},
+def _same_model(one: str, other: str) -> bool:
+    """Whether two names may be of one architecture. A tag after the dot names weights; a folder may have moved."""
+    if models.has_source(one) or models.has_source(other):
+        return True
+    return one.split('.')[0] == other.split('.')[0]
+
+
+def _same_kwargs(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether kwargs are the same, apart from drop rates, which have an effect in training only."""
+    return all(one.get(key) == other.get(key) for key in {*one, *other} if 'drop' not in key)
+
+
+_IS_SAME: dict[str, Callable[[Any, Any], bool]] = {'model': _same_model, 'model_kwargs': _same_kwargs}
+# Which values of a file can be used: it may be of a program with other flags of the same names.
+_IS_VALID: dict[str, Callable[[Any], bool]] = {
+    'model': lambda value: True,  # has been checked
+    'model_kwargs': lambda value: isinstance(value, dict),
+    'input_size': lambda value: type(value) is int and value > 0,
+    'data_set': lambda value: isinstance(value, str) and datasets.is_name(value),
+    'inat_category': lambda value: value in datasets.INAT_CATEGORIES,
+    'num_classes': lambda value: value is None or (type(value) is int and value > 0),
 }
 
 
 def recorded_stats(checkpoint: dict[str, Any]) -> Stats | None:
     """The normalisation of the images that a checkpoint was trained on; None if it does not say."""
-    with suppress(KeyError, TypeError):
-        return tuple(checkpoint['student']['mean']), tuple(checkpoint['student']['std'])
-    return None
+    record = checkpoint.get('student')
+    if not isinstance(record, dict):
+        return None
+    mean, std = record.get('mean'), record.get('std')
+    for values in (mean, std):
+        if not isinstance(values, list) or [*map(type, values)] != [float] * 3:
+            return None
+    return tuple(mean), tuple(std)  # type: ignore[arg-type]
 
 
 # Building -------------------------------------------------------------------------------------------------------------
@@ -193,7 +225,7 @@ def build_student(
         student = models.build(config.model, size, config.input_size, pretrained, kwargs)
     if num_classes_of(student) != num_classes:
         raise UsageError(f'--pretrained: {config.model} has {num_classes_of(student)} classes, the data {num_classes}')
-    if config.finetune:
+    if config.finetune and not files.resume:
         with usage_error_context('--finetune', f'{config.finetune} with --model {config.model}'):
             weights = models.named_weights(files.finetune, key=config.checkpoint_key)
             state, changes = models.adapt(student, weights, replace_heads=not evaluates)
@@ -316,9 +348,9 @@ def _align(config: ModelConfig, student: TappedModel, teacher: TappedModel) -> N
             size = _fitting_teacher_size(config, student, teacher)
             others = ', '.join(how for how in models.ALIGNMENTS if how not in ('error', config.token_align))
             raise UsageError(
-                f'--token-align {config.token_align}: {error}, in block {student.block_ids[i]} of --model '
-                f'{config.model} and block {teacher.block_ids[i]} of --teacher-model {config.teacher_model} with '
-                f'images of {config.teacher_size} pixels. '
+                f'--token-align {config.token_align}: block {student.block_ids[i]} of --model {config.model} and block '
+                f'{teacher.block_ids[i]} of --teacher-model {config.teacher_model} with images of '
+                f'{config.teacher_size} pixels: {error}. '
                 + (f'--teacher-input-size {size} gives the same grids. ' if size else '')
                 + f'Or use another --token-align ({others}) or other blocks (--list-blocks)'
             ) from error

@@ -39,6 +39,7 @@ RESUME_MAY_DIFFER = (
     'output_dir', 'resume', 'eval', 'eval_ema', 'eval_teacher', 'start_epoch', 'data_path', 'num_workers',
     'pin_mem', 'device', 'dist_url', 'dist_timeout', 'dist_eval', 'print_freq', 'keep', 'save_interval_steps',
     'save_interval_minutes', 'log_grad_share', 'list_blocks', 'num_classes', 'pretrained', 'checkpoint_key',
+    'config', 'log_to',
 )  # fmt: skip
 
 # Training state -------------------------------------------------------------------------------------------------------
@@ -98,12 +99,14 @@ class TrainingState:
             raise ValueError(f'format {checkpoint["format"]} is newer than this program, which reads up to {FORMAT}')
         for name, lowest in (('epoch', -1), ('position', 0), ('step', 0)):
             value = checkpoint.get(name, 0)
-            if not isinstance(value, int) or value < lowest:
+            if type(value) is not int or value < lowest:
                 raise ValueError(f'{name} must be a whole number of at least {lowest}, not {value!r}')
         self._load_optimizer(checkpoint['optimizer'])
         if checkpoint.get('scaler'):
             self.scaler.load_state_dict(checkpoint['scaler'])
         self.best_acc1 = float(checkpoint.get('best_acc1', 0.0))
+        if not 0 <= self.best_acc1 <= 100:
+            raise ValueError(f'best_acc1 must be a percentage, not {self.best_acc1}')
         self.position, self.step = checkpoint.get('position', 0), checkpoint.get('step', 0)
         self.meters.load_state_dict(checkpoint.get('meters') or {}, device)
         self.start_after(checkpoint['epoch'])
@@ -253,10 +256,12 @@ class CheckpointManager:
         """Writes the pending files in order, each one that can be written; returns the first error, '' if none."""
         assert self.folder is not None
         self._last_attempt, errors = time.monotonic(), []
+        with suppress(OSError):  # reported below
+            self.folder.mkdir(parents=True, exist_ok=True)  # the folder may have been removed during the run
+            keep_lock(self.folder)
         for path in [self.folder / name for name in KEPT if name in self._pending]:
             before_replace = self._rotate if path.name == LAST else None
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)  # the folder may have been removed during the run
                 checkpoints.write_durably(path, self._pending[path.name], before_replace)
             except OSError as error:
                 errors.append(f'{path}: {error.strerror or error}')
@@ -393,6 +398,21 @@ def _try_lock(path: Path) -> str:
         file.truncate(0)
         print(f'process {os.getpid()} on {socket.gethostname()}', file=file, flush=True)
     return ''
+
+
+def keep_lock(folder: Path) -> None:
+    """Locks a folder again that was locked, if the file `.lock` or the folder was removed meanwhile.
+
+    Raises:
+        NotSavedError: another run uses the folder now.
+    """
+    path = folder.resolve() / LOCK
+    file = _locks.get(path)
+    if file is None or (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+        return
+    _locks.pop(path).close()
+    if holder := _try_lock(path):
+        raise NotSavedError(f'{LOCK} was removed from --output_dir {folder}, which is now used by {holder}')
 
 
 def unlock() -> None:

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import timm
 import torch
@@ -75,6 +76,21 @@ def warn_of_missing_classes(val: DataLoader, data_path: str, num_classes: int) -
     if isinstance(folders, ImageNetFolder) and len(folders.classes) < num_classes:
         found = f'{len(folders.classes)} class folders of {num_classes}'
         log_rank0(f"warning: --data-path {data_path} has {found}; class numbers are ImageNet's")
+
+
+def warn_of_other_classes(source: str, file: dict[str, Any], names: list[str]) -> None:
+    """Warns if the classes that a weights file names are not those of the data, `names` by number."""
+    record = file.get('student')
+    recorded = record.get('classes') if isinstance(record, dict) else None
+    if not isinstance(recorded, list) or not names or len(recorded) != len(names):
+        return
+    differing = [i for i, (was, now) in enumerate(zip(recorded, names, strict=True)) if was and now and was != now]
+    if differing:
+        i = differing[0]
+        log_rank0(
+            f'warning: {source}: {len(differing)} of {len(names)} classes have other names than in the data; class {i} '
+            f"is '{recorded[i]}' in the file, '{names[i]}' in the data. Results are right only if the order is the same"
+        )
 
 
 def describe_loss(criterion: ManifoldDistillationLoss, patches: int, batch_size: int) -> str:

@@ -60,6 +60,9 @@ class RandomResizedCrop:
 
     def __call__(self, image: Tensor) -> Tensor:
         top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+        # In an image of a few pixels timm's box may be empty.
+        top, left = min(top, image.shape[1] - 1), min(left, image.shape[2] - 1)
+        height, width = max(height, 1), max(width, 1)
         mode = self.crop.interpolation
         mode = random.choice(mode) if isinstance(mode, tuple | list) else mode
         box = image[None, :, top : top + height, left : left + width]

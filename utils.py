@@ -45,6 +45,8 @@ def path_hint(path: Path) -> str:
     """What is probably meant by a path that does not exist, as the end of an error message; '' if that is unclear."""
     if str(path) != str(path).strip() and Path(str(path).strip()).exists():
         return '; remove the space before or after the path'
+    if path.is_symlink():
+        return f'; it is a link to {os.readlink(path)}, which does not exist'
     parent = next((folder for folder in path.parents if folder.exists()), None)
     if parent is None or not parent.is_dir():
         return ''
@@ -117,6 +119,9 @@ def _is_launched() -> bool:
     """Whether a launcher has started this process as one of several ranks."""
     env = os.environ
     given = [name for name in ('RANK', 'WORLD_SIZE') if name in env]
+    for name in given:
+        if not env[name].isdigit():
+            raise UsageError(f'{name}={env[name]} in the environment is not a whole number')
     if len(given) == 1:
         missing = 'WORLD_SIZE' if given == ['RANK'] else 'RANK'
         raise UsageError(f'{given[0]}={env[given[0]]} is set in the environment, but {missing} is not; use torchrun')
@@ -225,7 +230,7 @@ class Meters:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.total: Tensor | None = None  # float64: for each name a sum over images, then the number of images
-        self._printed: np.ndarray | float = 0.0  # `total` at the last line
+        self._printed: np.ndarray | float = 0.0  # `total` at the last call of `recent`
 
     def update(self, values: dict[str, Tensor], images: int) -> None:
         """Adds the means of one step over so many images, by name. No host sync."""
@@ -245,14 +250,13 @@ class Meters:
             self._printed = np.array(self.total.tolist())
         self.names = names
 
-    def line(self) -> str:
-        """Means since the previous line, and since the start of the epoch in brackets. Waits for the device."""
+    def recent(self) -> dict[str, float]:
+        """Means since the previous call, of this rank. Waits for the device."""
         if self.total is None:
-            return ''
+            return {}
         total = np.array(self.total.tolist())
         recent, self._printed = total - self._printed, total
-        pairs = zip(self.names, recent[:-1] / max(recent[-1], 1), total[:-1] / max(total[-1], 1), strict=True)
-        return '  '.join(f'{name}: {now:.4f} ({mean:.4f})' for name, now, mean in pairs)
+        return dict(zip(self.names, (recent[:-1] / max(recent[-1], 1)).tolist(), strict=True))
 
     def means(self) -> dict[str, float]:
         """Means over all images of all ranks. Waits for the device."""

@@ -137,8 +137,12 @@ def list_blocks(model: nn.Module, input_size: int | tuple[int, int]) -> list[Blo
     """
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     family, modules = find_modules(model)
+    try:
+        outputs = trace_shapes(model, size, modules)
+    except AssertionError as error:  # timm's
+        raise ValueError(f'the model cannot process images of {size[0]}×{size[1]} pixels: {error}') from error
     found = []
-    for i, (name, output) in enumerate(trace_shapes(model, size, modules).items()):
+    for i, (name, output) in enumerate(outputs.items()):
         output_index, x = _find_tokens(name, output)
         to_plain_layout = None if family.to_plain_layout is None else partial(family.to_plain_layout, model, i)
         x = x if to_plain_layout is None else to_plain_layout(x)

@@ -142,12 +142,12 @@ def named_weights(checkpoint: dict, ema: bool = False, key: str = '') -> dict[st
     keys = (key,) if key else EMA_KEYS if ema else WEIGHT_KEYS
     found = [name for name in keys if isinstance(checkpoint.get(name), dict)]
     first_keys = ', '.join(map(str, list(checkpoint)[:5])) or 'none'
-    if not found and (ema or key):
+    others = [name for name, value in checkpoint.items() if _is_state_dict(value)]
+    if (ema or key) and not (found and _is_state_dict(checkpoint[found[0]])):
         kind = 'EMA weights' if ema else 'weights'
-        raise ValueError(f'there are no {kind} under {" or ".join(keys)}: keys {first_keys}')
+        raise ValueError(f'there are no {kind} under {" or ".join(keys)}, only under {", ".join(others) or "no key"}')
     state = checkpoint[found[0]] if found else checkpoint
     if not _is_state_dict(state):
-        others = [name for name, value in checkpoint.items() if _is_state_dict(value)]
         advice = f'; --checkpoint-key {others[0]} takes the weights under that key' if others and not found else ''
         raise ValueError(
             f'there is no state dict, neither bare nor under {" or ".join(WEIGHT_KEYS)}: keys {first_keys}{advice}'

@@ -99,4 +99,4 @@ def test_non_finite_loss_on_gpu_names_its_first_step(rows, tmp_path, capsys):
         rows('out', teacher_path=spoilt, print_freq=100)
     assert stopped.value.code == 1
     assert 'not finite at step 0 of epoch 0 on rank 0: loss_dist, teacher logits; images ' in capsys.readouterr().err
-    assert not list((tmp_path / 'out').iterdir())
+    assert not toys.listing(tmp_path / 'out')

@@ -72,7 +72,7 @@ WRONG = [
     ({'finetune': '{place}/page.pth'}, 'it is an HTML or XML page'),
     ({'finetune': '{place}/pointer.pth'}, 'it is a pointer of Git LFS; fetch the file itself with `git lfs pull`'),
     ({'finetune': '{place}/dino.pth'}, '--checkpoint-key teacher takes the weights under that key'),
-    ({'finetune': '{place}/dino.pth', 'checkpoint_key': 'ema'}, 'there are no weights under ema: keys student, '),
+    ({'finetune': '{place}/dino.pth', 'checkpoint_key': 'ema'}, 'there are no weights under ema, only under teacher'),
     ({'checkpoint_key': 'ema', **toys.ALONE}, 'needs the file, --teacher-path or --finetune'),
     ({'finetune': '{place}/dino.pth', 'pretrained': True}, '--pretrained names other weights; only one can be used'),
     # models
@@ -80,11 +80,12 @@ WRONG = [
     ({'model_kwargs': 'path_size=8'}, 'with path_size=8: VisionTransformer.__init__() got an unexpected keyword'),
     ({'model_kwargs': 'in_chans=1 depth=2'}, 'cannot build or run it with in_chans=1: '),
     ({'teacher_kwargs': 'path_size=8'}, '--teacher-kwargs path_size=8: timm cannot build or run it with path_size=8'),
-    ({'token_align': 'error', 'model_kwargs': OTHER_PATCHES}, 'in block 0 of --model deit_tiny_patch16_224 and block 0 '
-     'of --teacher-model cait_s24_224 with images of 32 pixels. --teacher-input-size 16 gives the same grids.'),
+    ({'token_align': 'error', 'model_kwargs': OTHER_PATCHES}, 'block 0 of --model deit_tiny_patch16_224 and block 0 of '
+     '--teacher-model cait_s24_224 with images of 32 pixels: the student has 2×2 patch tokens and the teacher 4×4. '
+     '--teacher-input-size 16 gives the same grids.'),
     ({'max_patches': 16, 'token_align': 'merge', 'model_kwargs': OTHER_PATCHES},
      'the student has 2×2 patch tokens and the teacher 4×4; --max-patches 16 merges them into 2×2 and 4×4; '
-     '--max-patches 4 works, in block 0'),
+     '--max-patches 4 works. '),
 ]  # fmt: skip
 
 
@@ -491,3 +492,126 @@ def test_message_about_a_value_that_is_not_finite_says_what_to_try(run, monkeypa
     with pytest.raises(SystemExit):
         run()
     assert capsys.readouterr().err.endswith('images 1 2; try a smaller --lr, or --clip-grad 1\n')
+
+
+# Found by a hostile newcomer ------------------------------------------------------------------------------------------
+
+
+def renamed(files, folder):
+    """The images of `files/tree`, with other names of the classes."""
+    shutil.copytree(files / 'tree', folder)
+    for split in ('train', 'val'):
+        for old, new in (('c0', 'y'), ('c1', 'x')):
+            (folder / split / old).rename(folder / split / new)
+    return folder
+
+
+def test_other_class_names_are_warned_of_at_evaluation_and_of_a_teacher(trained, files, tmp_path, capsys):
+    weights, data = trained / 'checkpoint.pth', renamed(files, tmp_path / 'data')
+    for flag in ('resume', 'finetune'):
+        main.main(silent(eval=True, data_set='FOLDER', data_path=data, **{flag: weights}))
+        warning = toys.line_with(capsys, 'other names')
+        assert warning.startswith(
+            f'warning: --{flag} {weights}: 2 of 2 classes have other names than in the data; class 0'
+        )
+        assert "'c0' in the file, 'x' in the data" in warning
+    flags = {'data_set': 'FOLDER', 'data_path': data, 'batch_size': 4, 'input_size': 32, 'epochs': 1}
+    flags |= {'model': 'deit_tiny_patch16_224', 'model_kwargs': toys.RUN['model_kwargs'], 'teacher_path': weights}
+    main.main(silent(**flags, distillation_type='soft'))
+    assert f'--teacher-path {weights}: 2 of 2 classes' in toys.line_with(capsys, 'other names')
+    main.main(silent(eval=True, data_path=files / 'tree', resume=weights))
+    assert 'other names' not in capsys.readouterr().out
+
+
+def test_fake_data_of_a_checkpoint_needs_no_path(run, tmp_path, capsys):
+    run(**toys.ALONE)
+    main.main(silent(eval=True, resume=tmp_path / 'checkpoint.pth'))
+    assert 'FAKE' in capsys.readouterr().out
+    error = toys.refused(capsys, **dict.fromkeys(toys.RUN), eval=True, resume=toys.save(tmp_path / 'x.pth', {'a': 1}))
+    assert "--data-path '': required with --data-set IMNET" in error
+
+
+def test_lock_is_taken_again_if_its_file_is_removed(tmp_path):
+    run_dir.lock(str(tmp_path))
+    (tmp_path / '.lock').unlink()
+    run_dir.keep_lock(tmp_path)
+    assert (tmp_path / '.lock').exists()
+    (tmp_path / '.lock').unlink()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:  # another run comes between
+        file = open(tmp_path / '.lock', 'w')  # noqa: SIM115
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        os.write(writer, b'.')
+        signal.pause()
+    os.read(reader, 1)
+    with pytest.raises(run_dir.NotSavedError, match='which is now used by'):
+        run_dir.keep_lock(tmp_path)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    run_dir.unlock()
+
+
+def test_images_of_one_pixel_are_trained_on(run, tmp_path):
+    for split in ('train', 'val'):
+        toys.write_images(tmp_path / 'data' / split, [8, 8], 1)
+    flags = {**toys.FOLDER, 'data_path': tmp_path / 'data', 'input_size': 40, 'epochs': 4}
+    assert len(run(**flags, output_dir=tmp_path / 'run')) == 4
+
+
+def test_folder_of_a_model_may_have_moved(run, local_model, tmp_path, capsys):
+    folder, _ = local_model
+    flags = {**toys.ALONE, 'model_kwargs': None, 'pretrained': True}
+    run(**flags, model=f'local-dir:{folder}', output_dir=tmp_path / 'run')
+    folder.rename(tmp_path / 'moved')
+    (row,) = toys.log_rows(tmp_path / 'run')
+    capsys.readouterr()
+    words = {'eval': True, 'resume': tmp_path / 'run' / 'checkpoint.pth', 'model': f'local-dir:{tmp_path / "moved"}'}
+    main.main(silent(**words))
+    assert f'loss {row["test_loss"]:.3f}' in capsys.readouterr().out
+
+
+def test_flags_of_another_program_in_a_file_are_used_only_if_they_can_be(files, tmp_path, capsys):
+    args = {'model': 'deit_tiny_patch16_224', 'model_kwargs': ['x'], 'input_size': None, 'data_set': 'MNIST'}
+    contents = {'state_dict': toys.student(2).state_dict(), 'args': args, 'student': {'mean': ['a'], 'std': [1.0]}}
+    path = toys.save(tmp_path / 'other.pth', contents)
+    flags = {
+        'input_size': 32,
+        'model_kwargs': toys.RUN['model_kwargs'],
+        'data_set': 'FOLDER',
+        'data_path': files / 'tree',
+    }
+    main.main(silent(eval=True, resume=path, **flags))
+    assert '--model deit_tiny_patch16_224, from --resume' in capsys.readouterr().out
+
+
+def test_resume_does_not_read_the_weights_it_started_from(run, files, tmp_path, epochs):
+    start = toys.save(tmp_path / 'start.pth', toys.student().state_dict())
+    flags = {'finetune': start, 'output_dir': tmp_path / 'run', 'resume': 'auto'}
+    run(**flags)
+    os.unlink(start)
+    assert [row['epoch'] for row in run(**flags, epochs=2)] == [0, 1]
+
+
+@pytest.mark.parametrize(('name', 'value'), [('RANK', 'x'), ('WORLD_SIZE', '2.5')])
+def test_wrong_number_in_the_environment_is_named(monkeypatch, capsys, name, value):
+    monkeypatch.setenv('RANK', '0'), monkeypatch.setenv('WORLD_SIZE', '1'), monkeypatch.setenv(name, value)
+    assert f'{name}={value} in the environment is not a whole number' in toys.refused(capsys, **toys.ALONE)
+
+
+def test_dangling_link_is_named(tmp_path, capsys):
+    (tmp_path / 'data').symlink_to(tmp_path / 'nowhere')
+    error = toys.refused(capsys, **toys.FOLDER, data_path=tmp_path / 'data')
+    assert f'no such folder; it is a link to {tmp_path}/nowhere, which does not exist' in error
+
+
+def test_blank_line_at_the_end_of_the_log_is_accepted(run, tmp_path, epochs):
+    run()
+    with open(tmp_path / 'log.txt', 'a') as file:
+        file.write('\n')
+    assert len(run(resume='auto', epochs=2)) == 2
+
+
+def test_images_that_a_model_does_not_take_are_a_value_error():
+    with pytest.raises(ValueError, match='the model cannot process images of 64×64 pixels'):
+        models.tap(toys.student(), [0], 64)

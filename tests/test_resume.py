@@ -27,7 +27,7 @@ def test_resume_between_epochs_is_exact(run, tmp_path, monkeypatch, changes):
     def killed_in_epoch_1(trainer, *rest):
         if trainer.state.epoch == 0:
             raise toys.KilledError
-        finish_epoch(trainer, *rest)
+        return finish_epoch(trainer, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, 'finish_epoch', killed_in_epoch_1)

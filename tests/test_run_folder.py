@@ -42,11 +42,11 @@ def test_finished_run_has_nothing_to_train(run, tmp_path, capsys, epochs):
 def test_finished_run_is_not_overwritten(run, tmp_path, capsys, resumed):
     run(**toys.ALONE)
     toys.save(tmp_path / 'weights.pth', toys.student().state_dict())
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = toys.listing(tmp_path)
     resume = str(tmp_path / resumed) if resumed else None
     error = toys.refused(capsys, **toys.ALONE, epochs=2, output_dir=tmp_path, resume=resume)
     assert f'--output_dir {tmp_path}: already contains log.txt and best_checkpoint.pth and checkpoint.pth' in error
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert toys.listing(tmp_path) == before
 
 
 @pytest.mark.parametrize('text', ['{"epoch": 299}\n', 'hello\n', '[1]\n'])
@@ -135,7 +135,7 @@ def test_keep_limits_older_checkpoints(run, tmp_path, epochs, monkeypatch, keep,
 
     def counted(trainer, *rest):
         trainer.state.step += 2
-        finish_epoch(trainer, *rest)
+        return finish_epoch(trainer, *rest)
 
     monkeypatch.setattr(engine, 'finish_epoch', counted)
     run(epochs=3, keep=keep)
@@ -228,7 +228,7 @@ def test_teacher_weights_are_in_no_file(through):
 
 def test_signal_while_reading_is_not_damage(run, tmp_path, monkeypatch, capsys):
     run(**toys.ALONE)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = toys.listing(tmp_path)
     read = torch.load
 
     def interrupted(*args, **kwargs):
@@ -240,4 +240,4 @@ def test_signal_while_reading_is_not_damage(run, tmp_path, monkeypatch, capsys):
         run(**toys.ALONE, epochs=2, resume='auto')
     assert stopped.value.code == 128 + signal.SIGTERM
     assert 'damaged' not in ''.join(capsys.readouterr())
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert toys.listing(tmp_path) == before

@@ -118,7 +118,7 @@ def test_batch_of_the_gradient_shares_starts_each_epoch(run, monkeypatch):
 
 def test_summary_describes_the_run(run, capsys):
     run(batch_size=4, lr=0.01)
-    screen, training = capsys.readouterr().out.split('Epoch: [0]', 1)
+    screen, training = capsys.readouterr().out.split('[0/1 ', 1)
     for words in [
         f'torch {torch.__version__}',
         f'timm {timm.__version__}',
@@ -136,7 +136,7 @@ def test_summary_describes_the_run(run, capsys):
         f'{sum(p.numel() for p in toys.teacher().parameters()):,} parameters, blocks 0 1 5 of 6',
     ]:
         assert words in screen
-    assert all(f'loss_{term}: ' in training for term in toys.TERMS)
+    assert all(f' {term.removeprefix("mf_")} ' in training for term in toys.TERMS)
 
 
 def test_missing_gpu_falls_back_to_cpu(run, epochs, capsys):

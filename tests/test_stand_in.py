@@ -56,7 +56,7 @@ def step(monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'backward', backward)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: True)
     monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
-    monkeypatch.setattr(utils.Meters, 'line', lambda meters: '')
+    monkeypatch.setattr(utils.Meters, 'recent', lambda meters: {})
     monkeypatch.setattr(utils.Meters, 'means', lambda meters: {})
     torch.__future__.set_overwrite_module_params_on_conversion(True)
 

@@ -60,12 +60,12 @@ def test_means_over_steps_and_loss_as_sum_of_terms(names):
     np.testing.assert_allclose(list(means.values()), [table.sum(1).mean(), *table.mean(0)], rtol=1e-6)
 
 
-def test_line_has_recent_and_epoch_means():
+def test_recent_means_are_of_the_steps_since_the_last_call():
     meters = utils.Meters()
     feed(meters, a=[1, 2], b=[10, 20])
-    assert meters.line() == 'loss: 16.5000 (16.5000)  loss_a: 1.5000 (1.5000)  loss_b: 15.0000 (15.0000)'
+    assert meters.recent() == {'loss': 16.5, 'loss_a': 1.5, 'loss_b': 15}
     feed(meters, a=[6], b=[0])
-    assert meters.line() == 'loss: 6.0000 (13.0000)  loss_a: 6.0000 (3.0000)  loss_b: 0.0000 (10.0000)'
+    assert meters.recent() == {'loss': 6, 'loss_a': 6, 'loss_b': 0}
 
 
 def test_means_are_over_images():
@@ -73,7 +73,7 @@ def test_means_are_over_images():
     feed(meters, images=6, a=[1])
     feed(meters, images=2, a=[5])
     assert meters.means() == {'loss': 2, 'loss_a': 2}
-    assert meters.line() == 'loss: 2.0000 (2.0000)  loss_a: 2.0000 (2.0000)'
+    assert meters.recent() == {'loss': 2, 'loss_a': 2}
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
@@ -81,14 +81,14 @@ def test_non_finite_step_is_left_out(value):
     with_it, without = utils.Meters(), utils.Meters()
     feed(with_it, good=[1, 2, 4], bad=[1, value, 3])
     feed(without, good=[1, 4], bad=[1, 3])
-    assert with_it.line() == without.line()
+    assert with_it.recent() == without.recent()
     assert with_it.means() == without.means() == {'loss': 4.5, 'loss_good': 2.5, 'loss_bad': 2}
 
 
-def test_line_after_only_non_finite_steps():
+def test_recent_means_after_only_non_finite_steps():
     meters = utils.Meters()
     feed(meters, a=[math.nan])
-    assert meters.line() == 'loss: 0.0000 (0.0000)  loss_a: 0.0000 (0.0000)'
+    assert meters.recent() == {'loss': 0, 'loss_a': 0}
 
 
 def ranks(monkeypatch, world: int, rank: int) -> None:
@@ -100,11 +100,11 @@ def test_meters_resume_exactly():
     meters, again = utils.Meters(), utils.Meters()
     feed(meters, a=[0.1, 0.2], b=[0.3, 0.7])
     again.load_state_dict(meters.state_dict(), CPU)
-    meters.line()
+    meters.recent()
     for each in (meters, again):
         feed(each, a=[0.7], b=[0.9])
     assert again.means() == meters.means()
-    assert again.line() == meters.line()  # the recent means are of the steps after the resume
+    assert again.recent() == meters.recent()  # the recent means are of the steps after the resume
     empty = utils.Meters()
     empty.load_state_dict(utils.Meters().state_dict(), CPU)
     assert empty.total is None
@@ -149,7 +149,7 @@ def test_meters_accept_a_new_term_in_mid_epoch():
     feed(meters, a=[2, 4])
     again.load_state_dict(meters.state_dict(), CPU)
     feed(again, a=[6], b=[9])
-    assert again.line() == 'loss: 15.0000 (7.0000)  loss_a: 6.0000 (4.0000)  loss_b: 9.0000 (3.0000)'
+    assert again.recent() == {'loss': 15, 'loss_a': 6, 'loss_b': 9}
     assert again.means() == {'loss': 7, 'loss_a': 4, 'loss_b': 3}
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,19 @@ def as_release(state: dict, ema: dict | None = None, **more) -> dict:
     return {**parts, 'model_ema': ema or state, 'scaler': scaler, 'args': args, **more}
 
 
+class Slow(list):
+    """Batches that each take some seconds."""
+
+    def __init__(self, batches: list, seconds: float) -> None:
+        super().__init__(batches)
+        self.seconds = seconds
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            time.sleep(self.seconds)
+            yield batch
+
+
 class KilledError(Exception):
     """Stands for a kill: ends a run at an unexpected point."""
 
@@ -245,7 +259,9 @@ def after_calls(patch, module, name: str, count: int, act) -> None:
 
 
 def listing(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """The files of a run's state by name, without what is written beside it."""
+    logs = ('args.yaml', 'console.log', 'metrics.jsonl')
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in logs}
 
 
 def line_with(capsys, word: str) -> str:

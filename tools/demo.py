@@ -72,7 +72,7 @@ class Run:
             show(f'{self.title}: starting')
             for line in process.stdout:
                 output.write(line)
-                if found := re.match(r'Epoch: \[(\d+)\] took', line):
+                if found := re.match(r'epoch (\d+) took', line):
                     elapsed = time.monotonic() - start
                     show(f'{self.title}: epoch {int(found[1]) + 1}/{self.epochs}{accuracy}, {elapsed:.0f} s')
                 elif found := re.match(r'\* Acc@1 (\S+)', line):

@@ -15,6 +15,8 @@ import torch
 from faults import Fault, inject
 
 import checkpoints
+import config_files
+import loggers
 import main
 
 TEACHER = {'patch_size': 8, 'depth': 3, 'embed_dim': 32, 'num_heads': 4, 'init_values': 1.0}
@@ -157,7 +159,8 @@ def folder_problem(folder: Path, keep: int = 1) -> str:
     names = sorted(path.name for path in folder.iterdir())
     strays = [name for name in names if name.endswith('.tmp')]
     earlier = [name for name in names if re.fullmatch(r'checkpoint-\d{8}\.pth', name)]
-    odd = set(names) - set(strays) - set(earlier) - set(checkpoints.KEPT)
+    logs = {config_files.ARGS, loggers.CONSOLE, loggers.METRICS, checkpoints.LOCK}
+    odd = set(names) - set(strays) - set(earlier) - set(checkpoints.KEPT) - logs
     if odd or len(strays) > 1 or len(earlier) > keep:
         return f'files: {" ".join(names)}'
     if checkpoints.find_checkpoints(folder):

@@ -1,0 +1,107 @@
+"""Flags from YAML files, and the args.yaml of a run."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import toys
+import yaml
+
+import flags
+import main
+from utils import UsageError
+
+pytestmark = pytest.mark.usefixtures('few_generated_images')
+
+CONFIGS = sorted((Path(main.__file__).parent / 'configs').glob('*.yaml'))
+
+
+def config_of(tmp_path, text: str, *words: str) -> flags.Config:
+    (tmp_path / 'flags.yaml').write_text(text)
+    return flags.parse_args(['--config', str(tmp_path / 'flags.yaml'), *words])
+
+
+def test_values_of_all_kinds_are_those_of_the_command_line(tmp_path):
+    text = """
+        data-set: FAKE
+        input_size: 32
+        s_id: [0, -1]
+        t_id: [0, -1]
+        teacher_path: x.pth
+        distillation-type: soft
+        model_kwargs: {depth: 4, mlp_ratio: 2.5, qkv_bias: false}
+        model-ema: false
+        no_pin_mem: true
+        repeated_aug: always
+        w-patch: 4
+        lr: 5e-3
+        eval_ema: true
+        opt_betas: null
+    """
+    found = config_of(tmp_path, text)
+    words = """--data-set FAKE --input-size 32 --s-id 0 -1 --t-id 0 -1 --teacher-path x.pth --distillation-type soft
+        --model-kwargs depth=4 mlp_ratio=2.5 qkv_bias=False --no-model-ema --no-pin-mem --repeated-aug --w-patch 4
+        --lr 5e-3 --eval-ema""".split()
+    expected = flags.parse_args(words)
+    assert {**found.flags(), 'config': ''} == expected.flags()
+    assert found.typed - {'config'} == expected.typed
+
+
+def test_command_line_has_priority(tmp_path):
+    found = config_of(tmp_path, 'data_set: FAKE\nlr: 0.1\nrepeated_aug: false\n', '--lr', '0.2', '--repeated-aug')
+    assert (found.optim.lr, found.augment.repeated_aug) == (0.2, 'always')
+
+
+@pytest.mark.parametrize(
+    ('text', 'answer'),
+    [
+        ('learning_rate: 1', 'learning_rate is no flag'),
+        ('input-sise: 1', 'input-sise is no flag; did you mean input_size?'),
+        ('lr: [', 'is not a YAML file'),
+        ('- lr', 'must have one `flag: value` per line'),
+        ('help: true', 'help is no flag'),
+        ('lr: fast', '--lr: fast: must be a number above 0'),
+    ],
+)
+def test_wrong_file_is_refused_in_one_line(tmp_path, text, answer):
+    with pytest.raises(UsageError) as caught:
+        config_of(tmp_path, 'data_set: FAKE\n' + text if text[0] != '-' else text)
+    assert answer in str(caught.value)
+    assert '\n' not in str(caught.value)
+
+
+def test_missing_file_is_refused(tmp_path):
+    (tmp_path / 'flags.yaml').write_text('')
+    with pytest.raises(UsageError, match=r'--config .*flag.yaml: No such file .* did you mean .*/flags.yaml'):
+        flags.parse_args(['--config', str(tmp_path / 'flag.yaml')])
+
+
+def test_args_of_a_run_make_the_same_run_again(run, tmp_path):
+    first = run(epochs=2, batch_size=4, output_dir=tmp_path / 'a', s_id='auto', t_id='auto', no_model_ema=True)
+    shutil.copy(tmp_path / 'a' / 'args.yaml', tmp_path / 'args.yaml')
+    main.main(['--config', str(tmp_path / 'args.yaml'), '--output_dir', str(tmp_path / 'b')])
+    assert toys.log_rows(tmp_path / 'b') == first
+    one, other = (yaml.safe_load((tmp_path / name / 'args.yaml').read_text()) for name in 'ab')
+    assert {**one, 'output_dir': ''} == {**other, 'output_dir': ''}
+    head = (tmp_path / 'a' / 'args.yaml').read_text().splitlines()[:3]
+    assert all(line.startswith('# ') for line in head)
+    assert 'torch ' in head[1]
+    assert 'commit ' in head[2]
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_accepted(path):
+    config = yaml.safe_load(path.read_text())
+    words = ['--teacher-path', 'x'] if 'teacher_model' in config else []
+    found = flags.parse_args(['--config', str(path), '--data-path', 'x', *words]).flags()
+    assert {name: found[name] for name in config} == config
+
+
+def test_release_config_is_the_recipe_of_the_script():
+    script = (Path(main.__file__).parent / 'scripts' / 'train_deit_tiny_cait_s24.sh').read_text()
+    words = script[script.index('--distributed') :].replace('\\\n', ' ').replace('"${@:4}"', '').split()
+    typed = flags.parse_args([word.strip('"') for word in words])
+    config = Path(main.__file__).parent / 'configs' / 'deit_tiny_cait_s24.yaml'
+    paths = ['--data-path', '$data', '--teacher-path', '$teacher', '--output_dir', '$output']
+    found = flags.parse_args(['--config', str(config), *paths])
+    assert {**found.flags(), 'config': ''} == typed.flags()
