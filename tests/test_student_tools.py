@@ -217,6 +217,20 @@ def test_a_run_without_teacher_takes_one_from_the_flags(folder, files, images, t
     assert blocks == [['0', '0'], ['2', '4'], ['3', '5']]
 
 
+def test_checkpoint_of_the_release_has_its_pairs_and_teacher_in_a_namespace(files, images, tmp_path, capsys):
+    args = argparse.Namespace(
+        model='deit_tiny_patch16_224', input_size=SIZE, s_id=[1], t_id=[4], seed=3, finetune='', drop_path=0.1,
+        teacher_model='cait_s24_224', teacher_path=str(files / 'teacher.pth'), distillation_type='soft', gpu=0,
+    )  # fmt: skip
+    path = toys.save(tmp_path / 'release.pth', toys.as_release(toys.student().state_dict()) | {'args': args})
+    shapes = ['--model-kwargs', *toys.RUN['model_kwargs'].split()]
+    shapes += ['--teacher-kwargs', *toys.RUN['teacher_kwargs'].split()]
+    argv = [path, *images, '--out', str(tmp_path / 'a.png'), *shapes]
+    assert tools.relations.main(argv) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if '.png  ' in line]
+    assert [row[:3] for row in rows] == [['a.png', '1', '4'], ['b.png', '1', '4']]
+
+
 def test_figure_of_relation_maps():
     maps = [torch.full((4, 4), value) for value in (0.5, 0.25, 0.4)]
     row = tools.relations.Row(0, (3, 5), *maps)
@@ -301,7 +315,7 @@ def test_export_of_two_heads_returns_their_mean(tmp_path):
     model = timm.create_model('deit_tiny_distilled_patch16_224', **kwargs)
     args = argparse.Namespace(model='deit_tiny_distilled_patch16_224', input_size=SIZE, gpu=0, dist_backend='nccl')
     path = toys.save(tmp_path / 'release.pth', toys.as_release(model.state_dict()) | {'args': args})
-    words = [f'{key}={value}' for key, value in toys.STUDENT.items()]
+    words = toys.RUN['model_kwargs'].split()
     assert tools.export.main([path, '--to', str(tmp_path / 'out'), '--model-kwargs', *words]) == 0
     images = torch.randn(2, 3, SIZE, SIZE)
     model.set_distilled_training(True)
@@ -315,7 +329,7 @@ def test_export_of_two_heads_returns_their_mean(tmp_path):
 def test_export_of_bare_weights_needs_the_model(files, tmp_path, capsys):
     source, out = files / 'student.pth', ['--to', tmp_path / 'out']
     assert '--model' in error_of(capsys, 'export', source, *out)
-    words = [f'{key}={value}' for key, value in toys.STUDENT.items()]
+    words = toys.RUN['model_kwargs'].split()
     argv = [str(source), *map(str, out), '--model', 'deit_tiny_patch16_224', '--input-size', str(SIZE), '--formats']
     assert tools.export.main([*argv, 'timm', '--model-kwargs', *words]) == 0
     assert 'Acc@1' not in (tmp_path / 'out' / 'README.md').read_text()
@@ -345,6 +359,18 @@ def test_preprocessing_in_the_config_is_that_of_evaluation(tmp_path, size, image
     found = timm.data.create_transform(**timm.data.resolve_model_data_config(model))(picture)
     pixels = transforms.build_eval_transform(size)(picture)
     torch.testing.assert_close(found, transforms.DevicePreprocess(*models.normalisation(model))(pixels))
+
+
+def test_exported_folder_is_evaluated_like_the_run_and_can_teach(folder, run, few_generated_images, tmp_path, capsys):
+    source = f'local-dir:{tmp_path / "out"}'
+    assert tools.export.main([str(folder / 'run'), '--to', str(tmp_path / 'out'), '--formats', 'timm']) == 0
+    own = {'model': source, 'model_kwargs': None, 'finetune': source}
+    main.main(toys.flags(**{**toys.ALONE, **own, 'eval': True}))
+    last = toys.log_rows(folder / 'run')[-1]
+    result = f'Acc@1 {last["test_acc1"]:.3f} Acc@5 {last["test_acc5"]:.3f} loss {last["test_loss"]:.3f}'
+    assert result in capsys.readouterr().out
+    rows = run(teacher_model=source, teacher_kwargs=None, teacher_path=None, output_dir=tmp_path / 'taught')
+    toys.assert_sound(rows[0], absent=set())
 
 
 def test_export_that_differs_ends_with_status_1(folder, tmp_path, capsys, monkeypatch):

@@ -104,8 +104,6 @@ def load_student(run: FinishedRun, ema: bool) -> Student:
         own = models.normalisation(model, config.model)
     for change in changes:
         print(f'weights     {change}')
-    if hasattr(model, 'set_distilled_training'):
-        model.set_distilled_training(False)  # type: ignore[operator]
     stats = tuple(kept.get('mean') or own[0]), tuple(kept.get('std') or own[1])
     names = list(map(str, kept.get('classes') or ()))
     return Student(run, model.eval().requires_grad_(False), stats, names if len(names) == run.num_classes else [], ema)
@@ -253,8 +251,10 @@ def failures_in_one_line(name: str, errors: list[str]) -> Any:
     try:
         yield
     except Exception as error:
-        reason = re.sub(r'\x1b\[\d*m', '', str(error)).strip() or type(error).__name__
-        errors.append(f'{name}: {reason.splitlines()[0]}')
+        first: BaseException = error
+        while first.__cause__:  # ONNX's own message is a list of suggestions
+            first = first.__cause__
+        errors.append(f'{name}: cannot be exported: {(str(first).strip() or type(first).__name__).splitlines()[0]}')
 
 
 def export(student: Student, folder: Path, formats: list[str], tolerance: float) -> list[str]:

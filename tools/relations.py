@@ -29,7 +29,7 @@ from checkpoints import flags_of
 from flags import LossConfig, ModelConfig, Parser, RunConfig
 from losses import relation_map
 from pair import Pair, build_pair
-from readers import load_image
+from readers import BadImageError, load_image
 from tools.common import (
     FinishedRun,
     add_model_flags,
@@ -151,8 +151,10 @@ def read_images(paths: Sequence[str], config: ModelConfig) -> Tensor:
     size, found = config.input_size, []
     prepare = build_eval_transform(size)
     for path in paths:
-        with usage_error_context('--images', path):
+        try:
             image = prepare(load_image(path))
+        except BadImageError as error:  # names the file
+            raise UsageError(f'--images {error}') from error
         if image.shape[1:] != (size, size):
             width, height = image.shape[2], image.shape[1]
             raise UsageError(f'--images {path}: has {width}×{height} pixels; --input-size {size} needs {size}×{size}')
