@@ -139,6 +139,14 @@ def draw(runs: list[Run], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def draw_relations(student: Path, digits: Path, path: Path) -> None:
+    """Relation maps of the teacher and of a student before and after its run, for a three and an eight of `val`."""
+    images = [str(min(digits.glob(f'val/{digit}/*.png'))) for digit in (3, 8)]
+    shown = ['--images', *images, '--pairs', '0', '-1', '--out', str(path)]
+    command = [sys.executable, '-m', 'tools.relations', str(student), *shown]
+    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+
+
 def main(seed: str) -> None:
     folder = ROOT / 'runs' / ('demo' if seed == '0' else f'demo-{seed}')
     shutil.rmtree(folder, ignore_errors=True)  # its own earlier output, nothing else
@@ -147,7 +155,9 @@ def main(seed: str) -> None:
     for run in runs:
         run.train(folder / 'digits')
     draw(runs, folder / 'curves.png')
+    draw_relations(folder / 'manifold', folder / 'digits', folder / 'relations.png')
     print(f'\n{table(runs)}\ncurves: {os.path.relpath(folder / "curves.png")}')
+    print(f'relation maps of teacher and student + soft KD + manifold: {os.path.relpath(folder / "relations.png")}')
 
 
 if __name__ == '__main__':
