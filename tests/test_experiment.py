@@ -248,7 +248,9 @@ def test_missing_key_broken_yaml_and_wrong_arguments(tmp_path, capsys):
     assert_refused(capsys, [str(tmp_path / 'none.yaml')], f'{tmp_path / "none.yaml"}: cannot be read (No such file')
     write(tmp_path)
     assert_refused(capsys, [str(path)], f'--data: {path} needs the path of the data set')
-    assert_refused(capsys, [str(path), '--data', 'x', '--only', 'ful'], '--only ful: no row of')
+    assert_refused(
+        capsys, [str(path), '--data', 'x', '--only', 'ful'], f'--only ful: no row of {path}; did you mean full?'
+    )
     assert_refused(capsys, [str(path), '--data', str(tmp_path / 'x'), '--out', str(tmp_path / 'o')],
                    f'{path}: data: {tmp_path / "x" / "train"}: has no class folders')  # fmt: skip
 
@@ -296,6 +298,15 @@ def test_interrupted_experiment_goes_on_and_repeats_nothing(tmp_path, stub, caps
     printed = capsys.readouterr().out
     assert '3 of 4 runs are finished' in printed
     assert 'full, seed 0: Acc@1 4.00, +0.00 against soft' in printed
+
+
+def test_runs_without_a_teacher_do_not_wait_for_one(tmp_path, stub):
+    out = tmp_path / 'out'
+    teacher = {'flags': PLAN['teacher']['flags'] + ' --lr 3', 'train': 'once'}
+    rows = PLAN['rows'] | {'full': {'flags': KD, 'ranks': 2}}
+    argv = [fake_plan(tmp_path, rows=rows, teacher=teacher), '--out', str(out), '--jobs', '2', '--minutes', '0.03']
+    assert experiment.main(argv) == 1
+    assert {run for run in starts(out) if 'teacher' not in run} == {f'alone/seed-{seed}' for seed in PLAN['seeds']}
 
 
 def test_signal_stops_the_runs_first(tmp_path, stub):
@@ -372,14 +383,33 @@ def test_table_equals_the_last_rows_of_the_logs(tmp_path, stub, capsys):
     assert '| alone | 7 | 4 | 30.00' in capsys.readouterr().out
 
 
+def test_figure_shows_each_seed_or_the_gains_along_an_axis(tmp_path, stub):
+    out = tmp_path / 'out'
+    plan = plans.read_plan(fake_plan(tmp_path))
+    axis = plans.read_plan(fake_plan(tmp_path, axes={'epochs': [1, 3]}))
+    assert experiment.main([str(tmp_path / 'plan.yaml'), '--out', str(out)]) == 0
+    lines = results.build_lines(axis, out)
+    figure = results.make_figure(axis, lines)
+    shown = {label: container[0].get_xydata().tolist() for container, label in by_label(figure.axes[0])}
+    assert shown == {'alone': [[1, 1], [3, 1]], 'full': [[1, 0], [3, 0]]}  # the stub's accuracy: letters of the row
+    results.plt.close(figure)
+    line = next(line for line in lines if line.row == 'alone')
+    figure = results.make_figure(plan, [line])
+    assert sorted(x for drawn in figure.axes[0].lines for x in drawn.get_xdata()) == [5, 15, 15, 15, 25]
+    results.plt.close(figure)
+
+
+def by_label(axes) -> list:
+    handles, labels = axes.get_legend_handles_labels()
+    return list(zip(handles, labels, strict=True))
+
+
 def test_toy_experiment_with_real_runs(tmp_path, capsys):
     for split in ('train', 'val'):
         toys.write_images(tmp_path / 'all' / split, [8, 8], 32)
     out = tmp_path / 'out'
     argv = [write(tmp_path, seeds=[0]), '--data', str(tmp_path / 'all'), '--out', str(out), '--only', 'full']
-    assert experiment.main(argv) == 0, (out / 'runs' / 'full' / 'seed-0' / 'output.txt').read_text()
-    assert experiment.main(argv) == 0
-    assert '2 of 2 runs are finished' in capsys.readouterr().out
+    assert experiment.main(argv) == 0, capsys.readouterr().out
     (row,) = toys.log_rows(out / 'runs' / 'full' / 'seed-0')
     toys.assert_sound(row, {'base'})
     args = toys.load(out / 'runs' / 'full' / 'seed-0' / 'checkpoint.pth')['args']

@@ -10,6 +10,7 @@ explains plans and tables.
 
 import argparse
 import dataclasses
+import difflib
 import fcntl
 import json
 import os
@@ -139,9 +140,11 @@ class Experiment:
             if run.teacher and run.teacher.name in self.failures:
                 self.waiting.remove(run)
                 self.fail(run, f'its teacher failed ({run.teacher.name})')
+            elif run.teacher and not self.is_finished(run.teacher):
+                continue
             elif not self.has_room(run):
                 return
-            elif (not run.teacher or self.is_finished(run.teacher)) and (process := start(run, self.plan.threads)):
+            elif process := start(run, self.plan.threads):
                 self.waiting.remove(run)
                 self.working.append(process)
 
@@ -242,10 +245,12 @@ def default_jobs(plan: Plan) -> int:
     return torch.cuda.device_count() or max(1, results.cores() // plan.threads)
 
 
-def nearest_row(plan: Plan, name: str) -> str:
-    if name not in plan.rows:
-        raise UsageError(f'--only {name}: no row of {plan.path}; rows are {", ".join(plan.rows)}')
-    return name
+def check_rows(plan: Plan, names: list[str]) -> None:
+    for name in names:
+        if name not in plan.rows:
+            near = difflib.get_close_matches(name, plan.rows, n=1)
+            hint = f'did you mean {near[0]}?' if near else f'rows are {", ".join(plan.rows)}'
+            raise UsageError(f'--only {name}: no row of {plan.path}; {hint}')
 
 
 class Parser(argparse.ArgumentParser):
@@ -287,8 +292,8 @@ def load(args: argparse.Namespace) -> tuple[Plan, Path, list[Run]]:
         raise UsageError(f'--data: {plan.path} needs the path of the data set')
     name = Path(plan.path).stem + (f'-{args.part}' if args.part else '')
     out = Path(os.path.relpath(args.out, ROOT) if args.out else Path('runs') / name)
-    only = [nearest_row(plan, name) for name in args.only] if args.only else None
-    runs = list(make_runs(plan, out, args.seeds or plan.seeds, only))
+    check_rows(plan, args.only or [])
+    runs = list(make_runs(plan, out, args.seeds or plan.seeds, args.only))
     for run in runs:
         check_command(plan, run)
     return plan, out, runs

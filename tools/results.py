@@ -233,19 +233,22 @@ def write_results(plan: Plan, out: Path, failures: dict[str, str]) -> str:
 def draw(plan: Plan, out: Path) -> bool:
     """Writes results.png and results.svg. Returns False if there is nothing to show yet."""
     lines = [line for line in build_lines(plan, out) if line.accuracies]
-    students = [line for line in lines if line.row != 'teacher']
-    if not students:
+    if not lines:
         return False
-    has_axis = len(plan.cells) > 1
-    figure = _draw_gains(plan, students) if has_axis else _draw_accuracies(plan, lines)
+    figure = make_figure(plan, lines)
     for ending in ('png', 'svg'):
         figure.savefig(out / f'results.{ending}', dpi=150)
     plt.close(figure)
     return True
 
 
+def make_figure(plan: Plan, lines: list[Line]) -> plt.Figure:
+    """Accuracies by row; with an axis, gains over the control against it."""
+    return _draw_gains(plan, lines) if len(plan.cells) > 1 else _draw_accuracies(plan, lines)
+
+
 def _draw_accuracies(plan: Plan, lines: list[Line]) -> plt.Figure:
-    """One line per row: a dot for each seed, a bar at the mean. Hollow: the control and the teacher."""
+    """One line per row: a dot for each seed, a bar at the mean."""
     lines = lines[::-1]
     figure, axes = plt.subplots(figsize=(7.5, 1.2 + 0.42 * len(lines)), layout='constrained')
     for place, line in enumerate(lines):
@@ -259,7 +262,7 @@ def _draw_accuracies(plan: Plan, lines: list[Line]) -> plt.Figure:
         if line.row == plan.control:
             axes.axvline(mean, color=color, linestyle=':', linewidth=1, zorder=0)
     axes.set_yticks(range(len(lines)), [f'{line.title} (n = {len(line.accuracies)})' for line in lines])
-    axes.set_xlabel('Acc@1 after the last epoch, %: a dot is a seed, a bar the mean; dotted: mean of the control')
+    axes.set_xlabel('Acc@1 after the last epoch, %\n(a dot is a seed, a bar the mean)')
     axes.set_title(plan.title, loc='left', fontsize=11)
     axes.spines[['top', 'right']].set_visible(False)
     axes.grid(axis='x', alpha=0.25)
@@ -271,7 +274,7 @@ def _draw_gains(plan: Plan, lines: list[Line]) -> plt.Figure:
     along, other = ('epochs', 'images') if len(plan.epochs) >= len(plan.images) else ('images', 'epochs')
     panels = getattr(plan, other) or [None]
     figure, grid = plt.subplots(
-        1, len(panels), figsize=(1 + 5 * len(panels), 4.2), layout='constrained', sharey=True, squeeze=False
+        1, len(panels), figsize=(3.5 + 4.5 * len(panels), 4.2), layout='constrained', sharey=True, squeeze=False
     )
     names = {'epochs': 'epochs', 'images': 'training images per class'}
     for axes, value in zip(grid[0], panels, strict=True):
@@ -295,6 +298,5 @@ def _draw_gains(plan: Plan, lines: list[Line]) -> plt.Figure:
         axes.spines[['top', 'right']].set_visible(False)
         axes.grid(axis='y', alpha=0.25)
     grid[0][0].set_ylabel(f'Acc@1 minus that of {plan.control}, same seed\n(mean ± std)')
-    if grid[0][-1].get_legend_handles_labels()[0]:
-        grid[0][-1].legend(frameon=False, fontsize=8)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc='outside right upper', frameon=False, fontsize=8)
     return figure
