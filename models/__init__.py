@@ -16,6 +16,7 @@ from models.hooks import (
     pair_ids,
     tap,
 )
+from models.talking_heads import fused_talking_heads_problem
 
 __all__ = [
     'ALIGNMENTS',
@@ -30,6 +31,7 @@ __all__ = [
     'compile_blocks',
     'format_grid',
     'freeze',
+    'fused_talking_heads_problem',
     'has_source',
     'list_blocks',
     'load_weights',

@@ -171,6 +171,7 @@ def freeze(
     with_logits: bool = True,
     dtype: torch.dtype | None = None,
     fast_talking_heads: bool = True,
+    fused_talking_heads: bool = False,
 ) -> TappedModel:
     """Makes a model a teacher: no gradients, always in eval mode, and outputs that are not needed are not computed.
 
@@ -179,11 +180,15 @@ def freeze(
         with_logits: False stops after the last tapped block, as logits are not needed.
         dtype: of weights and arithmetic, also under autocast; None changes neither.
         fast_talking_heads: False keeps timm's own talking-heads attention, as a baseline for benchmarks.
+        fused_talking_heads: True uses Triton kernels for talking-heads attention, see `FusedTalkingHeads`.
+
+    Raises:
+        ValueError: `fused_talking_heads` is True, and the model has no talking heads or its heads have another size.
     """
     tapped.frozen, tapped.with_logits = True, with_logits
     tapped.prepare = prepare or nn.Identity()
     if fast_talking_heads:
-        use_fast_talking_heads(tapped.model)
+        use_fast_talking_heads(tapped.model, fused_talking_heads)
     if dtype is not None:
         tapped.dtype = dtype
         tapped.model.to(dtype)
