@@ -143,6 +143,7 @@ class ModelConfig:
         action=KeyValues, metavar='KEY=VALUE')
     teacher_dtype: str | None = flag(None, "dtype of the teacher's weights and computation; replaces --amp-dtype for "
         'the teacher (default: float32 weights under --amp-dtype)', choices=('float32', 'bfloat16'))
+    fused_talking_heads: bool = flag(False, 'CaiT teacher on a GPU: attention in Triton kernels; not yet run on a GPU')
     teacher_path: str = flag('', "the teacher's weights: a file, URL, hf-hub:OWNER/NAME or local-dir:FOLDER")
     teacher_pretrained: bool = flag(False, "without --teacher-path: timm's pretrained weights of the teacher")
     finetune: str = flag('', 'weights to start from; position embeddings are resampled, a head of another size is '

@@ -173,3 +173,13 @@ def test_fused_talking_heads_replay_in_a_cuda_graph(fused_attention):
         given.copy_(images)
         graph.replay()
         assert torch.equal(out, fused(images))
+
+
+def test_run_with_fused_talking_heads(rows, tmp_path):
+    teacher = {'patch_size': 8, 'embed_dim': 64, 'depth': 6, 'num_heads': 4}
+    options = {'teacher_kwargs': ' '.join(f'{key}={value}' for key, value in teacher.items())}
+    options['teacher_path'] = toys.save(tmp_path / 'wide.pth', toys.teacher(**teacher).state_dict())
+    plain = rows('plain', **options)[0]
+    for name, changes in (('fused', {}), ('compiled', {'compile': True})):
+        fused = rows(name, fused_talking_heads=True, **options, **changes)[0]
+        assert fused['train_loss'] == pytest.approx(plain['train_loss'], rel=0.1)

@@ -13,6 +13,7 @@ import toys
 from interpret import SHAPES, attention
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import main
 import models
 from models import talking_heads
 from models.talking_heads import fused_talking_heads_problem, use_fast_talking_heads
@@ -105,3 +106,15 @@ def test_other_models_are_refused_and_not_changed(model, heads, reason):
     with pytest.raises(ValueError, match=reason):
         models.freeze(models.tap(plain, [0], 32), fused_talking_heads=True)
     assert 'TalkingHeads' not in repr(plain)
+
+
+def test_flag_on_a_cpu_warns_once(files, tmp_path, epochs, capsys):
+    kwargs = {'patch_size': 8, 'embed_dim': 64, 'depth': 6, 'num_heads': 4}
+    path = toys.save(tmp_path / 'teacher.pth', toys.teacher(**kwargs).state_dict())
+    words = ' '.join(f'{key}={value}' for key, value in kwargs.items())
+    for fused, name in ((True, 'FusedTalkingHeads'), (None, 'FrozenTalkingHeads')):
+        main.main(toys.flags(teacher_path=path, teacher_kwargs=words, fused_talking_heads=fused))
+        lines = [line for line in capsys.readouterr().out.splitlines() if 'fused-talking-heads' in line]
+        assert len(lines) == bool(fused)
+        assert all(line.startswith('warning: --fused-talking-heads: needs an NVIDIA GPU') for line in lines)
+        assert {type(block.attn).__name__ for block in epochs[-1].teacher.model.blocks} == {name}
