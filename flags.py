@@ -8,87 +8,34 @@ The flags of the 2022 release keep their names, defaults and meanings.
 
 import argparse
 import dataclasses
-import math
 import os
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
-from timm.utils import ParseKwargs
 
 import datasets
 import models
 from config_files import read_config
 from flag_hints import explain_unknown
-from loggers import SINKS, parse_sinks
+from flag_types import (
+    FRACTION,
+    FRACTION_BELOW_1,
+    NON_NEGATIVE,
+    NON_NEGATIVE_INT,
+    POSITIVE,
+    POSITIVE_INT,
+    SEED,
+    KeyValues,
+    block_id,
+    data_set,
+    sinks,
+)
+from loggers import SINKS
 from losses import DISTILLATION_TYPES, RELATION_DTYPES, RELATION_TERMS, RELATIONS
 from utils import NO_VALUES, UsageError, format_values
-
-# Types of values ------------------------------------------------------------------------------------------------------
-
-
-def _number(kind: type, ends: str, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a `kind` in an interval, whose `ends` are as in mathematics: '[)' is low ≤ x < high."""
-
-    def convert(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        above = low <= value if ends[0] == '[' else low < value
-        below = value <= high if ends[1] == ']' else value < high
-        if not (above and below):
-            name = 'whole number' if kind is int else 'number'
-            least = f'of at least {low:g}' if ends[0] == '[' else f'above {low:g}'
-            most = '' if high == math.inf else f' and {"at most" if ends[1] == "]" else "below"} {high:g}'
-            raise argparse.ArgumentTypeError(f'{text}: must be a {name} {least}{most}')
-        return value
-
-    return convert
-
-
-POSITIVE_INT = _number(int, '[)', 1)
-NON_NEGATIVE_INT = _number(int, '[)', 0)
-SEED = _number(int, '[)', 0, 2**63)
-FRACTION = _number(float, '[]', 0, 1)
-FRACTION_BELOW_1 = _number(float, '[)', 0, 1)
-NON_NEGATIVE = _number(float, '[)', 0)
-POSITIVE = _number(float, '()', 0)
-
-
-def _block_id(text: str) -> int | str:
-    if text != 'auto' and not re.fullmatch(r'-?\d+', text):
-        raise argparse.ArgumentTypeError(f'{text} is neither a whole number nor auto')
-    return text if text == 'auto' else int(text)
-
-
-def _sinks(text: str) -> list[str]:
-    try:
-        return parse_sinks(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _data_set(text: str) -> str:
-    try:
-        return datasets.parse_name(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-class KeyValues(ParseKwargs):
-    """timm's `key=value …` action, with an error for a word of another form."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:  # type: ignore[no-untyped-def]
-        for value in values:
-            if '=' not in value:
-                parser.error(f'{option_string} {value}: must have the form KEY=VALUE')
-            if re.fullmatch(r'[^=]+=[^=]*(,\w+=[^=]*)+', value):
-                parser.error(f'{option_string} {value}: put spaces between the pairs: {value.replace(",", " ")}')
-        super().__call__(parser, namespace, values, option_string)
 
 
 def flag(default: Any, help: str, *names: str, no: str = '', **options: Any) -> Any:
@@ -155,6 +102,7 @@ class ModelConfig:
         action=KeyValues, metavar='KEY=VALUE')
     teacher_dtype: str | None = flag(None, "dtype of the teacher's weights and computation; replaces --amp-dtype for "
         'the teacher (default: float32 weights under --amp-dtype)', choices=('float32', 'bfloat16'))
+    fused_talking_heads: bool = flag(False, 'CaiT teacher on a GPU: attention in Triton kernels; not yet run on a GPU')
     teacher_path: str = flag('', "the teacher's weights: a file, URL, hf-hub:OWNER/NAME or local-dir:FOLDER")
     teacher_pretrained: bool = flag(False, "without --teacher-path: timm's pretrained weights of the teacher")
     pretrained: bool = flag(False, "start from timm's pretrained weights of --model; a head of another size is "
@@ -168,9 +116,9 @@ class ModelConfig:
         "student's)", type=POSITIVE_INT)
     s_id: list[int | str] | None = flag(None, 'student blocks whose tokens are compared, counted from 0 (negative: '
         'from the end); auto: the first 4 and the last 4, fewer in shallow models (default: no relation terms)',
-        type=_block_id, nargs='+')
+        type=block_id, nargs='+')
     t_id: list[int | str] | None = flag(None, 'teacher blocks, paired in order with --s-id; auto if --s-id is auto',
-        type=_block_id, nargs='+')
+        type=block_id, nargs='+')
     token_align: str = flag('error', 'what to do if paired blocks have different grids. error: refuse; pool: average '
         "to the coarser grid; interpolate: resize the teacher's tokens to the student's grid, bilinear; merge: "
         'concatenate neighbouring tokens of both until at most --max-patches remain', choices=models.ALIGNMENTS)
@@ -306,7 +254,7 @@ class DataConfig:
 
     data_set: str = flag('IMNET', 'FOLDER: any tree of class folders; TAR: train.tar and val.tar, or folders of tars, '
         'of class folders; wds/NAME: WebDataset shards in the folder NAME of --data-path, wds/: in --data-path itself',
-        type=_data_set, metavar='{' + ','.join(datasets.DATA_SETS) + '}')
+        type=data_set, metavar='{' + ','.join(datasets.DATA_SETS) + '}')
     data_path: str = flag('', 'folder with train/ and val/, or with the files of the data set')
     num_classes: int | None = flag(None, 'number of classes, for --data-set wds/… only (default: largest class + 1)',
         type=POSITIVE_INT)
@@ -345,7 +293,7 @@ class RunConfig:
     config: str = flag('', 'YAML file with flags, one `flag: value` per line, such as the args.yaml of a run; flags on '
         'the command line have priority')
     log_to: list[str] = flag((), 'further destinations of metrics beside metrics.jsonl, with commas between them: '
-        + ', '.join(SINKS), type=_sinks)
+        + ', '.join(SINKS), type=sinks)
     resume: str = flag('', 'checkpoint to continue from: a file, URL, hf-hub:OWNER/NAME or local-dir:FOLDER; weights '
         'alone start at --start_epoch; auto: the newest intact checkpoint in --output_dir, or a new run')
     save_interval_minutes: float = flag(10.0, 'minutes between checkpoints within an epoch; 0: none', type=NON_NEGATIVE)

@@ -53,6 +53,8 @@ class Pair:
         self.student.to(device)
         if self.teacher is not None:
             self.teacher.to(device)
+            if self.config.fused_talking_heads and (problem := models.fused_talking_heads_problem(device)):
+                log_rank0(f'warning: --fused-talking-heads: {problem}; the teacher uses the plain attention')
 
 
 # What weights files say about their models ----------------------------------------------------------------------------
@@ -316,7 +318,9 @@ def register_teacher_hooks(
         teacher_stats = teacher_stats or models.normalisation(teacher, config.teacher_path)
     dtype = getattr(torch, config.teacher_dtype) if config.teacher_dtype else None
     preprocess = models.TeacherPreprocess(stats, teacher_stats, config.teacher_input_size, dtype)
-    return models.freeze(tapped, preprocess, with_logits=with_logits, dtype=dtype)
+    fused = config.fused_talking_heads
+    with usage_error_context('--fused-talking-heads', f'with --teacher-model {config.teacher_model}'):
+        return models.freeze(tapped, preprocess, with_logits=with_logits, dtype=dtype, fused_talking_heads=fused)
 
 
 def num_classes_of(model: nn.Module) -> int:

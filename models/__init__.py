@@ -27,6 +27,7 @@ from models.hooks import (
     pair_ids,
     tap,
 )
+from models.talking_heads import fused_talking_heads_problem
 
 __all__ = [
     'ALIGNMENTS',
@@ -42,6 +43,7 @@ __all__ = [
     'compile_blocks',
     'format_grid',
     'freeze',
+    'fused_talking_heads_problem',
     'has_source',
     'head_size',
     'is_known',

@@ -183,6 +183,7 @@ def freeze(
     dtype: torch.dtype | None = None,
     fast_talking_heads: bool = True,
     student: TappedModel | None = None,
+    fused_talking_heads: bool = False,
 ) -> TappedModel:
     """Makes a model a teacher: no gradients, always in eval mode, and outputs that are not needed are not computed.
 
@@ -193,9 +194,11 @@ def freeze(
         dtype: of weights and arithmetic, also under autocast; None changes neither.
         fast_talking_heads: False keeps timm's own talking-heads attention, as a baseline for benchmarks.
         student: for `prepare='auto'`.
+        fused_talking_heads: True uses Triton kernels for talking-heads attention, see `FusedTalkingHeads`.
 
     Raises:
-        ValueError: `prepare` is another word, or 'auto' without a student.
+        ValueError: `prepare` is another word, or 'auto' without a student; `fused_talking_heads` is True, and the model
+            has no talking heads or its heads have another size.
     """
     if isinstance(prepare, str):
         if prepare != 'auto' or student is None:
@@ -204,7 +207,7 @@ def freeze(
     tapped.frozen, tapped.with_logits = True, with_logits
     tapped.prepare = prepare or nn.Identity()
     if fast_talking_heads:
-        use_fast_talking_heads(tapped.model)
+        use_fast_talking_heads(tapped.model, fused_talking_heads)
     if dtype is not None:
         tapped.dtype = dtype
         tapped.model.to(dtype)

@@ -1,12 +1,16 @@
 """Tests that need a GPU. They are skipped without one."""
 
+import copy
+
 import pytest
 import torch
 import toys
+from interpret import attention
 
 import datasets
 import loggers
 import main
+from models.talking_heads import fused_talking_heads_problem, use_fast_talking_heads
 
 DEVICE = 'cuda'
 pytestmark = [
@@ -100,3 +104,82 @@ def test_non_finite_loss_on_gpu_names_its_first_step(rows, tmp_path, capsys):
     assert stopped.value.code == 1
     assert 'not finite at step 0 of epoch 0 on rank 0: loss_dist, teacher logits; images ' in capsys.readouterr().err
     assert not toys.listing(tmp_path / 'out')
+
+
+# The fused talking-heads attention ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fused_attention():
+    """A function that returns timm's attention in float64 and the fused one, with the same weights."""
+    if problem := fused_talking_heads_problem(torch.device(DEVICE, torch.cuda.current_device())):
+        pytest.skip(problem)
+
+    def make(heads: int, dtype: torch.dtype, channels: int = 48) -> tuple[torch.nn.Module, torch.nn.Module]:
+        fused = attention(heads, channels).to(DEVICE, dtype)
+        exact = copy.deepcopy(fused).double()
+        use_fast_talking_heads(fused, fused=True)
+        return exact, fused
+
+    return make
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize(('dtype', 'limit'), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize('heads', [4, 6, 8])
+def test_fused_talking_heads_match_float64(fused_attention, heads, dtype, limit):
+    for channels, tokens in ((48, 50), (48, 196), (48, 577), (32, 65), (64, 100)):
+        exact, fused = fused_attention(heads, dtype, channels)
+        plain = copy.deepcopy(exact).to(dtype)
+        use_fast_talking_heads(plain)
+        x = torch.randn(3, tokens, heads * channels, device=DEVICE, dtype=dtype)
+        expected = exact(x.double())
+        error = relative_error(fused(x), expected)
+        assert error < limit
+        # In float32 the products of the kernels are a little less exact than those of the plain attention.
+        assert dtype == torch.float32 or error < 1.2 * relative_error(plain(x), expected)
+
+
+def test_fused_talking_heads_under_autocast(fused_attention):
+    exact, fused = fused_attention(8, torch.float32)
+    x = torch.randn(2, 196, 384, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = fused(x)
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out, exact(x.double())) < 2e-2
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_fused_talking_heads_compile_without_graph_breaks(fused_attention, dtype):
+    exact, fused = fused_attention(8, dtype)
+    x = torch.randn(2, 196, 384, device=DEVICE, dtype=dtype)
+    compiled = torch.compile(fused, fullgraph=True, dynamic=False)
+    assert relative_error(compiled(x), exact(x.double())) < 2e-2
+    assert relative_error(compiled(x), fused(x).double()) < 1e-2
+
+
+def test_fused_talking_heads_replay_in_a_cuda_graph(fused_attention):
+    _, fused = fused_attention(8, torch.bfloat16)
+    x, other = torch.randn(2, 2, 196, 384, device=DEVICE, dtype=torch.bfloat16)
+    fused(x)  # compiles the kernels
+    torch.cuda.synchronize()
+    graph, given = torch.cuda.CUDAGraph(), x.clone()
+    with torch.cuda.graph(graph):
+        out = fused(given)
+    for images in (other, x):
+        given.copy_(images)
+        graph.replay()
+        assert torch.equal(out, fused(images))
+
+
+def test_run_with_fused_talking_heads(rows, tmp_path):
+    teacher = {'patch_size': 8, 'embed_dim': 64, 'depth': 6, 'num_heads': 4}
+    options = {'teacher_kwargs': ' '.join(f'{key}={value}' for key, value in teacher.items())}
+    options['teacher_path'] = toys.save(tmp_path / 'wide.pth', toys.teacher(**teacher).state_dict())
+    plain = rows('plain', **options)[0]
+    for name, changes in (('fused', {}), ('compiled', {'compile': True})):
+        fused = rows(name, fused_talking_heads=True, **options, **changes)[0]
+        assert fused['train_loss'] == pytest.approx(plain['train_loss'], rel=0.1)
