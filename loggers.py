@@ -50,7 +50,11 @@ class ConsoleFile(logging.Handler):
         self._path: Path | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(self.format(record) + '\n')
+        self.write(self.format(record))
+
+    def write(self, line: str) -> None:
+        """Takes a line that is not shown on the console."""
+        self._lines.append(line + '\n')
         if self._path is not None:
             with suppress(OSError), open(self._path, 'a', encoding='utf-8') as file:
                 file.writelines(self._lines)
@@ -248,7 +252,7 @@ class Progress:
         steps, start = first + len(loader), time.monotonic()
         last, printed, waited = start, first, 0.0
         batches = stopping.iter_with_signals_blocked(loader)
-        with progress_bar(self.header, steps, first) as bar:
+        with progress_bar(f'epoch {self.header}', steps, first) as bar:
             for step in range(first, steps):
                 asked = time.monotonic()
                 batch = next(batches)
@@ -264,19 +268,30 @@ class Progress:
                     left = (now - start) / (done - first) * (steps - done + self.later_steps)
                     self.log({**losses, 'images_per_second': rate, 'data_share': share})
                     text = f'{format_losses(losses)} {rate:.0f} img/s {format_time(left)} left'
-                    bar.set_postfix_str(text, refresh=False)
+                    waiting = f' data {share:.0%}'  # of the time spent waiting for data
+                    bar.set_postfix_str(text + waiting, refresh=False)
+                    line = f'[{self.header} {done:{len(str(steps))}}/{steps}] {text}'
+                    line += waiting * (share >= 0.1 and len(line + waiting) <= WIDTH)
                     if bar.disable:
-                        line = f'[{self.header} {done:{len(str(steps))}}/{steps}] {text}'
-                        waiting = f' data {share:.0%}' if share >= 0.1 else ''  # of the time spent waiting for data
-                        log_rank0(line + waiting * (len(line + waiting) <= WIDTH))
+                        log_rank0(line)
+                    else:
+                        console_file.write(line)
                     last, printed, waited = now, done, 0.0
 
 
 def progress_bar(header: str, total: int, first: int = 0) -> tqdm:
     """A bar on the terminal of the first rank; one that shows nothing elsewhere."""
     tqdm.monitor_interval = 0  # no thread: loader processes are forked
-    options = {'disable': utils.get_rank() > 0 or not _on_terminal(), 'leave': False, 'dynamic_ncols': True}
-    return tqdm(desc=header, total=total, initial=first, file=sys.stdout, **options)
+    return tqdm(
+        desc=header,
+        total=total,
+        initial=first,
+        file=sys.stdout,
+        disable=utils.get_rank() > 0 or not _on_terminal(),
+        leave=False,
+        dynamic_ncols=True,
+        bar_format='{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt}{postfix}',
+    )
 
 
 def format_losses(losses: Mapping[str, float]) -> str:

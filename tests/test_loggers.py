@@ -103,15 +103,18 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_terminal_shows_a_bar_and_whole_lines(monkeypatch):
+def test_terminal_shows_a_bar_and_whole_lines(monkeypatch, tmp_path):
     terminal = Terminal()
+    loggers.console_file.open(tmp_path / 'console.log')
     monkeypatch.setattr(sys, 'stdout', terminal)
     for _ in loggers.Progress('0/1', 1, 8, lambda: {'loss': 2.5}).over(range(3)):
         loggers.log_rank0('a line')
+    loggers.console_file.open(None)
     text = terminal.getvalue()
     assert text.count('a line\n') == 3
-    assert '0/1:   0%' in text
+    assert 'epoch 0/1   0%' in text
     assert '[0/1' not in text
+    assert '3/3] loss 2.5' in (tmp_path / 'console.log').read_text()
 
 
 def test_console_file_has_all_lines_from_the_start(tmp_path, capsys):
