@@ -19,25 +19,30 @@ from utils import UsageError, path_hint
 ARGS = 'args.yaml'
 
 
-def read_config(path: str, actions: Iterable[Action]) -> list[str]:
-    """The words of a command line for the flags in a file. Values that are the default of their flag are left out.
+def read_config(path: str, actions: Iterable[Action]) -> tuple[list[str], set[str]]:
+    """The flags in a file.
 
     Args:
         path: of a YAML file with one `flag: value` per line, with dashes or underscores.
         actions: argparse's, of all flags.
 
+    Returns:
+        The words of a command line, without values that are the default of their flag; and the names of all fields
+        that have a value in the file.
+
     Raises:
         UsageError: the file cannot be read, or has a key that is no flag.
     """
     known = {name.lstrip('-').replace('-', '_'): each for each in actions for name in each.option_strings}
-    words = []
+    words, names = list[str](), set[str]()
     for key, value in _read_mapping(path).items():
         action = known.get(str(key).replace('-', '_'))
         if action is None or action.dest == 'help':
             near = difflib.get_close_matches(str(key), known, n=1)
             raise UsageError(f'--config {path}: {key} is no flag' + (f'; did you mean {near[0]}?' if near else ''))
         words += _words(action, str(key), value)
-    return words
+        names |= {action.dest} if value is not None else set()
+    return words, names
 
 
 def _read_mapping(path: str) -> dict[str, Any]:
@@ -78,7 +83,7 @@ def write_args(folder: Path, flags: Mapping[str, Any]) -> None:
     ]
     values = {name: value for name, value in flags.items() if name != 'config'}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    (folder / ARGS).write_text('\n'.join(head) + '\n' + text, encoding='utf-8')
+    (folder / ARGS).write_text('\n'.join(head) + '\n' + text, encoding='utf-8', errors='replace')
 
 
 def _git_commit() -> str:

@@ -113,10 +113,10 @@ def _split_hint(root: Path, split: str) -> str:
 
 
 def _has_image(folder: Path) -> bool:
-    """Whether there is an image below a folder; raises OSError if it cannot be read."""
-    os.scandir(folder).close()  # os.walk ignores errors
-    walked = os.walk(folder, followlinks=True)
-    return any(name.lower().endswith(IMG_EXTENSIONS) for _, _, names in walked for name in names)
+    """Whether there is an image below a folder; raises OSError if it cannot be read. Stops at the first one."""
+    with os.scandir(folder) as entries:
+        return any(entry.name.lower().endswith(IMG_EXTENSIONS) or (entry.is_dir() and _has_image(Path(entry.path)))
+                   for entry in entries)  # fmt: skip
 
 
 def _listing(names: Iterable[str]) -> str:

@@ -394,7 +394,6 @@ def fit(
         metrics.log(finish_epoch(trainer, evaluator, manager, stats), state.step)
         report_bad_images(config.device, train_loader, evaluator.loader)
     manager.finish()
-    metrics.close()
     took = time.monotonic() - start
     share = manager.seconds / max(took, 1e-9)
     log_rank0(f'Training time {timedelta(seconds=int(took))}, {share:.2%} of it for {manager.saves} saves')

@@ -92,7 +92,7 @@ class ModelConfig:
     """models: student, teacher, and the blocks that are compared"""
 
     model: str = flag('deit_base_patch16_224', 'student: a timm model name, hf-hub:OWNER/NAME or local-dir:FOLDER; '
-        'weights are random without --pretrained or --finetune. A checkpoint of this program says what its model is')
+        'weights are random without --pretrained or --finetune (default with a checkpoint: its model)')
     model_kwargs: dict[str, Any] = flag({}, 'extra kwargs for timm.create_model', nargs='*', action=KeyValues,
         metavar='KEY=VALUE')
     list_blocks: bool = flag(False, 'print the blocks of --model with their grids and widths, and exit')
@@ -109,8 +109,8 @@ class ModelConfig:
         'replaced')
     finetune: str = flag('', 'weights to start from; position embeddings are resampled, a head of another size is '
         'replaced')
-    checkpoint_key: str = flag('', 'key of the weights in the files of --teacher-path and --finetune, for example '
-        'teacher or model_ema (default: model or state_dict, or the file itself)')
+    checkpoint_key: str = flag('', 'key of the weights in the file of --teacher-path, or without it of --finetune; '
+        'for example teacher or model_ema (default: model or state_dict, or the file itself)')
     input_size: int = flag(224, 'height and width of the images in pixels', type=POSITIVE_INT)
     teacher_input_size: int | None = flag(None, "size of the teacher's images, resized on the device (default: the "
         "student's)", type=POSITIVE_INT)
@@ -403,7 +403,8 @@ class Config:
 
 
 PARTS: dict[str, Any] = {part.name: part.type for part in dataclasses.fields(Config) if part.name != 'typed'}
-PATHS = ('data_path', 'output_dir', 'resume', 'finetune', 'teacher_path')  # a shell leaves the ~ in --flag=~/x
+# Flags in whose values ~ is the home folder: a shell leaves it in --flag=~/x.
+PATHS = ('data_path', 'output_dir', 'resume', 'finetune', 'teacher_path', 'config')
 
 
 # The parser -----------------------------------------------------------------------------------------------------------
@@ -481,8 +482,10 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = get_args_parser(description)
-    if config_file := parser.parse_known_args(argv)[0].config:
-        argv = [*read_config(config_file, parser._actions), *argv]
+    in_file = set[str]()
+    if config_file := os.path.expanduser(parser.parse_known_args(argv)[0].config):
+        words, in_file = read_config(config_file, parser._actions)
+        argv = [*words, *argv]
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         counts = {name: action.nargs for action in parser._actions for name in action.option_strings}
@@ -493,7 +496,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         name: part(**{each.name: values[each.name] for each in dataclasses.fields(part)})
         for name, part in PARTS.items()
     }
-    config = Config(**parts, typed=_typed(argv))
+    config = Config(**parts, typed=_typed(argv) | in_file)
     if not config.model.list_blocks:
         config.check()
     return config

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import stopping
 import utils
 
@@ -42,28 +43,36 @@ def _on_terminal() -> bool:
 
 
 class ConsoleFile(logging.Handler):
-    """Keeps the lines of a run until `open` names the file, then appends them and all further lines to it."""
+    """Keeps the lines of a run from `start` until `open` names the file, then appends them and all further lines to it.
+
+    After `close`, which is also the state at the beginning, it does nothing.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._lines: list[str] = []
-        self._path: Path | None = None
+        self._active, self._lines, self._path = False, list[str](), Path()
 
     def emit(self, record: logging.LogRecord) -> None:
         self.write(self.format(record))
 
     def write(self, line: str) -> None:
         """Takes a line that is not shown on the console."""
-        self._lines.append(line + '\n')
-        if self._path is not None:
-            with suppress(OSError), open(self._path, 'a', encoding='utf-8') as file:
+        if self._active:
+            self._lines.append(line + '\n')
+        if self._path.name:
+            with suppress(OSError), open(self._path, 'a', encoding='utf-8', errors='replace') as file:
                 file.writelines(self._lines)
             self._lines = []
 
-    def open(self, path: Path | None) -> None:
-        """Writes to this file from the next line on; None forgets the lines and the file."""
+    def start(self) -> None:
+        self._active, self._lines, self._path = True, [], Path()
+
+    def open(self, path: Path) -> None:
+        """Writes to this file from the next line on."""
         self._path = path
-        self._lines = self._lines if path else []
+
+    def close(self) -> None:
+        self._active, self._lines, self._path = False, [], Path()
 
 
 logger = logging.getLogger('manifold_distillation')
@@ -119,7 +128,7 @@ class JsonLines:
             with suppress(ValueError, KeyError, TypeError):  # a line that was cut by a kill
                 if json.loads(line)['step'] <= step:
                     kept.append(line + '\n')
-        self._path.write_text(''.join(kept))
+        checkpoints.write_durably(self._path, ''.join(kept).encode())
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         with suppress(OSError), open(self._path, 'a') as file:  # rows that a full disk does not take are lost

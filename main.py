@@ -39,6 +39,7 @@ from torch import nn
 
 import config_files
 import datasets
+import locks
 import loggers
 import run_dir
 import stopping
@@ -49,12 +50,13 @@ from flags import AugmentConfig, Config, LossConfig, OptimConfig, RunConfig, par
 from loaders import LoaderBuilder, choose_repeated_aug, report_bad_images
 from loggers import MetricLog, log_rank0
 from losses import ManifoldDistillationLoss
-from pair import Pair, adopt_data, build_pair, compile_pair, log_blocks, num_classes_of, read_weights
+from pair import Pair, build_pair, compile_pair, log_blocks, num_classes_of
 from readers import BadImageError
 from run_dir import CheckpointManager, TrainingState
 from stopping import RankConsensus, StoppedError, StopSignals
 from transforms import DevicePreprocess
 from utils import UsageError, format_values, usage_error_context
+from weights_files import adopt_data, read_weights
 
 
 def run(config: Config, device: torch.device, signals: StopSignals) -> None:
@@ -62,7 +64,7 @@ def run(config: Config, device: torch.device, signals: StopSignals) -> None:
     flags = config.run
     summary.log_environment(flags, device)
     if flags.output_dir and not flags.eval:
-        run_dir.lock(flags.output_dir)  # before anything in it is read
+        locks.lock(flags.output_dir)  # before anything in it is read
     checkpoint, own = run_dir.read_resume(flags.resume, flags.output_dir, flags.eval)
     data = adopt_data(config, checkpoint) if flags.eval else config.data
     data.check_path()
@@ -88,8 +90,8 @@ def run(config: Config, device: torch.device, signals: StopSignals) -> None:
     val_loader = loaders.val(config.optim.batch_size)
     summary.warn_of_missing_classes(val_loader, data.data_path, num_classes)
     names = datasets.class_names(val_loader.dataset.dataset, num_classes)  # type: ignore[attr-defined]
-    for source, file in files.with_logits(config):
-        summary.warn_of_other_classes(source, file, names)
+    summary.warn_of_other_classes(files.with_logits(config), names)
+    del files  # the teacher's weights would be in memory twice
     fill = [min(255, round(255 * value)) for value in pair.stats[0]]  # as timm does
     preprocess = DevicePreprocess(*pair.stats, config.augment.remode, fill).to(device)
     copies = 1 if data.dist_eval else utils.get_world_size()
@@ -147,6 +149,7 @@ def train(
     run_dir.check_same_data(config.data.data_path, flags.resume, state, checkpoint)
     run_dir.warn_of_other_teacher(config.model.teacher_path, flags.resume, state, checkpoint)
     run_dir.restore(state, checkpoint, flags.resume, flags.start_epoch, len(train_loader), own is not None)
+    checkpoint.clear()  # all of it is loaded; frees its memory
     if flags.compile:
         compile_pair(pair, config.distills)
     teacher = pair.teacher if config.distills else None
@@ -167,7 +170,10 @@ def train(
         before_save=trainer.guard.sync,
     )
     metrics = start_logs(flags, config.flags(), state.step)
-    fit(trainer, train_loader, evaluator, manager, metrics)
+    try:
+        fit(trainer, train_loader, evaluator, manager, metrics)
+    finally:
+        metrics.close()
 
 
 def start_logs(flags: RunConfig, values: dict[str, Any], step: int) -> MetricLog:
@@ -290,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
             from_teacher = 'teacher' in str(error)
             advice = "check the teacher's weights" if from_teacher else 'try a smaller --lr, or --clip-grad 1'
             stop(f'{error}; {advice}' if utils.get_rank() == 0 else '', 1)  # all ranks know it
-        except (BadImageError, run_dir.NotSavedError) as error:
+        except (BadImageError, locks.NotSavedError) as error:
             stop(error, 1)
         except StoppedError as error:
             stop(error if utils.get_rank() == 0 else '', 128 + error.signum)
@@ -302,12 +308,15 @@ def main(argv: list[str] | None = None) -> None:
             stop(f'{str(error).rstrip(". ")}; possibly out of memory: try fewer --num_workers', 1)
         except (ConnectionError, EOFError) as error:  # a worker died while it handed over a batch
             stop(f'a DataLoader worker died ({error}); possibly out of memory: try fewer --num_workers', 1)
+    loggers.console_file.close()
     # Only after success: with nccl it waits for the other ranks.
     utils.destroy_distributed()
 
 
 def _start(argv: list[str] | None, signals: StopSignals) -> None:
     config = parse_args(argv, __doc__)
+    if config.run.output_dir and not config.run.eval:
+        loggers.console_file.start()
     if config.model.list_blocks:
         return log_blocks(config.model)
     with usage_error_context('--dist_url', config.run.dist_url, RuntimeError):
@@ -320,8 +329,7 @@ def _start(argv: list[str] | None, signals: StopSignals) -> None:
         stopping.end_loader_processes()
         raise
     finally:
-        run_dir.unlock()
-        loggers.console_file.open(None)
+        locks.unlock()
 
 
 def stop(reason: object, code: int) -> NoReturn:
@@ -331,6 +339,8 @@ def stop(reason: object, code: int) -> NoReturn:
         line = re.sub(r'^[\w.]+Error: ', '', str(reason).strip().splitlines()[-1])
         with suppress(OSError):
             print(f'main.py: error: {line}', file=sys.stderr, flush=True)
+        loggers.console_file.write(f'main.py: error: {line}')
+    loggers.console_file.close()
     raise SystemExit(code) from None
 
 

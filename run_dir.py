@@ -1,18 +1,15 @@
 """The output folder of a run: its training state, when it is saved, which files it has, and what a resume checks."""
 
-import errno
-import fcntl
 import itertools
 import json
 import math
 import os
-import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import timm
 import torch
@@ -21,9 +18,11 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import checkpoints
+import locks
 import models
 import utils
-from checkpoints import BEST, EARLIER, FORMAT, KEPT, LAST, LOCK, LOG
+from checkpoints import BEST, EARLIER, FORMAT, KEPT, LAST, LOG
+from locks import NotSavedError
 from loggers import log_rank0
 from stopping import RankConsensus, StoppedError
 from utils import UsageError, flag_name, format_values, usage_error_context
@@ -33,9 +32,8 @@ LAST_TRIES = (1.0, 2.0, 4.0)  # seconds between the last attempts of a run that 
 
 # A resumed run must have the same values of these flags as its checkpoint.
 RESUME_MUST_MATCH = ('seed', 'opt')
-# Changes of these flags are not shown, because they do not change what is trained, or `pair.adopt` has compared them.
+# Changes of these flags are not shown, because they do not change what is trained.
 RESUME_MAY_DIFFER = (
-    'model', 'model_kwargs',
     'output_dir', 'resume', 'eval', 'eval_ema', 'eval_teacher', 'start_epoch', 'data_path', 'num_workers',
     'pin_mem', 'device', 'dist_url', 'dist_timeout', 'dist_eval', 'print_freq', 'keep', 'save_interval_steps',
     'save_interval_minutes', 'log_grad_share', 'list_blocks', 'num_classes', 'pretrained', 'checkpoint_key',
@@ -158,16 +156,12 @@ def _group_layout(optimizer: object) -> object:
 # Saving ---------------------------------------------------------------------------------------------------------------
 
 
-class NotSavedError(Exception):
-    """The last state of a run could not be written."""
-
-
 @dataclass(eq=False)
 class CheckpointManager:
     """Saves a run when a save is due, and stops it after a signal.
 
     All ranks call its methods equally often; the first rank writes. A failed write is reported and tried again, and
-    training continues. This is the only place that writes to the folder of a run.
+    training continues. This is the only place that writes the state of a run.
 
     After a signal on any rank the methods `after_step`, `poll`, `drain` and `finish` save the state and raise
     StoppedError. They raise NotSavedError if it cannot be written.
@@ -189,7 +183,7 @@ class CheckpointManager:
     def __post_init__(self) -> None:
         self._pending: dict[str, bytes | memoryview] = {}  # files that are not written yet, by name
         self._pending_step = 0
-        self._saved_step = -1  # the same on all ranks
+        self._saved_step = -1 if self.last_step is None else self.last_step  # the same on all ranks
         self._provisional = False  # whether `checkpoint.pth` is from before an evaluation
         self._last_save = self._last_attempt = time.monotonic()
         if utils.get_rank() > 0:
@@ -258,7 +252,7 @@ class CheckpointManager:
         self._last_attempt, errors = time.monotonic(), []
         with suppress(OSError):  # reported below
             self.folder.mkdir(parents=True, exist_ok=True)  # the folder may have been removed during the run
-            keep_lock(self.folder)
+            locks.keep(self.folder)
         for path in [self.folder / name for name in KEPT if name in self._pending]:
             before_replace = self._rotate if path.name == LAST else None
             try:
@@ -359,72 +353,6 @@ def read_resume(resume: str, output_dir: str, evaluate: bool) -> tuple[dict[str,
     return checkpoint, path if checkpoints.has_progress(checkpoint) else None
 
 
-_locks: dict[Path, IO[str]] = {}  # open files, by path: closing one releases its lock
-
-
-def lock(output_dir: str) -> None:
-    """Reserves an existing folder for this run, until `unlock` or the end of the process.
-
-    It is the process that holds the lock: a file `.lock` that a killed run has left means nothing. Loader processes do
-    not inherit it.
-
-    Raises:
-        UsageError: another run has reserved it.
-    """
-    path, holder = Path(output_dir).resolve() / LOCK, ''
-    if utils.get_rank() == 0 and path.parent.is_dir() and path not in _locks:
-        with usage_error_context('--output_dir', output_dir):
-            holder = _try_lock(path)
-    if holder := utils.gather_objects(holder)[0]:
-        raise UsageError(f'--output_dir {output_dir}: is used by another run, {holder}')
-
-
-def _try_lock(path: Path) -> str:
-    """Locks a file, and returns '' or, if another process has locked it, which one."""
-    file = open(path, 'a+')  # noqa: SIM115 (stays open)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            with file:
-                file.seek(0)
-                return file.read().strip() or 'of an unknown process'
-        log_rank0(f'warning: {path.parent}: cannot be locked against other runs: {error.strerror}')
-    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-        file.close()
-        return _try_lock(path)  # the run before removed the file in this moment
-    _locks[path] = file
-    with suppress(OSError):  # a full disk
-        file.truncate(0)
-        print(f'process {os.getpid()} on {socket.gethostname()}', file=file, flush=True)
-    return ''
-
-
-def keep_lock(folder: Path) -> None:
-    """Locks a folder again that was locked, if the file `.lock` or the folder was removed meanwhile.
-
-    Raises:
-        NotSavedError: another run uses the folder now.
-    """
-    path = folder.resolve() / LOCK
-    file = _locks.get(path)
-    if file is None or (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
-        return
-    _locks.pop(path).close()
-    if holder := _try_lock(path):
-        raise NotSavedError(f'{LOCK} was removed from --output_dir {folder}, which is now used by {holder}')
-
-
-def unlock() -> None:
-    """Ends all locks of this process."""
-    while _locks:
-        path, file = _locks.popitem()
-        with suppress(OSError):
-            path.unlink()
-        with suppress(OSError):
-            file.close()
-
-
 def check_same_flags(resume: str, flags: dict[str, Any], checkpoint: dict[str, Any]) -> None:
     """Raises UsageError if a flag of RESUME_MUST_MATCH has changed, and shows a table of the others that have."""
     saved = checkpoints.flags_of(checkpoint)
@@ -449,7 +377,10 @@ def check_same_flags(resume: str, flags: dict[str, Any], checkpoint: dict[str, A
 def load_student(model: nn.Module, resume: str, name: str, checkpoint: dict[str, Any], ema: bool) -> None:
     """Loads the student's weights, or its EMA's; raises UsageError if they are not those of the model `name`."""
     with usage_error_context('--resume', f'{resume} with --model {name}'):
-        models.load_weights(model, models.named_weights(checkpoint, ema))
+        weights = models.named_weights(checkpoint, ema)
+        if models.head_size(model, weights) not in (0, getattr(model, 'num_classes', 0)) and not ema:
+            log_rank0('note        --finetune instead of --resume trains a new head for other classes')
+        models.load_weights(model, weights)
 
 
 def check_same_data(data_path: str, resume: str, state: TrainingState, checkpoint: dict[str, Any]) -> None:
@@ -527,7 +458,7 @@ def prepare_folder(
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise ValueError('is not writable')
-    lock(output_dir)
+    locks.lock(output_dir)
     with usage_error_context('--output_dir', output_dir):
         # Read here so that a damaged log is noticed now and not after the first epoch.
         epochs = [row['epoch'] for row in checkpoints.read_log(folder / LOG)]
@@ -544,5 +475,5 @@ def prepare_folder(
                 advice = 'pass --resume auto to continue'
             raise ValueError(f'already contains {" and ".join(found)}; {advice}, or choose another folder')
     if checkpoints.has_progress(checkpoint) and not own:
-        log_rank0(f'note        {folder}: its {LOG} and {BEST} cover the epochs from here on')
+        log_rank0(f'note        {folder}: its {LOG} and {BEST} start with the next epoch')
     return checkpoint.get('step', 0) if own is not None and own.name == LAST else None

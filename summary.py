@@ -1,7 +1,7 @@
 """What is printed before a run starts: versions, device, batch, learning rate, images, loss, and warnings."""
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import timm
@@ -78,19 +78,25 @@ def warn_of_missing_classes(val: DataLoader, data_path: str, num_classes: int) -
         log_rank0(f"warning: --data-path {data_path} has {found}; class numbers are ImageNet's")
 
 
-def warn_of_other_classes(source: str, file: dict[str, Any], names: list[str]) -> None:
-    """Warns if the classes that a weights file names are not those of the data, `names` by number."""
-    record = file.get('student')
-    recorded = record.get('classes') if isinstance(record, dict) else None
-    if not isinstance(recorded, list) or not names or len(recorded) != len(names):
-        return
-    differing = [i for i, (was, now) in enumerate(zip(recorded, names, strict=True)) if was and now and was != now]
-    if differing:
-        i = differing[0]
-        log_rank0(
-            f'warning: {source}: {len(differing)} of {len(names)} classes have other names than in the data; class {i} '
-            f"is '{recorded[i]}' in the file, '{names[i]}' in the data. Results are right only if the order is the same"
-        )
+def warn_of_other_classes(files: Sequence[tuple[str, dict[str, Any]]], names: list[str]) -> None:
+    """Warns if the classes that a weights file names are not those of the data.
+
+    Args:
+        files: the flag that names a file, and its contents.
+        names: of the classes of the data, by number.
+    """
+    for source, file in files:
+        record = file.get('student')
+        recorded = record.get('classes') if isinstance(record, dict) else None
+        if not isinstance(recorded, list) or len(recorded) != len(names):
+            continue
+        differing = [i for i in range(len(names)) if recorded[i] and names[i] and recorded[i] != names[i]]
+        if differing:
+            i = differing[0]
+            log_rank0(
+                f'warning: {source}: {len(differing)} of {len(names)} classes have other names than in the data; class '
+                f"{i} is '{recorded[i]}' in the file, '{names[i]}' in the data. Results are wrong if these differ"
+            )
 
 
 def describe_loss(criterion: ManifoldDistillationLoss, patches: int, batch_size: int) -> str:
@@ -167,7 +173,7 @@ def _conditions() -> Iterator[Condition]:
     yield ('mixup_prob', 'mixup_mode'), '--mixup or --cutmix', lambda c: c.augment.uses_mixing
     yield ('mixup_switch_prob',), 'both --mixup and --cutmix', (
         lambda c: c.augment.mixup and (c.augment.cutmix or c.augment.cutmix_minmax))
-    yield ('keep', 'save_interval_minutes', 'save_interval_steps'), '--output_dir', lambda c: c.run.output_dir
+    yield ('keep', 'save_interval_minutes', 'save_interval_steps', 'log_to'), '--output_dir', lambda c: c.run.output_dir
 # fmt: on
 
 

@@ -51,7 +51,8 @@ def path_hint(path: Path) -> str:
     if parent is None or not parent.is_dir():
         return ''
     first = path.relative_to(parent).parts[0]
-    near = difflib.get_close_matches(first, os.listdir(parent), n=1)
+    names = os.listdir(parent) if os.access(parent, os.R_OK) else []
+    near = difflib.get_close_matches(first, names, n=1)
     if near:
         return f'; did you mean {parent / near[0]}?'
     return '' if parent / first == path else f'; there is no {parent / first}'

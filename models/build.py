@@ -130,11 +130,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def named_weights(checkpoint: dict, ema: bool = False, key: str = '') -> dict[str, Tensor]:
+def named_weights(checkpoint: dict, ema: bool = False, key: str | None = None) -> dict[str, Tensor]:
     """The state dict in a checkpoint, its keys without the prefixes of DDP and torch.compile.
 
     The checkpoint is `{'model': …}`, `{'state_dict': …}` or a bare state dict. With `ema` the EMA weights are returned,
-    from `{'model_ema': …}` or `{'state_dict_ema': …}`; with `key` those under this key.
+    from `{'model_ema': …}` or `{'state_dict_ema': …}`; with a `key` those under it. '' is no key, but may be advised.
 
     Raises:
         ValueError: the checkpoint has no such weights.
@@ -148,7 +148,8 @@ def named_weights(checkpoint: dict, ema: bool = False, key: str = '') -> dict[st
         raise ValueError(f'there are no {kind} under {" or ".join(keys)}, only under {", ".join(others) or "no key"}')
     state = checkpoint[found[0]] if found else checkpoint
     if not _is_state_dict(state):
-        advice = f'; --checkpoint-key {others[0]} takes the weights under that key' if others and not found else ''
+        advised = key == '' and others and not found
+        advice = f'; --checkpoint-key {others[0]} takes the weights under that key' if advised else ''
         raise ValueError(
             f'there is no state dict, neither bare nor under {" or ".join(WEIGHT_KEYS)}: keys {first_keys}{advice}'
         )
@@ -170,7 +171,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
     """
     own, size, wanted = model.state_dict(), head_size(model, state), getattr(model, 'num_classes', 0)
     if size not in (0, wanted):
-        raise ValueError(f'has a head of {size} classes, but {wanted} are needed; --finetune can train a new head')
+        raise ValueError(f'has a head of {size} classes, but {wanted} are needed')
     resized = [key for key in own if key in state and state[key].shape != own[key].shape]
     differences = [
         _count('missing', [key for key in own if key not in state]),
@@ -206,6 +207,10 @@ def adapt(
         ValueError: the position embeddings are no square grid, so they cannot be resampled.
     """
     own, state, changes = model.state_dict(), dict(state), []
+    inside = {name.removeprefix('backbone.'): x for name, x in state.items() if name.startswith('backbone.')}
+    if inside:  # self-supervised methods, such as DINO, keep a projection head beside it
+        state = inside
+        changes.append('the tensors under backbone. are used')
     has_positions = all('pos_embed' in weights and weights['pos_embed'].dim() == 3 for weights in (own, state))
     grid = getattr(getattr(model, 'patch_embed', None), 'grid_size', None)
     if grid and has_positions:
@@ -270,12 +275,12 @@ def head_size(model: nn.Module, state: dict[str, Tensor]) -> int:
     return next((len(state[f'{head}.weight']) for head in classifiers(model) if f'{head}.weight' in state), 0)
 
 
-def checksum(model: nn.Module) -> str:
-    """Eight hexadecimal digits that identify the weights of a model on the CPU."""
+def checksum(weights: dict[str, Tensor]) -> str:
+    """Eight hexadecimal digits that identify weights on the CPU."""
     crc = 0
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         crc = zlib.crc32(name.encode(), crc)
-        crc = zlib.crc32(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data, crc)
     return f'{crc:08x}'
 
 

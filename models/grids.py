@@ -60,9 +60,11 @@ def _common_merged_grid(student: Grid, teacher: Grid, max_patches: int) -> tuple
     pairs = ((_merged_grid(student, m), _merged_grid(teacher, m)) for m in numbers)
     fitting = next((s[0] * s[1] for s, t in pairs if s == t and s is not None), 0)
     grids = f'the student has {format_grid(student)} patch tokens and the teacher {format_grid(teacher)}'
-    shown = [format_grid(grid) if grid else 'none' for grid in merged]
     advice = f'--max-patches {fitting} works' if fitting else 'no --max-patches brings them to one grid'
-    raise ValueError(f'{grids}; --max-patches {max_patches} merges them into {shown[0]} and {shown[1]}; {advice}')
+    failed = [format_grid(grid) for grid, result in zip((student, teacher), merged, strict=True) if result is None]
+    reached = ' and '.join(format_grid(grid) for grid in merged if grid)
+    what = f'{" and ".join(failed)} cannot be merged' if failed else f'they become {reached}'
+    raise ValueError(f'{grids}; with --max-patches {max_patches} {what}; {advice}')
 
 
 def _merged_grid(grid: Grid, max_patches: int) -> Grid | None:

@@ -251,8 +251,12 @@ def test_common_grid(student, teacher, how, expected):
     ('how', 'teacher', 'message'),
     [
         ('error', (16, 16), 'the student has 14×14 patch tokens and the teacher 16×16'),
-        ('merge', (7, 7), '14×14 patch tokens and the teacher 7×7; --max-patches 196 .* --max-patches 49 works'),
-        ('merge', (17, 13), '17×13; --max-patches 196 merges them into 14×14 and none; no --max-patches brings'),
+        (
+            'merge',
+            (7, 7),
+            '14×14 .* 7×7; with --max-patches 196 they become 14×14 and 7×7; --max-patches 49 works',
+        ),
+        ('merge', (17, 13), '17×13; with --max-patches 196 17×13 cannot be merged; no --max-patches brings'),
     ],
 )
 def test_grid_mismatch_names_both_grids(how, teacher, message):

@@ -105,11 +105,12 @@ class Terminal(io.StringIO):
 
 def test_terminal_shows_a_bar_and_whole_lines(monkeypatch, tmp_path):
     terminal = Terminal()
+    loggers.console_file.start()
     loggers.console_file.open(tmp_path / 'console.log')
     monkeypatch.setattr(sys, 'stdout', terminal)
     for _ in loggers.Progress('0/1', 1, 8, lambda: {'loss': 2.5}).over(range(3)):
         loggers.log_rank0('a line')
-    loggers.console_file.open(None)
+    loggers.console_file.close()
     text = terminal.getvalue()
     assert text.count('a line\n') == 3
     assert 'epoch 0/1   0%' in text
@@ -118,13 +119,13 @@ def test_terminal_shows_a_bar_and_whole_lines(monkeypatch, tmp_path):
 
 
 def test_console_file_has_all_lines_from_the_start(tmp_path, capsys):
-    loggers.console_file.open(None)  # forgets the lines of other tests
+    loggers.log_rank0('of another run')
+    loggers.console_file.start()
     loggers.log_rank0('before the folder is known')
     loggers.console_file.open(tmp_path / 'console.log')
     loggers.log_rank0('τ after it')
-    loggers.console_file.open(None)
+    loggers.console_file.close()
     loggers.log_rank0('of another run')
-    loggers.console_file.open(None)
     assert (tmp_path / 'console.log').read_text() == 'before the folder is known\nτ after it\n'
 
 

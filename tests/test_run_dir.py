@@ -16,6 +16,7 @@ import toys
 from states import Disk, full_disk, make_state, small_state
 
 import checkpoints
+import locks
 import run_dir
 import stopping
 from checkpoints import read_newest
@@ -305,7 +306,7 @@ def test_finish_fails_if_the_last_state_cannot_be_written(tmp_path, disk, clock)
     assert clock.slept == []  # everything is written
     disk.fault, disk.code = 0.5, errno.EIO
     save(manager, 2)
-    with pytest.raises(run_dir.NotSavedError, match=r'checkpoint\.pth: Input/output error'):
+    with pytest.raises(locks.NotSavedError, match=r'checkpoint\.pth: Input/output error'):
         manager.finish()
     assert clock.slept == [1.0, 2.0, 4.0]
     assert {name: step_of(tmp_path / name) for name in toys.listing(tmp_path)} == {'checkpoint.pth': 1}
@@ -444,5 +445,5 @@ def test_stopped_run_that_cannot_be_saved_is_an_error(tmp_path, disk, clock):
     signals = stopping.StopSignals()
     manager = make_manager(tmp_path, signals)
     signals.received, disk.fault = signal.SIGTERM, 0.5
-    with pytest.raises(run_dir.NotSavedError, match='No space'):
+    with pytest.raises(locks.NotSavedError, match='No space'):
         manager.after_step()

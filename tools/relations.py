@@ -28,7 +28,7 @@ import models
 from checkpoints import flags_of
 from flags import PARTS, Config, LossConfig, ModelConfig, Parser
 from losses import relation_map
-from pair import Pair, build_pair, read_weights
+from pair import Pair, build_pair
 from readers import BadImageError, load_image
 from tools.common import (
     FinishedRun,
@@ -42,6 +42,7 @@ from tools.common import (
 )
 from transforms import DevicePreprocess, build_eval_transform
 from utils import UsageError, usage_error_context
+from weights_files import read_weights
 
 PROGRAM = 'tools.relations'
 FLAGS = ('model', 'model_kwargs', 'teacher_model', 'teacher_kwargs', 'teacher_path', 'teacher_pretrained',
