@@ -12,6 +12,7 @@ import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import toys
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -527,6 +528,14 @@ def test_lskd_depends_on_neither_scale_nor_offset_of_the_logits():
     equal = torch.zeros(B, C, dtype=torch.float64, requires_grad=True)
     losses.lskd_loss(equal, teacher, 2.0).backward()
     assert equal.grad.isfinite().all()
+
+
+@pytest.mark.usefixtures('few_generated_images')
+@pytest.mark.parametrize('mixing', [{}, {'mixup': 0, 'cutmix': 0}], ids=['mixed', 'plain'])
+@pytest.mark.parametrize('kind', NAIVE_KD)
+def test_further_logit_losses_train_with_and_without_mixing(run, kind, mixing):
+    (row,) = run(distillation_type=kind, distillation_tau=2, **mixing)
+    toys.assert_sound(row, absent=set())
 
 
 def test_new_row_of_logit_losses_is_a_distillation_type(monkeypatch):
