@@ -66,7 +66,7 @@ class LossConfig:
 
     distillation_type: str = flag('none', 'logit distillation; none: no teacher', choices=DISTILLATION_TYPES)
     distillation_alpha: float = flag(0.5, 'weight α of KD; cross-entropy gets 1 − α', type=FRACTION)
-    distillation_tau: float = flag(1.0, 'temperature of soft KD', type=POSITIVE)
+    distillation_tau: float = flag(1.0, 'temperature of KD, except hard KD', type=POSITIVE)
     distillation_beta: float = flag(1.0, 'multiplier β on all relation terms', type=NON_NEGATIVE)
     # `--w-<name>` of each row of RELATION_TERMS, by the row's name
     weights: dict[str, float] = field(default_factory=lambda: {k: t.default_weight for k, t in RELATION_TERMS.items()})

@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-DISTILLATION_TYPES = ('none', 'soft', 'hard')
 RELATIONS = ('rank', 'global')
 RELATION_DTYPES = ('float32', 'bfloat16')
 
@@ -74,6 +73,33 @@ def soft_distillation_loss(student: Tensor, teacher: Tensor, tau: float) -> Tens
 def hard_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Cross-entropy with the teacher's most likely class; logits (B, C) both."""
     return F.cross_entropy(student, teacher.argmax(dim=-1))
+
+
+def lskd_loss(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
+    """`soft_distillation_loss` of standardised logits: each image's logits z become (z − mean(z)) / std(z).
+
+    Logit standardisation (LSKD; Sun et al., CVPR 2024, https://arxiv.org/abs/2403.01427), where τ is called the base
+    temperature. As in the code of its authors, std divides by C − 1, and 1e-7 is added to it.
+    """
+    student, teacher = (
+        (z - z.mean(dim=-1, keepdim=True)) / (z.std(dim=-1, keepdim=True) + 1e-7) for z in (student, teacher)
+    )
+    return soft_distillation_loss(student, teacher, tau)
+
+
+def nkd_loss(student: Tensor, teacher: Tensor, targets: Tensor, tau: float, gamma: float = 1.5) -> Tensor:
+    """−T_t·log S_t − γ·τ²·Σ T̂_i·log Ŝ_i over the classes i ≠ t, mean over the images; logits (B, C) both.
+
+    Normalised KD (NKD; Yang et al., ICCV 2023, https://arxiv.org/abs/2303.13005). S and T are the probabilities of
+    student and teacher, Ŝ and T̂ those at temperature τ among the other classes than t alone. t is the class in
+    `targets` (B,), or the largest label (the first one of equal ones) in soft labels (B, C), as mixing makes them.
+    """
+    t = (targets if targets.dim() == 1 else targets.argmax(dim=1))[:, None]
+    others = torch.arange(student.shape[1] - 1, device=student.device).expand(len(t), -1)
+    others = others + (others >= t)
+    target_term = -(teacher.softmax(dim=1) * student.log_softmax(dim=1)).gather(1, t).mean()
+    S, T = (logits.gather(1, others) / tau for logits in (student, teacher))
+    return target_term + gamma * tau**2 * F.cross_entropy(S, T.softmax(dim=1))
 
 
 def _full_precision(x: Tensor) -> Tensor:
@@ -310,6 +336,23 @@ def _by_channels(student: Tensor, teacher: Tensor, entries: int, over_ranks: boo
 
 
 @dataclass(frozen=True)
+class LogitLoss:
+    """A loss of the logits. Its name is a value of `--distillation-type`."""
+
+    distance: Callable[[Tensor, Tensor, Tensor, float], Tensor]  # of logits (B, C) of both, targets and τ → scalar
+    reads_tau: bool = True
+
+
+LOGIT_LOSSES: dict[str, LogitLoss] = {
+    'soft': LogitLoss(lambda s, t, targets, tau: soft_distillation_loss(s, t, tau)),
+    'hard': LogitLoss(lambda s, t, targets, tau: hard_distillation_loss(s, t), reads_tau=False),
+    'lskd': LogitLoss(lambda s, t, targets, tau: lskd_loss(s, t, tau)),
+    'nkd': LogitLoss(nkd_loss),
+}
+DISTILLATION_TYPES = ('none', *LOGIT_LOSSES)
+
+
+@dataclass(frozen=True)
 class RelationOptions:
     """Options of the relation terms."""
 
@@ -372,9 +415,9 @@ class ManifoldDistillationLoss(nn.Module):
 
     Args:
         base_criterion: loss of logits (B, C) and targets, class indices (B,) or soft labels (B, C).
-        distillation_type: 'none', 'soft' or 'hard': how the logits are distilled.
+        distillation_type: 'none' or a row of `LOGIT_LOSSES`: how the logits are distilled.
         alpha: weight α of KD; CE has 1 − α.
-        tau: temperature of soft distillation.
+        tau: temperature of logit distillation, except 'hard'.
         beta: multiplier β on all relation terms.
         K: number of random tokens per layer pair.
         relations: 'rank' or 'global': sample, random and full connect the images of one rank or of all ranks.
@@ -430,7 +473,7 @@ class ManifoldDistillationLoss(nn.Module):
             student_out: (logits (B, C), kd_logits (B, C), tokens: L of (B, N, D_s)), see `models.Output`.
             teacher_out: (logits (B, C), …, tokens: L of (B, N, D_t)); not used with distillation type 'none'. With α 0
                 the logits may be None: a teacher without a head, or with other classes.
-            targets: of `base_criterion`.
+            targets: of `base_criterion`; with 'nkd' class indices (B,) or soft labels (B, C).
             generator: of the random tokens, advanced by one draw per layer pair; with relations 'global' in the same
                 state on all ranks.
 
@@ -454,10 +497,11 @@ class ManifoldDistillationLoss(nn.Module):
                 raise ValueError(f'distillation type {self.distillation_type!r} needs the output of a teacher')
             _check_output('teacher', teacher_out)
             # Computed even at weight 0: DistributedDataParallel fails if a head gets no gradient.
-            losses = {'base': (1 - self.alpha) * base, 'dist': self.alpha * self._distill(kd_logits, teacher_out[0])}
+            kd = self._distill(kd_logits, teacher_out[0], targets)
+            losses = {'base': (1 - self.alpha) * base, 'dist': self.alpha * kd}
             return losses | self._relations(tokens, teacher_out[2], generator, base)
 
-    def _distill(self, student: Tensor, teacher: Tensor | None) -> Tensor:
+    def _distill(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
         if teacher is None and self.alpha == 0:
             return 0 * _full_precision(student).square().sum()
         if teacher is None:
@@ -468,9 +512,7 @@ class ManifoldDistillationLoss(nn.Module):
                 'logit distillation needs the same classes'
             )
         student, teacher = _full_precision(student), _full_precision(teacher)
-        if self.distillation_type == 'soft':
-            return soft_distillation_loss(student, teacher, self.tau)
-        return hard_distillation_loss(student, teacher)
+        return LOGIT_LOSSES[self.distillation_type].distance(student, teacher, targets, self.tau)
 
     def _relations(
         self, student: Sequence[Tensor], teacher: Sequence[Tensor], generator: torch.Generator | None, base: Tensor

@@ -13,7 +13,7 @@ import utils
 from datasets import ImageNetFolder
 from flags import Config, DataConfig, OptimConfig, RunConfig, get_args_parser
 from loggers import log_rank0
-from losses import RELATION_TERMS, ManifoldDistillationLoss
+from losses import LOGIT_LOSSES, RELATION_TERMS, ManifoldDistillationLoss
 from samplers import distinct_images
 from utils import flag_name
 
@@ -150,7 +150,9 @@ def _conditions() -> Iterator[Condition]:
     yield ('s_id', *relations), 'a relation whose weight is not 0', lambda c: c.model.s_id and c.loss.has_relations
     yield ('distillation_type',), 'a weight of KD or of a relation', (
         lambda c: c.loss.distillation_alpha or (c.model.s_id and c.loss.has_relations))
-    yield ('distillation_tau',), '--distillation-type soft', lambda c: c.loss.distillation_type == 'soft'
+    *most, last = (name for name, loss in LOGIT_LOSSES.items() if loss.reads_tau)
+    yield ('distillation_tau',), f'--distillation-type {", ".join(most)} or {last}', (
+        lambda c: LOGIT_LOSSES[c.loss.distillation_type].reads_tau)
     yield ('distillation_tau',), '--distillation-alpha above 0', lambda c: c.loss.distillation_alpha
     yield ('smoothing',), '--distillation-alpha below 1', (
         lambda c: not c.loss.has_teacher or c.loss.distillation_alpha < 1)

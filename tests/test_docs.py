@@ -18,8 +18,8 @@ PAGE_IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 
 # Flags on the pages that belong to other programs.
 FOREIGN_FLAGS = {
-    'nproc_per_node', 'standalone', 'max-restarts', 'nnodes', 'rdzv-backend', 'rdzv-endpoint',  # torchrun
-    'open-mode', 'signal',  # sbatch
+    'nproc_per_node', 'standalone', 'max-restarts', 'nnodes', 'rdzv-backend', 'rdzv-endpoint', 'rdzv-id',  # torchrun
+    'open-mode', 'signal', 'nodes', 'ntasks-per-node', 'gpus-per-node', 'cpus-per-task',  # sbatch
 }  # fmt: skip
 # Flags and files that are gone, by the page that says so.
 REMOVED_FLAGS = {'CHANGELOG.md': {'non-finite', 'relation-scale'}}

@@ -54,7 +54,7 @@ RELEASE = {
     },
 }  # fmt: skip
 CHOICES = {
-    'distillation-type': {'none', 'soft', 'hard'},
+    'distillation-type': {'none', 'soft', 'hard', 'lskd', 'nkd'},  # the last two are new
     'data-set': {'CIFAR', 'IMNET', 'INAT', 'INAT19'},
     'inat-category': {'kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name'},
     # The release took any word here. These are the ones it understood, except the plateau schedule.
@@ -346,6 +346,12 @@ def test_wrong_use_is_one_line_with_flag_and_value(wrong, files, tmp_path, epoch
                 '--distillation-tau: no effect without --distillation-alpha above 0',
             ],
         ),
+        (
+            {'distillation_type': 'hard', 'distillation_tau': 2},
+            ['--distillation-tau: no effect without --distillation-type soft, lskd or nkd'],
+        ),
+        ({'distillation_type': 'lskd', 'distillation_tau': 2}, []),
+        ({'distillation_type': 'nkd', 'distillation_tau': 2}, []),
         (
             {'sched': 'step', 'min_lr': 0, 'decay_rate': 0.5, 'decay_epochs': 2, 'mixup': 0, 'mixup_switch_prob': 1},
             ['--min-lr: no effect without --sched cosine', '--mixup-switch-prob: no effect without both'],

@@ -12,6 +12,7 @@ import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import toys
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -443,6 +444,108 @@ def test_hard_distillation_is_cross_entropy_with_the_teachers_best_class():
     assert hard_distillation_loss(student, teacher).item() == pytest.approx(expected, rel=1e-10)
 
 
+def naive_softmax(logits: list[float]) -> list[float]:
+    total = sum(math.exp(z) for z in logits)
+    return [math.exp(z) / total for z in logits]
+
+
+def naive_lskd(student: np.ndarray, teacher: np.ndarray, targets: list[int], tau: float) -> float:
+    def probabilities(row):
+        mean = sum(row) / C
+        deviation = math.sqrt(sum((z - mean) ** 2 for z in row) / (C - 1))
+        return naive_softmax([(z - mean) / deviation / tau for z in row])
+
+    found = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        found += sum(p * math.log(p / q) for p, q in zip(probabilities(t), probabilities(s), strict=True))
+    return tau**2 * found / B
+
+
+def naive_nkd(student: np.ndarray, teacher: np.ndarray, targets: list[int], tau: float) -> float:
+    found = 0.0
+    for s, t, k in zip(student, teacher, targets, strict=True):
+        found -= naive_softmax(t)[k] * math.log(naive_softmax(s)[k])
+        softened = [naive_softmax([z / tau for z in row]) for row in (t, s)]
+        for i in range(C):
+            if i != k:  # the probabilities of the other classes are divided by their sum
+                p, q = (row[i] / (sum(row) - row[k]) for row in softened)
+                found -= 1.5 * tau**2 * p * math.log(q)
+    return found / B
+
+
+def numerical_gradient(function, x: np.ndarray, step: float = 1e-5) -> np.ndarray:
+    gradient = np.zeros_like(x)
+    for place in np.ndindex(x.shape):
+        moved = [x.copy(), x.copy()]
+        moved[0][place] += step
+        moved[1][place] -= step
+        gradient[place] = (function(moved[0]) - function(moved[1])) / (2 * step)
+    return gradient
+
+
+NAIVE_KD = {'lskd': naive_lskd, 'nkd': naive_nkd}
+
+
+@pytest.mark.parametrize('tau', [0.5, 1.0, 3.0])
+@pytest.mark.parametrize('kind', NAIVE_KD)
+def test_further_logit_losses_equal_their_formula(kind, tau):
+    student, teacher = torch.randn(2, B, C, dtype=torch.float64) * 3
+    student.requires_grad_()
+    criterion = ManifoldDistillationLoss(nn.CrossEntropyLoss(), kind, alpha=0.5, tau=tau)
+    value = criterion((student, student, ()), (teacher, None, ()), TARGETS)['dist']
+    (gradient,) = torch.autograd.grad(value, student)
+
+    def formula(x):
+        return 0.5 * NAIVE_KD[kind](x, teacher.numpy(), TARGETS.tolist(), tau)
+
+    x = student.detach().numpy()
+    assert value.item() == pytest.approx(formula(x), rel=1e-6 if kind == 'lskd' else 1e-12)  # 1e-7 of the deviation
+    np.testing.assert_allclose(gradient.numpy(), numerical_gradient(formula, x), rtol=1e-5, atol=1e-7)
+    assert abs(gradient.numpy()).max() > 1e-3
+
+
+def test_nkd_takes_the_largest_soft_label_as_the_target_class():
+    student, teacher = torch.randn(2, B, C, dtype=torch.float64)
+    soft = torch.tensor([[0, 0.6, 0.4, 0, 0], [0.5, 0, 0.5, 0, 0], [0.02, 0.02, 0.02, 0.02, 0.92]])
+    expected = losses.nkd_loss(student, teacher, torch.tensor([1, 0, 4]), 2.0)
+    assert losses.nkd_loss(student, teacher, soft, 2.0) == expected
+    assert losses.nkd_loss(student, teacher, soft.flip(1), 2.0) != expected
+
+
+def test_nkd_of_very_different_logits_is_finite():
+    student = (100 * torch.eye(C)[:B]).requires_grad_()
+    value = losses.nkd_loss(student, -student.detach(), torch.arange(B), 1.0)
+    value.backward()
+    assert value.isfinite()
+    assert student.grad.isfinite().all()
+
+
+def test_lskd_depends_on_neither_scale_nor_offset_of_the_logits():
+    student, teacher = torch.randn(2, B, C, dtype=torch.float64)
+    expected = losses.lskd_loss(student, teacher, 2.0).item()
+    assert losses.lskd_loss(7 * student - 3, 0.2 * teacher + 5, 2.0).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.lskd_loss(teacher, 3 * teacher, 2.0).item() == pytest.approx(0, abs=1e-10)
+    equal = torch.zeros(B, C, dtype=torch.float64, requires_grad=True)
+    losses.lskd_loss(equal, teacher, 2.0).backward()
+    assert equal.grad.isfinite().all()
+
+
+@pytest.mark.usefixtures('few_generated_images')
+@pytest.mark.parametrize('mixing', [{}, {'mixup': 0, 'cutmix': 0}], ids=['mixed', 'plain'])
+@pytest.mark.parametrize('kind', NAIVE_KD)
+def test_further_logit_losses_train_with_and_without_mixing(run, kind, mixing):
+    (row,) = run(distillation_type=kind, distillation_tau=2, **mixing)
+    toys.assert_sound(row, absent=set())
+
+
+def test_new_row_of_logit_losses_is_a_distillation_type(monkeypatch):
+    row = losses.LogitLoss(lambda s, t, targets, tau: tau * (s - t).square().mean())
+    monkeypatch.setitem(losses.LOGIT_LOSSES, 'logits', row)
+    monkeypatch.setattr(losses, 'DISTILLATION_TYPES', ('none', *losses.LOGIT_LOSSES))
+    found = forward(build('logits', alpha=1, tau=3.0))
+    assert found['dist'] == 3 * F.mse_loss(KD_LOGITS, TEACHER_LOGITS)
+
+
 # The criterion --------------------------------------------------------------------------------------------------------
 
 LOGITS, KD_LOGITS, TEACHER_LOGITS = torch.randn(3, B, C, generator=torch.Generator().manual_seed(5)).double()
@@ -504,7 +607,7 @@ def test_alpha_zero_keeps_the_relations():
     assert all(found[key] > 0 for key in KEYS if key != 'dist')
 
 
-@pytest.mark.parametrize('kind', ['soft', 'hard'])
+@pytest.mark.parametrize('kind', losses.LOGIT_LOSSES)
 def test_relations_without_blocks_are_zero(kind):
     found = forward(build(kind))
     assert list(found) == KEYS
@@ -527,7 +630,7 @@ def test_term_of_weight_zero_is_not_computed(name, monkeypatch):
         forward(build(), student, teacher)
 
 
-@pytest.mark.parametrize('kind', ['soft', 'hard'])
+@pytest.mark.parametrize('kind', losses.LOGIT_LOSSES)
 @pytest.mark.parametrize('alpha', [0.0, 1.0])
 def test_both_heads_stay_in_the_graph_at_weight_zero(kind, alpha):
     logits, kd_logits = LOGITS.clone().requires_grad_(), KD_LOGITS.clone().requires_grad_()
@@ -546,7 +649,7 @@ class MixedCrossEntropy(nn.Module):
         return F.cross_entropy(logits @ torch.eye(C, dtype=logits.dtype).roll(1, 0), targets)
 
 
-@pytest.mark.parametrize('kind', ['none', 'soft', 'hard'])
+@pytest.mark.parametrize('kind', losses.DISTILLATION_TYPES)
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_criterion_ignores_autocast(kind, dtype):
     out = [(torch.randn(B, C).to(dtype), torch.randn(B, C).to(dtype), (tokens(d).to(dtype),)) for d in (D_S, D_T)]
@@ -567,7 +670,7 @@ def test_base_criterion_takes_soft_labels():
     assert found['base'].item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-@pytest.mark.parametrize('kind', ['soft', 'hard'])
+@pytest.mark.parametrize('kind', losses.LOGIT_LOSSES)
 def test_teacher_without_logits_needs_alpha_zero(kind):
     student, teacher = tokens(D_S).requires_grad_(), tokens(D_T)
     logits, kd_logits = (torch.randn(B, C, requires_grad=True) for _ in range(2))
@@ -586,7 +689,7 @@ def test_missing_teacher_raises():
         build('hard')((LOGITS, KD_LOGITS, ()), None, TARGETS)
 
 
-@pytest.mark.parametrize('kind', ['soft', 'hard'])
+@pytest.mark.parametrize('kind', losses.LOGIT_LOSSES)
 def test_mismatched_classes_raise(kind):
     with pytest.raises(ValueError, match=rf'student \({B}, {C}\), teacher \({B}, {C + 1}\)'):
         build(kind)((LOGITS, KD_LOGITS, ()), (torch.randn(B, C + 1), None, ()), TARGETS)
