@@ -27,28 +27,37 @@ p { margin: .5rem 0; max-width: 46rem; }
 .scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--mark); outline-offset: 2px; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: .35rem; }
+caption span { display: inline-block; max-width: calc(100vw - 2rem); }
 th, td { text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line);
   unicode-bidi: isolate; }
 thead th { color: var(--soft); font-weight: 600; }
 tbody th { font-weight: 500; min-width: 7.5rem; }
 td { min-width: 5rem; }
-table.numbers td, table.numbers thead th + th { text-align: right; white-space: nowrap; min-width: 0; }
+table.numbers td, table.numbers thead th + th { text-align: right; min-width: 0; }
+table.numbers td { white-space: nowrap; }
+table.numbers thead th { vertical-align: bottom; overflow-wrap: normal; }
 .code tbody th, .code td, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   font-size: .84rem; }
 .code tbody th { white-space: nowrap; }
+.code tbody th + td { min-width: 9rem; }
 pre { white-space: pre-wrap; background: var(--shade); padding: .75rem; border-radius: 6px; margin: .5rem 0; }
 figure { margin: 0; }
 img { display: block; width: 100%; height: auto; }
 .charts { display: grid; gap: 1.25rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 .charts figure { max-width: 32rem; }
-.maps img { min-width: 40rem; background: #fff; border-radius: 6px; }
+.maps img { min-width: 40rem; padding: .5rem; background: #fff; border-radius: 6px; }
 ul { padding-left: 1.25rem; margin: .5rem 0; }
 summary { cursor: pointer; padding: .35rem 0; color: var(--mark); }
+@media (max-width: 40rem) {
+  table { font-size: .85rem; }
+  th, td { padding-right: .6rem; }
+  tbody th { min-width: 6rem; }
+}
 @media screen and (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ed; --soft: #a5afba; --line: #3a424b; --paper: #14171b; --shade: #1f242a; --mark: #79b8ff;
     --warn: #f0a94a; }
   /* The charts are drawn for white paper: this turns light into dark and keeps the hues. */
-  .charts img { filter: invert(1) hue-rotate(180deg); }
+  .charts img { filter: invert(1) hue-rotate(180deg) brightness(1.15); }
 }
 @media print {
   :root { color-scheme: light; }
@@ -57,8 +66,8 @@ summary { cursor: pointer; padding: .35rem 0; color: var(--mark); }
   .scroll { overflow: visible; }
   .charts { grid-template-columns: 1fr 1fr; }
   .maps img { min-width: 0; }
-  h2, caption, thead { break-after: avoid; }
-  figure, tr, pre { break-inside: avoid; }
+  h2, h2 + p, caption, thead { break-after: avoid; }
+  figure, tr { break-inside: avoid; }
   details::details-content { content-visibility: visible; block-size: auto; }
 }
 """.strip()
@@ -100,8 +109,8 @@ def table(name: object, head: Sequence[object], rows: Sequence[Sequence[object]]
 
     Args:
         name: its caption.
-        head: names of the columns.
-        rows: values, as many as columns.
+        head: names of the columns; () for a list of names and values.
+        rows: the values, line by line.
         kind: numbers, aligned to the right; code, for flags and their values; or ''.
     """
     columns = ''.join(f'<th scope="col">{escape(each)}</th>' for each in head)
@@ -109,11 +118,8 @@ def table(name: object, head: Sequence[object], rows: Sequence[Sequence[object]]
         f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(each)}</td>" for each in others)}</tr>'
         for first, *others in rows
     )
-    whole = (
-        f'<table class="{kind}"><caption>{escape(name)}</caption><thead><tr>{columns}</tr></thead>'
-        f'<tbody>{"".join(lines)}</tbody></table>'
-    )
-    return scrolling(name, whole)
+    top = f'<caption><span>{escape(name)}</span></caption>' + (f'<thead><tr>{columns}</tr></thead>' if head else '')
+    return scrolling(name, f'<table class="{kind}">{top}<tbody>{"".join(lines)}</tbody></table>')
 
 
 def picture(data: bytes, media_type: str, alt: object) -> str:

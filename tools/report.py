@@ -11,6 +11,7 @@ left out. The relation maps need the checkpoint of the run, and its teacher.
 import argparse
 import io
 import math
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ ENDINGS = ('.html', '.htm')
 SHARE = 'train_share_'
 NONE = '–'
 MOST_WARNINGS = 50
+SAME_RECIPE = 'By args.yaml, the two runs differ in the relation terms alone, and in flags that do not change training.'
 LONGEST_LABEL = 26  # characters, for a legend below a small chart
 # What the control of a run may have differently: the relation terms, and what does not change the training.
 RELATION_FLAGS = {'s_id', 't_id', 'K', 'relations', 'relation_dtype', 'distillation_beta', 'token_align',
@@ -83,7 +85,11 @@ def read_runs(source: str, control: str | None) -> list[Run]:
         label = label if len(label) <= LONGEST_LABEL else f'…{label[1 - LONGEST_LABEL :]}'
         # matplotlib hides labels with an underscore in front.
         label = (' ' if label.startswith('_') else '') + label + (' (control)' if flag == '--control' else '')
-        rows = [{key: value for key, value in row.items() if not _too_large(value)} for row in curves.rows]
+        # Keys become labels of lines; those of a run are plain names.
+        rows = [
+            {key: value for key, value in row.items() if key.isidentifier() and len(key) < 60 and not _too_large(value)}
+            for row in curves.rows
+        ]
         files = read_run_files(Path(path) if Path(path).is_dir() else None)
         found.append(Run(name, Curves(label, rows), files))
     return found
@@ -152,6 +158,9 @@ def new_panel() -> Any:
 def finished(panel: Any, runs: list[Curves], text: str) -> str:
     """A chart as a part of the page, with a text for those who cannot see it."""
     plot.finish(panel, runs)
+    if len(runs) > 1 and not panel.get_legend_handles_labels()[0]:
+        for run, line in zip(runs, panel.lines, strict=True):
+            line.set_label(run.label)
     if panel.get_legend_handles_labels()[0]:
         plot.add_legend(panel.figure, panel, 'outside lower center')
     buffer = io.BytesIO()
@@ -223,7 +232,12 @@ def share_chart(run: Run) -> str:
             color=plot.TERM_COLOURS[place % len(plot.TERM_COLOURS)],
             linestyle=plot.TERM_STYLES[place % len(plot.TERM_STYLES)],
         )  # fmt: skip
-    panel.set_ylim(bottom=0)
+    ends = [value for key in keys for value in run.curves.values(key) if value > 0]
+    if max(ends) > 20 * min(ends):
+        panel.set_yscale('log')
+        panel.yaxis.set_major_formatter('{x:g}')
+    else:
+        panel.set_ylim(bottom=0)
     panel.set_title('share of the gradient, %')
     lines = [(term_name(key, SHARE), [100 * value for value in run.curves.values(key)]) for key in keys]
     return finished(panel, [run.curves], in_words('Share of each term in the gradient, in percent,', lines, '.1f'))
@@ -243,7 +257,7 @@ def speed_charts(runs: list[Run]) -> list[str]:
 
     def draw_wait(panel: Any, curves: list[Curves]) -> None:
         for i, each in enumerate(curves):
-            panel.plot(each.epochs, each.values('wait'), label=each.label, **plot.style(i, each))
+            panel.plot(each.epochs, each.values('wait'), **plot.style(i, each))
         panel.set_ylim(bottom=0)
         panel.set_title('waiting for data: % of the time of the steps')
 
@@ -287,7 +301,7 @@ def results(run: Run, teacher: tuple[float, float] | None) -> str:
         'Results',
         page.table('Accuracy on the validation images, in percent', ['model', 'epoch', 'Acc@1', 'Acc@5', 'loss'], rows),
         page.paragraph(note, 'note'),
-        page.table('The run', ['what', 'value'], facts, ''),
+        page.table('The run', (), facts, ''),
     )
 
 
@@ -298,7 +312,7 @@ def facts_of(run: Run) -> list[tuple[str, str]]:
 def comparison(run: Run, control: Run) -> str:
     """The run against its control, and what else differs between them."""
     keys = ['test_acc1', 'test_acc5', *(['test_ema_acc1'] if run.curves.has('test_ema_acc1') else [])]
-    names = {'test_acc1': 'Acc@1', 'test_acc5': 'Acc@5', 'test_ema_acc1': 'Acc@1 of the EMA'}
+    names = {'test_acc1': 'Acc@1', 'test_acc5': 'Acc@5', 'test_ema_acc1': 'EMA Acc@1'}
     rows = [[each.name, epochs_done(each), *(percent(each.last.get(key)) for key in keys)] for each in (run, control)]
     rows[1][0] += ' (control)'
     rows.append(['difference', '', *(gain(run.last.get(key), control.last.get(key)) for key in keys)])
@@ -311,7 +325,7 @@ def comparison(run: Run, control: Run) -> str:
             'other sign. python -m tools.experiment repeats both with several seeds and computes exact p-values; see '
             'docs/experiments.md.'
         ),
-        *(page.paragraph(text, 'warn') for text in objections(run, control)),
+        *([page.paragraph(text, 'warn') for text in objections(run, control)] or [page.paragraph(SAME_RECIPE, 'note')]),
     )
 
 
@@ -428,11 +442,18 @@ def environment_section(run: Run) -> str:
     rows = [line.partition(' ')[::2] for line in others if line.startswith('commit ')]
     rows += [('versions', line) for line in others if not line.startswith('commit ')]
     rows += [fact for fact in facts_of(run) if fact[0] not in ('images', 'device', 'loss')]
-    parts = [page.table('Versions, and what the run printed at its last start', ['what', 'value'], rows, '')] * bool(
-        rows
-    )
-    parts += [page.paragraph('Command:'), page.preformatted(command)] if command else []
+    parts = [page.table('Versions, and what the run printed at its last start', (), rows, '')] * bool(rows)
+    parts += [page.paragraph('Command:'), page.preformatted(one_flag_a_line(command))] if command else []
     return page.section('Environment', *(parts or [page.paragraph('Not known: the run has no args.yaml.')]))
+
+
+def one_flag_a_line(command: str) -> str:
+    """The command as a shell reads it, with a line for each flag."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # an open quote
+        return command
+    return ' '.join(f'\\\n    {word}' if word.startswith('--') else word for word in map(shlex.quote, words))
 
 
 def build(runs: list[Run], teacher: float | None, maps: str) -> str:
