@@ -21,9 +21,10 @@ import models
 import tools.export
 import tools.plot
 import tools.relations
+import tools.report
 import transforms
 
-TOOLS = {'export': tools.export, 'plot': tools.plot, 'relations': tools.relations}
+TOOLS = {'export': tools.export, 'plot': tools.plot, 'relations': tools.relations, 'report': tools.report}
 SIZE = 32
 ONNX = tools.export.PACKAGES['onnx']
 
@@ -440,7 +441,8 @@ def run_command(line: str) -> None:
 
 
 def test_commands_of_the_page_run_one_after_the_other(folder, tmp_path, monkeypatch):
-    shutil.copytree(folder / 'run', tmp_path / 'OUT')
+    for name in ('OUT', 'SOFT'):
+        shutil.copytree(folder / 'run', tmp_path / name)
     for name in ('a.png', 'b.png', 'image.png'):
         shutil.copy(folder / 'a.png', tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -460,3 +462,4 @@ def test_commands_of_the_page_run_one_after_the_other(folder, tmp_path, monkeypa
             assert 'probabilities' not in names or names['probabilities'].shape == (1, 10)
     assert pushed == ['OWNER/NAME']
     assert (tmp_path / 'relations.png').exists()
+    assert (tmp_path / 'report.html').exists()

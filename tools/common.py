@@ -120,10 +120,10 @@ def typed_flags(args: Any, names: Sequence[str]) -> dict[str, Any]:
 # Figures --------------------------------------------------------------------------------------------------------------
 
 
-def check_figure_path(path: str, program: str) -> None:
+def check_figure_path(path: str, program: str, endings: Sequence[str] = FIGURE_ENDINGS) -> None:
     """Raises UsageError, before any work, if a figure cannot be written: unknown ending, no folder, no matplotlib."""
-    if Path(path).suffix.lower() not in FIGURE_ENDINGS:
-        raise UsageError(f'--out {path}: must end in {", ".join(FIGURE_ENDINGS[:-1])} or {FIGURE_ENDINGS[-1]}')
+    if Path(path).suffix.lower() not in endings:
+        raise UsageError(f'--out {path}: must end in {", ".join(endings[:-1])} or {endings[-1]}')
     if not Path(path).parent.is_dir():
         raise UsageError(f'--out {path}: the folder {Path(path).parent} does not exist')
     try:

@@ -61,16 +61,16 @@ class Curves:
         return next(keys, '')
 
 
-def read_curves(sources: Sequence[str]) -> list[Curves]:
-    """Reads the logs of folders or files. Raises UsageError if there is none, or if one has no rows."""
+def read_curves(sources: Sequence[str], flag: str = 'RUN') -> list[Curves]:
+    """Reads the logs of folders or files. Raises UsageError, which names `flag`, if there is none or it has no rows."""
     found = []
     for source, label in zip(sources, labels(sources), strict=True):
         path = Path(source) / checkpoints.LOG if Path(source).is_dir() else Path(source)
-        with usage_error_context('RUN', source):
+        with usage_error_context(flag, source):
             path.stat()  # `read_log` takes a missing file for an empty one
             rows = checkpoints.read_log(path)
         if not rows:
-            raise UsageError(f'RUN {source}: {path.name} has no rows; no epoch is finished')
+            raise UsageError(f'{flag} {source}: {path.name} has no rows; no epoch is finished')
         found.append(Curves(label, rows))
     return found
 
@@ -104,8 +104,7 @@ def draw(runs: list[Curves], teacher: float | None = None) -> Any:
     for panel, measure in zip(panels, measures, strict=False):
         measure(panel, runs)
     if teacher is not None:
-        panels[0].axhline(teacher, color='0.35', linestyle=':', label=f'teacher ({teacher:g})')
-        panels[0].set_ylim(0, max(panels[0].get_ylim()[1], 1.05 * teacher))
+        draw_teacher(panels[0], teacher)
     draw_losses(panels[len(measures) : count], runs)
     for panel in panels[:count]:
         finish(panel, runs)
@@ -128,6 +127,11 @@ def draw_accuracy(panel: Any, runs: list[Curves]) -> None:
             panel.plot(run.epochs, values, linestyle='--', label=f'{run.label}, EMA', **style(i, run))
     panel.set_ylim(bottom=0)
     panel.set_title('accuracy: Acc@1 on the validation images, %')
+
+
+def draw_teacher(panel: Any, accuracy: float) -> None:
+    panel.axhline(accuracy, color='0.35', linestyle=':', label=f'teacher ({accuracy:g})')
+    panel.set_ylim(0, max(panel.get_ylim()[1], 1.05 * accuracy))
 
 
 def draw_learning_rate(panel: Any, runs: list[Curves]) -> None:
