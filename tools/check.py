@@ -69,16 +69,22 @@ class WrappedLines(logging.Formatter):
         return textwrap.fill(super().format(record), WIDTH, subsequent_indent=' ' * INDENT, break_on_hyphens=False)
 
 
+def _is_no_progress(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith('[')
+
+
 @contextmanager
-def wrapped_lines() -> Iterator[None]:
-    """Wraps the lines of the program, too."""
+def one_screen() -> Iterator[None]:
+    """Wraps the lines of the program, too, and leaves out those about the progress of the evaluation."""
     handlers = loggers.logger.handlers
     before = [handler.formatter for handler in handlers]
+    loggers.logger.addFilter(_is_no_progress)
     for handler in handlers:
         handler.setFormatter(WrappedLines())
     try:
         yield
     finally:
+        loggers.logger.removeFilter(_is_no_progress)
         for handler, formatter in zip(handlers, before, strict=True):
             handler.setFormatter(formatter)
 
@@ -90,7 +96,7 @@ def log_models(pair: Pair, num_classes: int) -> None:
     """Classes, normalisation and prefix tokens of both models."""
     teacher = pair.teacher
     classes = f'{num_classes} of the data, {num_classes_of(pair.student.model)} of the student'
-    log('classes', classes + (f', {num_classes_of(teacher.model)} of the teacher' if teacher else ''))
+    log('classes', classes + (f', {num_classes_of(teacher.model)} of the teacher' if teacher is not None else ''))
     log('normalise', f'student {_describe_stats(pair.stats)}')
     if teacher is None:
         return log('teacher', 'none: --distillation-type none')
@@ -294,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(PROGRAM):
         own, flags = parser.parse_known_args(argv)
     try:
-        with wrapped_lines():
+        with one_screen():
             program.main(flags, partial(check, own.steps, own.images))
     except SystemExit as stopped:
         # Images that cannot be read and values that are not finite end main.py with status 1.
