@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils.data import DataLoader
 
 import config_files
 import datasets
@@ -66,6 +68,23 @@ def run(config: Config, device: torch.device, signals: StopSignals) -> None:
     if flags.output_dir and not flags.eval:
         locks.lock(flags.output_dir)  # before anything in it is read
     checkpoint, own = run_dir.read_resume(flags.resume, flags.output_dir, flags.eval)
+    config, pair, loaders, evaluator = build_parts(config, checkpoint, device)
+    consensus = RankConsensus(signals)
+    if flags.eval_teacher:
+        evaluate_teacher(pair, evaluator, consensus)
+    if flags.eval:
+        evaluator.measure(pair.student.model, 'EMA' if flags.eval_ema else 'network', consensus.raise_if_stopped)
+        report_bad_images(device, evaluator.loader)
+    else:
+        signals.defer()
+        train(config, pair, loaders, evaluator, consensus, checkpoint, own)
+
+
+def build_parts(
+    config: Config, checkpoint: dict[str, Any], device: torch.device
+) -> tuple[Config, Pair, LoaderBuilder, Evaluator]:
+    """Builds what evaluation and training share; returns the flags with what the weights files say of their models."""
+    flags = config.run
     data = adopt_data(config, checkpoint) if flags.eval else config.data
     data.check_path()
     with usage_error_context('--data-path', data.data_path):
@@ -96,15 +115,7 @@ def run(config: Config, device: torch.device, signals: StopSignals) -> None:
     preprocess = DevicePreprocess(*pair.stats, config.augment.remode, fill).to(device)
     copies = 1 if data.dist_eval else utils.get_world_size()
     evaluator = Evaluator(val_loader, preprocess, device, flags.autocast_dtype(device), copies, flags.compile)
-    consensus = RankConsensus(signals)
-    if flags.eval_teacher:
-        evaluate_teacher(pair, evaluator, consensus)
-    if flags.eval:
-        evaluator.measure(pair.student.model, 'EMA' if flags.eval_ema else 'network', consensus.raise_if_stopped)
-        report_bad_images(device, val_loader)
-    else:
-        signals.defer()
-        train(config, pair, loaders, evaluator, consensus, checkpoint, own)
+    return config, pair, loaders, evaluator
 
 
 def evaluate_teacher(pair: Pair, evaluator: Evaluator, consensus: RankConsensus) -> None:
@@ -125,9 +136,40 @@ def train(
     checkpoint: dict[str, Any],
     own: Path | None,
 ) -> None:
-    """Builds what training needs beside the models, and hands over to the engine."""
-    flags, optim, augment, world = config.run, config.optim, config.augment, utils.get_world_size()
+    """Prepares the folder of the run, builds the trainer, and hands over to the engine."""
+    flags = config.run
     last_step = run_dir.prepare_folder(flags.output_dir, flags.resume, flags.start_epoch, checkpoint, own)
+    trainer, train_loader = build_trainer(config, pair, loaders, evaluator, checkpoint, own is not None)
+    checkpoint.clear()  # all of it is loaded; frees its memory
+    state = trainer.state
+    manager = CheckpointManager(
+        state,
+        Path(flags.output_dir) if flags.output_dir else None,
+        consensus,
+        config.flags(),
+        keep=flags.keep,
+        interval=60 * flags.save_interval_minutes or math.inf,
+        every=flags.save_interval_steps,
+        last_step=last_step,
+        before_save=trainer.guard.sync,
+    )
+    metrics = start_logs(flags, config.flags(), state.step)
+    try:
+        fit(trainer, train_loader, evaluator, manager, metrics)
+    finally:
+        metrics.close()
+
+
+def build_trainer(
+    config: Config,
+    pair: Pair,
+    loaders: LoaderBuilder,
+    evaluator: Evaluator,
+    checkpoint: dict[str, Any],
+    own: bool,
+) -> tuple[Trainer, DataLoader]:
+    """Builds what training needs beside the models. `own`: the checkpoint is one of the run in --output_dir."""
+    flags, optim, augment, world = config.run, config.optim, config.augment, utils.get_world_size()
     repeated_aug = choose_repeated_aug(augment.repeated_aug, flags.resume, checkpoint)
     train_loader = loaders.train(augment, optim.rank_batch_size, repeated_aug, pair.stats[0])
     criterion = build_criterion(config.loss, augment)
@@ -148,8 +190,7 @@ def train(
     state.repeated_aug = repeated_aug
     run_dir.check_same_data(config.data.data_path, flags.resume, state, checkpoint)
     run_dir.warn_of_other_teacher(config.model.teacher_path, flags.resume, state, checkpoint)
-    run_dir.restore(state, checkpoint, flags.resume, flags.start_epoch, len(train_loader), own is not None)
-    checkpoint.clear()  # all of it is loaded; frees its memory
+    run_dir.restore(state, checkpoint, flags.resume, flags.start_epoch, len(train_loader), own)
     if flags.compile:
         compile_pair(pair, config.distills)
     teacher = pair.teacher if config.distills else None
@@ -158,22 +199,7 @@ def train(
     train_mode = not config.model.finetune or config.distills
     settings = build_settings(optim, flags, config.loss, evaluator, train_mode)
     trainer = Trainer(pair.student, teacher, criterion, state, settings, evaluator.preprocess, mixup)
-    manager = CheckpointManager(
-        state,
-        Path(flags.output_dir) if flags.output_dir else None,
-        consensus,
-        config.flags(),
-        keep=flags.keep,
-        interval=60 * flags.save_interval_minutes or math.inf,
-        every=flags.save_interval_steps,
-        last_step=last_step,
-        before_save=trainer.guard.sync,
-    )
-    metrics = start_logs(flags, config.flags(), state.step)
-    try:
-        fit(trainer, train_loader, evaluator, manager, metrics)
-    finally:
-        metrics.close()
+    return trainer, train_loader
 
 
 def start_logs(flags: RunConfig, values: dict[str, Any], step: int) -> MetricLog:
@@ -271,11 +297,15 @@ def build_state(
     return TrainingState(model, optimizer, scheduler, scaler, ema)
 
 
-def main(argv: list[str] | None = None) -> None:
+Action = Callable[[Config, torch.device, StopSignals], None]
+
+
+def main(argv: list[str] | None = None, action: Action = run) -> None:
     """Runs in this process; returns when all is done.
 
     Args:
         argv: the flags; those of the command line if None.
+        action: what is done with them.
 
     Raises:
         SystemExit: after one line on stderr; 2 for a usage error; 1 for a loss that is not finite, an image that
@@ -284,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     with StopSignals() as signals:
         try:
-            _start(argv, signals)
+            _start(argv, signals, action)
         except UsageError as error:
             # Usually all ranks have the same usage error: local rank 0 reports it, and the launcher ends the others
             # while they sleep. An error that only other ranks have is reported after the sleep.
@@ -313,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
     utils.destroy_distributed()
 
 
-def _start(argv: list[str] | None, signals: StopSignals) -> None:
+def _start(argv: list[str] | None, signals: StopSignals, action: Action) -> None:
     config = parse_args(argv, __doc__)
     if config.run.output_dir and not config.run.eval:
         loggers.console_file.start()
@@ -324,7 +354,7 @@ def _start(argv: list[str] | None, signals: StopSignals) -> None:
     if utils.get_world_size() > 1:
         signals.defer()  # until all ranks can stop together
     try:
-        run(config, device, signals)
+        action(config, device, signals)
     except BaseException:
         stopping.end_loader_processes()
         raise

@@ -435,12 +435,18 @@ def restore(
 
 
 def prepare_folder(
-    output_dir: str, resume: str, start_epoch: int, checkpoint: dict[str, Any], own: Path | None
+    output_dir: str,
+    resume: str,
+    start_epoch: int,
+    checkpoint: dict[str, Any],
+    own: Path | None,
+    dry_run: bool = False,
 ) -> int | None:
     """Creates --output_dir. Only a run that continues from its newest checkpoint may write to a folder that has a run.
 
     Args:
         own: path of the checkpoint, if it is one of the run in this folder.
+        dry_run: only check; nothing is created, locked or renamed.
 
     Returns:
         The step of the `checkpoint.pth` in the folder, None if there is none or if it is damaged.
@@ -455,17 +461,20 @@ def prepare_folder(
     with usage_error_context('--output_dir', output_dir):
         if folder.exists() and not folder.is_dir():
             raise ValueError('is a file; a folder is needed')
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
+        if not dry_run:
+            folder.mkdir(parents=True, exist_ok=True)
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise ValueError('is not writable')
-    locks.lock(output_dir)
+    if not dry_run:
+        locks.lock(output_dir)
     with usage_error_context('--output_dir', output_dir):
         # Read here so that a damaged log is noticed now and not after the first epoch.
         epochs = [row['epoch'] for row in checkpoints.read_log(folder / LOG)]
         found = [name for name in KEPT if (folder / name).exists()]
         # The disk was full, or the run was killed, between the first row of the log and the first checkpoint.
         restart = resume == 'auto' and found == [LOG]
-        if restart and epochs not in ([], [start_epoch]) and utils.get_rank() == 0:
+        if restart and epochs not in ([], [start_epoch]) and utils.get_rank() == 0 and not dry_run:
             name = next(name for i in itertools.count(1) if not (folder / (name := f'{LOG}.{i}')).exists())
             (folder / LOG).rename(folder / name)
             log_rank0(f'warning: --output_dir {folder}: {LOG} is of a run without checkpoints; it is now {name}')

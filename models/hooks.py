@@ -134,7 +134,7 @@ class TeacherPreprocess(nn.Module):
         self.dtype = dtype
         mean, std = torch.tensor(student_stats).view(2, 3, 1, 1)
         teacher_mean, teacher_std = torch.tensor(teacher_stats).view(2, 3, 1, 1)
-        self.size = size
+        self.teacher_stats, self.size = teacher_stats, size
         self.same = torch.equal(mean, teacher_mean) and torch.equal(std, teacher_std)
         self.register_buffer('scale', std / teacher_std, persistent=False)
         self.register_buffer('shift', (mean - teacher_mean) / teacher_std, persistent=False)
