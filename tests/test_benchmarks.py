@@ -18,6 +18,7 @@ def rows_of(capsys, name: str, argv: str) -> dict[str, list[str]]:
     return {line[:width].strip(): line[width:].split() for line in lines for width in (32 if name == 'input' else 24,)}
 
 
+@pytest.mark.more
 def test_recipe_step_launches_at_most_2000_kernels_and_never_waits(capsys, monkeypatch):
     # The rate of a large matrix product takes a second and is no part of the test.
     monkeypatch.setattr('benchmarks.step.rate', lambda *_: 1e9)

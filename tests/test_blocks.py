@@ -16,6 +16,8 @@ import models
 from losses import ManifoldDistillationLoss
 from models import grids
 
+pytestmark = pytest.mark.more
+
 SIZE, C = 64, 10
 FLAT = {'embed_dim': 48, 'depth': 3, 'num_heads': 3}
 STAGES = {'embed_dim': 16, 'depths': (1, 1, 2, 1), 'num_heads': (1, 2, 2, 4), 'window_size': 4}

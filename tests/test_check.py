@@ -17,7 +17,7 @@ import losses
 import main
 import tools.check
 
-pytestmark = pytest.mark.usefixtures('few_generated_images')
+pytestmark = [pytest.mark.more, pytest.mark.usefixtures('few_generated_images')]
 
 N, D_S, D_T, CLASSES = 16, 32, 48, 10  # N patches of 8 pixels in 32
 

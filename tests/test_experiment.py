@@ -19,6 +19,8 @@ from flags import parse_args
 from tools import experiment, parts, plans, results
 from utils import UsageError
 
+pytestmark = pytest.mark.more
+
 SHIPPED = sorted((toys.ROOT / 'plans').glob('*.yaml'))
 KD = '--distillation-type soft --distillation-alpha 1'
 

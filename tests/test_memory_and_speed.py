@@ -8,6 +8,8 @@ import toys
 
 import main
 
+pytestmark = pytest.mark.more
+
 pytestmark = pytest.mark.usefixtures('few_generated_images')
 
 LOCAL = {

@@ -21,6 +21,8 @@ import tools.export
 import tools.plot
 from losses import RELATION_TERMS, ManifoldDistillationLoss
 
+pytestmark = pytest.mark.more
+
 DOCS = Path(main.__file__).parent / 'docs'
 
 

@@ -26,6 +26,8 @@ import tools.relations
 import tools.report
 from tools import run_files
 
+pytestmark = pytest.mark.more
+
 VOID = {'meta', 'img'}
 ELEMENTS = {'html', 'head', 'meta', 'title', 'style', 'body', 'main', 'header', 'section', 'h1', 'h2', 'p', 'div',
             'table', 'caption', 'span', 'thead', 'tbody', 'tr', 'th', 'td', 'figure', 'img', 'ul', 'li', 'details',

@@ -21,6 +21,7 @@ def epoch_of(sampler, epoch):
 # Repeated augmentation ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ('epoch', 'published'), [(0, '6b31cf8c60017f9a'), (1, '537739e63ee562a8'), (299, 'bdac24be183cf0d0')]
 )

@@ -24,6 +24,8 @@ import tools.relations
 import tools.report
 import transforms
 
+pytestmark = pytest.mark.more
+
 TOOLS = {'export': tools.export, 'plot': tools.plot, 'relations': tools.relations, 'report': tools.report}
 SIZE = 32
 ONNX = tools.export.PACKAGES['onnx']

@@ -18,6 +18,8 @@ import models
 from models import talking_heads
 from models.talking_heads import fused_talking_heads_problem, use_fast_talking_heads
 
+pytestmark = pytest.mark.more
+
 CUDA = torch.device('cuda', 0)
 
 
