@@ -8,9 +8,7 @@ import toys
 
 import main
 
-pytestmark = pytest.mark.more
-
-pytestmark = pytest.mark.usefixtures('few_generated_images')
+pytestmark = [pytest.mark.more, pytest.mark.usefixtures('few_generated_images')]
 
 LOCAL = {
     'opt': 'sgd',

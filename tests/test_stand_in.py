@@ -17,10 +17,8 @@ import utils
 from engine import TrainConfig, Trainer, train_one_epoch
 from pair import build_student, register_student_hooks, register_teacher_hooks
 
-pytestmark = pytest.mark.more
-
 CUDA, STEPS = torch.device('cuda', 0), 2
-pytestmark = pytest.mark.filterwarnings('ignore')  # torch warns about the stand-ins
+pytestmark = [pytest.mark.more, pytest.mark.filterwarnings('ignore')]  # torch warns about the stand-ins
 PLAN = torch.tensor([[number, 0.5, 2 if number > len(transforms.COLOUR_OPERATIONS) else 0] for number in range(18)])
 
 
