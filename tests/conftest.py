@@ -3,6 +3,7 @@
 import copy
 import random
 import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +29,12 @@ TOY = {'img_size': 32, 'patch_size': 8, 'embed_dim': 32, 'depth': 3, 'num_heads'
 @pytest.fixture(scope='session', autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def hangup_is_not_ignored():
+    """`nohup` ignores SIGHUP, which some tests send."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope='session', autouse=True)
