@@ -123,12 +123,13 @@ class JsonLines:
 
     def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         self._path = folder / METRICS
-        kept = []
-        for line in self._path.read_text().splitlines() if self._path.exists() else ():
+        kept, lines = [], self._path.read_text().splitlines() if self._path.exists() else []
+        for line in lines:
             with suppress(ValueError, KeyError, TypeError):  # a line that was cut by a kill
                 if json.loads(line)['step'] <= step:
                     kept.append(line + '\n')
-        checkpoints.write_durably(self._path, ''.join(kept).encode())
+        if len(kept) < len(lines):
+            checkpoints.write_durably(self._path, ''.join(kept).encode())
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         with suppress(OSError), open(self._path, 'a') as file:  # rows that a full disk does not take are lost
