@@ -346,6 +346,7 @@ def train_one_epoch(
     """
     trainer.student.train(trainer.config.train_mode)
     config, state, start = trainer.config, trainer.state, time.monotonic()
+    sinks = metrics or MetricLog()
     lr = max(group['lr'] for group in trainer.optimizer.param_groups)
 
     def losses() -> dict[str, float]:
@@ -353,8 +354,7 @@ def train_one_epoch(
         return state.meters.recent()
 
     def log(values: dict[str, float]) -> None:
-        if metrics is not None:
-            metrics.log({'epoch': epoch, 'lr': lr, **values}, state.step)
+        sinks.log({'epoch': epoch, 'lr': lr, **values}, state.step)
 
     header = f'{epoch}/{config.epochs}'
     progress = Progress(header, config.print_freq, trainer.images_per_step(loader), losses, log)

@@ -147,6 +147,6 @@ def recorded_stats(checkpoint: dict[str, Any]) -> Stats | None:
         return None
     mean, std = record.get('mean'), record.get('std')
     for values in (mean, std):
-        if not isinstance(values, list) or [*map(type, values)] != [float] * 3:
+        if not isinstance(values, list | tuple) or [*map(type, values)] != [float] * 3:
             return None
     return tuple(mean), tuple(std)  # type: ignore[arg-type]

@@ -85,7 +85,8 @@ def title(panel) -> str:
 
 def test_curves_of_a_run_are_those_of_its_log(folder):
     rows = toys.log_rows(folder / 'run')
-    accuracy, rate, loss = tools.plot.draw(tools.plot.read_curves([str(folder / 'run')]), teacher=83.5).axes
+    figure = tools.plot.draw(tools.plot.read_curves([str(folder / 'run')]), teacher=83.5)
+    accuracy, rate, _, loss = figure.axes  # the third is the throughput
     found = lines(accuracy)
     assert found['run'] == ([1, 2], [row['test_acc1'] for row in rows])
     assert found['run, EMA'] == ([1, 2], [row['test_ema_acc1'] for row in rows])
@@ -102,6 +103,15 @@ def test_log_of_the_release_has_no_ema_no_full_term_and_no_throughput(tmp_path):
     assert [title(panel) for panel in figure.axes] == ['accuracy', 'learning rate', 'loss']
     assert lines(figure.axes[0]) == {'release': ([1, 2, 3], [0.0, 10.0, 20.0])}
     assert list(lines(figure.axes[2])) == ['sum', 'CE', 'KD', 'sample', 'patch', 'random']
+
+
+def test_throughput_is_the_median_of_the_metrics_of_each_epoch(tmp_path):
+    path = write_log(tmp_path / 'run' / 'log.txt', 2)
+    rows = [{'step': i, 'epoch': i // 3, 'images_per_second': 10.0 * i, 'data_share': 0.1} for i in range(6)]
+    (path.parent / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    figure = tools.plot.draw(tools.plot.read_curves([str(path.parent)]))
+    (panel,) = [panel for panel in figure.axes if 'throughput' in panel.get_title()]
+    assert panel.lines[0].get_ydata().tolist() == [10.0, 40.0]
 
 
 def test_terms_that_are_0_are_not_drawn_and_unknown_terms_are(tmp_path):

@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else float('inf')
     with signals_as_exits():
         try:
-            is_complete = experiment.run(deadline)
+            is_complete = args.report or experiment.run(deadline)
         finally:
             experiment.stop()
     print(f'\n{results.write_results(plan, out, experiment.failures)}\n')

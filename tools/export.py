@@ -42,6 +42,7 @@ from losses import RELATION_TERMS
 from tools.common import FinishedRun, add_model_flags, one_line_errors, read_run, typed_flags
 from transforms import SMALL_SIZE
 from utils import UsageError, usage_error_context
+from weights_files import recorded_stats
 
 PROGRAM = 'tools.export'
 FLAGS = ('model', 'model_kwargs', 'input_size')
@@ -95,17 +96,15 @@ def load_student(run: FinishedRun, ema: bool) -> Student:
         UsageError: the weights do not fit the model, or there is no moving average.
     """
     config, kept = run.config, run.checkpoint.get('student')
-    kept = kept if isinstance(kept, dict) else {}
     with usage_error_context('--model', f'{config.model} with --input-size {config.input_size}'):
         model = models.build(config.model, run.num_classes, config.input_size, kwargs=config.model_kwargs)
     with usage_error_context('RUN', run.source):
         state, changes = models.adapt(model, run.weights(ema), replace_heads=False)
         models.load_weights(model, state)
-        own = models.normalisation(model, config.model)
+        stats = recorded_stats(run.checkpoint) or models.normalisation(model, config.model)
     for change in changes:
         print(f'weights     {change}')
-    stats = tuple(kept.get('mean') or own[0]), tuple(kept.get('std') or own[1])
-    names = list(map(str, kept.get('classes') or ()))
+    names = list(map(str, kept.get('classes') or ())) if isinstance(kept, dict) else []
     return Student(run, model.eval().requires_grad_(False), stats, names if len(names) == run.num_classes else [], ema)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import checkpoints
 from flags import Parser
 from tools.common import COLOURS, check_figure_path, one_line_errors, save_figure
+from tools.run_files import read_run_files
 from utils import UsageError, usage_error_context
 
 PROGRAM = 'tools.plot'
@@ -71,6 +72,9 @@ def read_curves(sources: Sequence[str], flag: str = 'RUN') -> list[Curves]:
             rows = checkpoints.read_log(path)
         if not rows:
             raise UsageError(f'{flag} {source}: {path.name} has no rows; no epoch is finished')
+        rates = read_run_files(path.parent).speed.images_per_second
+        if rates:
+            rows = [{**row, 'images_per_second': rates.get(row['epoch'])} for row in rows]
         found.append(Curves(label, rows))
     return found
 
