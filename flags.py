@@ -37,6 +37,8 @@ from loggers import SINKS
 from losses import DISTILLATION_TYPES, RELATION_DTYPES, RELATION_TERMS, RELATIONS
 from utils import NO_VALUES, UsageError, format_values
 
+FUSED = ('talking-heads',)  # values of --fused
+
 
 def flag(default: Any, help: str, *names: str, no: str = '', **options: Any) -> Any:
     """A dataclass field that is a flag.
@@ -102,7 +104,6 @@ class ModelConfig:
         action=KeyValues, metavar='KEY=VALUE')
     teacher_dtype: str | None = flag(None, "dtype of the teacher's weights and computation; replaces --amp-dtype for "
         'the teacher (default: float32 weights under --amp-dtype)', choices=('float32', 'bfloat16'))
-    fused_talking_heads: bool = flag(False, 'CaiT teacher on a GPU: attention in Triton kernels; not yet run on a GPU')
     teacher_path: str = flag('', "the teacher's weights: a file, URL, hf-hub:OWNER/NAME or local-dir:FOLDER")
     teacher_pretrained: bool = flag(False, "without --teacher-path: timm's pretrained weights of the teacher")
     pretrained: bool = flag(False, "start from timm's pretrained weights of --model; a head of another size is "
@@ -308,6 +309,8 @@ class RunConfig:
     device: str = flag('cuda', 'cuda, cuda:N or cpu; without a GPU cuda becomes cpu')
     amp_dtype: str | None = flag(None, 'dtype of autocast (default: bfloat16 on a GPU that has it, else float16 with '
         'a gradient scaler; float32 on the CPU)', choices=('bfloat16', 'float16', 'float32'))
+    fused: list[str] = flag((), 'parts that run in few kernels on a GPU; none has run on a GPU yet. talking-heads: the '
+        'attention of a CaiT teacher', choices=FUSED, nargs='+')
     compile: bool = flag(False, 'compile the blocks of both models; evaluation is not compiled')
     seed: int = flag(0, 'seed of weights, order, augmentation, mixing and random tokens', type=SEED)
     dist_url: str = flag('env://', 'init URL of the process group', '--dist_url', '--dist-url')

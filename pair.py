@@ -30,8 +30,9 @@ class Pair:
         self.student.to(device)
         if self.teacher is not None:
             self.teacher.to(device)
-            if self.config.fused_talking_heads and (problem := models.fused_talking_heads_problem(device)):
-                log_rank0(f'warning: --fused-talking-heads: {problem}; the teacher uses the plain attention')
+            problem = models.fused_talking_heads_problem(device)
+            if problem and models.uses_fused_talking_heads(self.teacher.model):
+                log_rank0(f'warning: --fused talking-heads: {problem}; the teacher uses the plain attention')
 
 
 def build_pair(config: Config, files: WeightsFiles, num_classes: int) -> Pair:
@@ -51,7 +52,8 @@ def build_pair(config: Config, files: WeightsFiles, num_classes: int) -> Pair:
         if distills:
             model = choose_blocks(model, student, built)
         teacher_stats = recorded_stats(files.teacher)
-        teacher = register_teacher_hooks(model, built, stats, distills, alpha > 0, teacher_stats)
+        fused = 'talking-heads' in run.fused
+        teacher = register_teacher_hooks(model, built, stats, distills, alpha > 0, teacher_stats, fused)
     tapped = register_student_hooks(model, student, distills)
     if model.grad_checkpointing and not run.eval:
         with usage_error_context('--grad-checkpointing', f'with --model {model.model}'):
@@ -168,11 +170,12 @@ def register_teacher_hooks(
     distills: bool = True,
     with_logits: bool = True,
     teacher_stats: Stats | None = None,
+    fused: bool = False,
 ) -> TappedModel:
     """Hooks on --t-id, if the run distills; frozen.
 
     The student's images are normalised by `stats`, the teacher's by `teacher_stats`, or as timm or the source of its
-    weights say.
+    weights say. `fused`: its talking heads are.
     """
     block_ids = [int(i) for i in config.teacher_ids if distills]
     with usage_error_context('--t-id', f'{format_values(block_ids)} with --teacher-model {config.teacher_model}'):
@@ -181,8 +184,7 @@ def register_teacher_hooks(
         teacher_stats = teacher_stats or models.normalisation(teacher, config.teacher_path)
     dtype = getattr(torch, config.teacher_dtype) if config.teacher_dtype else None
     preprocess = models.TeacherPreprocess(stats, teacher_stats, config.teacher_input_size, dtype)
-    fused = config.fused_talking_heads
-    with usage_error_context('--fused-talking-heads', f'with --teacher-model {config.teacher_model}'):
+    with usage_error_context('--fused', f'talking-heads with --teacher-model {config.teacher_model}'):
         return models.freeze(tapped, preprocess, with_logits=with_logits, dtype=dtype, fused_talking_heads=fused)
 
 

@@ -144,7 +144,7 @@ def _conditions() -> Iterator[Condition]:
     weights = [f'w_{name}' for name in RELATION_TERMS]
     relations = (*weights, 'K', 'relations', 'distillation_beta', 'relation_dtype', 'token_align', 'max_patches')
     yield (*relations, 'distillation_alpha', 'distillation_tau'), 'a teacher', lambda c: c.loss.has_teacher
-    yield ('teacher_input_size', 'teacher_dtype', 'fused_talking_heads'), 'a teacher', (
+    yield ('teacher_input_size', 'teacher_dtype', 'fused'), 'a teacher', (
         lambda c: c.loss.has_teacher or c.run.eval_teacher)
     yield relations, '--s-id and --t-id', lambda c: c.model.s_id
     yield ('s_id', *relations), 'a relation whose weight is not 0', lambda c: c.model.s_id and c.loss.has_relations

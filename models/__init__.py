@@ -27,7 +27,7 @@ from models.hooks import (
     pair_ids,
     tap,
 )
-from models.talking_heads import fused_talking_heads_problem
+from models.talking_heads import fused_talking_heads_problem, uses_fused_talking_heads
 
 __all__ = [
     'ALIGNMENTS',
@@ -55,4 +55,5 @@ __all__ = [
     'pair_ids',
     'resample',
     'tap',
+    'uses_fused_talking_heads',
 ]

@@ -23,7 +23,7 @@ def test_recipe_step_launches_at_most_2000_kernels_and_never_waits(capsys, monke
     # The rate of a large matrix product takes a second and is no part of the test.
     monkeypatch.setattr('benchmarks.step.rate', lambda *_: 1e9)
     monkeypatch.setattr('models.fused_talking_heads_problem', lambda device: '')  # the plain attention runs instead
-    rows = rows_of(capsys, 'step', '--batch-size 2 --input-size 32 --rounds 1 --fused-talking-heads')
+    rows = rows_of(capsys, 'step', '--batch-size 2 --input-size 32 --rounds 1 --fused')
     assert rows['float32 fused'][-4:-2] == rows['float32'][-4:-2]
     (*_, launches, waits, _, _), (*_, before, waited, _, _) = rows['float32'], rows['baseline float32']
     assert int(launches) <= 2000 < int(before)
@@ -52,7 +52,7 @@ def test_input_benchmark_has_a_row_for_each_way(capsys, tmp_path, monkeypatch):
         ('step', '--rounds 0', '--rounds: 0'),
         ('step', '--device mps', '--device'),
         ('step', '--input-size 7', '--input-size 7'),
-        ('step', '--fused-talking-heads', '--fused-talking-heads: needs an NVIDIA GPU'),
+        ('step', '--fused', '--fused: needs an NVIDIA GPU'),
         ('loss', '--K -1', '--K: -1'),
         ('input', 'nowhere', 'nowhere'),
         ('safety', '--steps 1', '--steps 1'),

@@ -181,5 +181,5 @@ def test_run_with_fused_talking_heads(rows, tmp_path):
     options['teacher_path'] = toys.save(tmp_path / 'wide.pth', toys.teacher(**teacher).state_dict())
     plain = rows('plain', **options)[0]
     for name, changes in (('fused', {}), ('compiled', {'compile': True})):
-        fused = rows(name, fused_talking_heads=True, **options, **changes)[0]
+        fused = rows(name, fused='talking-heads', **options, **changes)[0]
         assert fused['train_loss'] == pytest.approx(plain['train_loss'], rel=0.1)

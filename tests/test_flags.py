@@ -186,8 +186,8 @@ WRONG = [
     ({'relations': 'all'},),
     ({'relation_dtype': 'float16'},),
     ({'teacher_dtype': 'float16'},),
-    ({'fused_talking_heads': True}, '--teacher-model cait_s24_224', '4 heads of 12 channels'),
-    ({'fused_talking_heads': True, 'teacher_model': 'deit_tiny_patch16_224', 'teacher_path': '{files}/student.pth',
+    ({'fused': 'talking-heads'}, '--teacher-model cait_s24_224', '4 heads of 12 channels'),
+    ({'fused': 'talking-heads', 'teacher_model': 'deit_tiny_patch16_224', 'teacher_path': '{files}/student.pth',
       'teacher_kwargs': toys.RUN['model_kwargs']}, '--teacher-model deit_tiny_patch16_224', 'no talking-heads'),
     ({'accum_steps': 0},),
     ({'device_augment': True, 'aa': 'none'}, '--aa'),
@@ -334,8 +334,8 @@ def test_wrong_use_is_one_line_with_flag_and_value(wrong, files, tmp_path, epoch
             ['--K: no effect without --w-rand above 0', '--relations: no effect without --w-sample, --w-rand or'],
         ),
         (
-            {**toys.ALONE, 'w_full': 0, 'token_align': 'pool', 'teacher_input_size': 64, 'fused_talking_heads': True},
-            ['--token-align: no effect without a teacher', '--teacher-input-size, --fused-talking-heads: no effect'],
+            {**toys.ALONE, 'w_full': 0, 'token_align': 'pool', 'teacher_input_size': 64, 'fused': 'talking-heads'},
+            ['--token-align: no effect without a teacher', '--teacher-input-size, --fused: no effect'],
         ),
         ({'max_patches': 5}, ['--max-patches: no effect without --token-align merge']),
         (
