@@ -311,6 +311,8 @@ class RunConfig:
         'a gradient scaler; float32 on the CPU)', choices=('bfloat16', 'float16', 'float32'))
     fused: list[str] = flag((), 'parts that run in few kernels on a GPU; none has run on a GPU yet. talking-heads: the '
         'attention of a CaiT teacher', choices=FUSED, nargs='+')
+    cuda_graph: bool = flag(False, 'launch each training step as one CUDA graph where possible; has not run on a GPU '
+        'yet', no='launch its kernels one by one (default)')
     compile: bool = flag(False, 'compile the blocks of both models; evaluation is not compiled')
     seed: int = flag(0, 'seed of weights, order, augmentation, mixing and random tokens', type=SEED)
     dist_url: str = flag('env://', 'init URL of the process group', '--dist_url', '--dist-url')

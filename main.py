@@ -228,6 +228,7 @@ def build_settings(
         log_grad_share=loss.log_grad_share,
         eval_ema=flags.eval_ema,
         print_freq=flags.print_freq,
+        cuda_graph=flags.cuda_graph,
     )
 
 

@@ -7,6 +7,7 @@ import torch
 import toys
 from interpret import attention
 
+import cuda_graph
 import datasets
 import loggers
 import main
@@ -104,6 +105,94 @@ def test_non_finite_loss_on_gpu_names_its_first_step(rows, tmp_path, capsys):
     assert stopped.value.code == 1
     assert 'not finite at step 0 of epoch 0 on rank 0: loss_dist, teacher logits; images ' in capsys.readouterr().err
     assert not toys.listing(tmp_path / 'out')
+
+
+# The step as a CUDA graph ---------------------------------------------------------------------------------------------
+
+# Three epochs of four steps, with everything on that draws random numbers; the last epoch has another learning rate.
+LIVELY = {'epochs': 3, 'drop': 0.1, 'drop_path': 0.1, 'lr': 0.05, 'model_ema_decay': 0.5, 'clip_grad': 1, 'K': 20}
+
+
+@pytest.fixture
+def graph(rows, tmp_path, monkeypatch):
+    """A function that trains a toy with --cuda-graph after so many steps, and returns what came of it."""
+
+    def run(name: str, warm_up: int = 3, **changes) -> dict:
+        monkeypatch.setattr(cuda_graph, 'WARM_UP', warm_up)
+        rows(name, **{**LIVELY, 'cuda_graph': True, **changes})
+        return toys.outcome(tmp_path / name)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {},
+        {'accum_steps': 2, 'batch_size': 4, 'amp_dtype': 'float32'},
+        {'teacher_dtype': 'bfloat16', 'relation_dtype': 'bfloat16', 'log_grad_share': True, 'eval_ema': True},
+        {'compile': True},
+        {'model': 'deit_tiny_distilled_patch16_224', 'device_augment': True, 'opt': 'adam'},
+    ],
+    ids=['recipe', 'accumulated', 'bfloat16', 'compiled', 'two heads'],
+)
+def test_replayed_steps_equal_launched_ones_to_the_bit(graph, capsys, changes):
+    replayed = graph('replayed', **changes)
+    assert 'cuda graph  captured in ' in capsys.readouterr().out
+    assert toys.differing(replayed, graph('launched', 1000, **changes)) == set()
+
+
+def test_graph_trains_as_without_it(graph):
+    for one, other in zip(graph('graph')['log'], graph('plain', cuda_graph=None)['log'], strict=True):
+        assert one == pytest.approx(other, rel=1e-2, abs=1e-3)
+
+
+def test_resume_in_mid_epoch_goes_on_with_a_graph(graph, monkeypatch):
+    whole, saving = graph('whole'), {'save_interval_steps': 1, 'keep': 20}
+
+    def kill() -> None:
+        raise toys.KilledError
+
+    with monkeypatch.context() as patch:
+        toys.after_calls(patch, main.Trainer, 'train_step', 6, kill)
+        with pytest.raises(toys.KilledError):
+            graph('resumed', **saving)
+    assert toys.differing(graph('resumed', resume='auto', **saving), whole) == set()
+
+
+def test_graph_on_one_nccl_rank_equals_a_plain_run(graph, tmp_path, monkeypatch):
+    plain = graph('plain')
+    for name, value in {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1'}.items():
+        monkeypatch.setenv(name, value)
+    launched = graph('launched', dist_url=f'file://{tmp_path / "meet"}', no_repeated_aug=True)
+    assert toys.differing(launched, plain) == set()
+
+
+def test_step_that_waits_is_launched_and_the_place_is_named(graph, monkeypatch, capsys):
+    launched, forward = graph('launched', 1000), main.ManifoldDistillationLoss.forward
+
+    def waiting(self, student_out, *others):
+        student_out[0].sum().item()
+        return forward(self, student_out, *others)
+
+    monkeypatch.setattr(main.ManifoldDistillationLoss, 'forward', waiting)
+    waited = graph('waiting')
+    assert 'the host waits for the GPU at test_cuda.py:' in capsys.readouterr().out
+    assert toys.differing(waited, launched) == set()
+
+
+def test_step_that_is_not_finite_is_withheld_and_named_in_a_replay(graph, monkeypatch, capsys):
+    prepare = main.Trainer.prepare_batch
+
+    def spoil(trainer, batch):
+        images, targets = prepare(trainer, batch)
+        return (images * torch.nan if trainer.state.step == 5 else images), targets
+
+    monkeypatch.setattr(main.Trainer, 'prepare_batch', spoil)
+    with pytest.raises(SystemExit) as stopped:
+        graph('spoilt', print_freq=100)
+    assert stopped.value.code == 1
+    assert 'not finite at step 1 of epoch 1 on rank 0: loss_base, ' in capsys.readouterr().err
 
 
 # The fused talking-heads attention ------------------------------------------------------------------------------------
