@@ -267,21 +267,26 @@ def apply_policy(images: Tensor, plan: Tensor, fill: Sequence[int]) -> Tensor:
         plan: (B, R, 3) on the CPU, from `PolicySampler`.
         fill: red, green, blue in 0 … 255, the colour of areas that are uncovered.
     """
+    device = images.device
+    colour = _send(torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1), device)
     for row in plan.unbind(1):
         # Geometric operations with the same filter differ only in their matrices, so they form one group.
         names = ['move' if op > len(COLOUR_OPERATIONS) else OPERATIONS[int(op)] for op in row[:, 0].tolist()]
         kinds = list(zip(names, row[:, 2].tolist(), strict=True))
         order = torch.tensor(sorted(range(len(kinds)), key=kinds.__getitem__))
         sizes = Counter(kinds[i] for i in order.tolist())
-        groups = images.index_select(0, _send(order, images.device)).split([*sizes.values()])
+        # One copy for all groups: a copy costs the host more than a small kernel does.
+        there, back = _send(torch.stack([order, order.argsort()]), device).unbind()
+        arguments = _send(row[order, 1].view(-1, 1, 1, 1), device)
+        parts = (x.split([*sizes.values()]) for x in (images.index_select(0, there), arguments, row[order]))
         done = []
-        for (name, _), group, rows in zip(sizes, groups, row[order].split([*sizes.values()]), strict=True):
+        for (name, _), group, argument, rows in zip(sizes, *parts, strict=True):
             if name == 'move':
-                group = _move(group, rows.tolist(), fill)
+                group = _move(group, rows.tolist(), colour)
             elif name:
-                group = COLOUR_OPERATIONS[name](group, _send(rows[:, 1].view(-1, 1, 1, 1), images.device))
+                group = COLOUR_OPERATIONS[name](group, argument)
             done.append(group)
-        images = torch.cat(done).index_select(0, _send(order.argsort(), images.device))
+        images = torch.cat(done).index_select(0, back)
     return images
 
 
@@ -364,8 +369,8 @@ _MATRICES: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
 OPERATIONS = ('', *COLOUR_OPERATIONS, *_MATRICES)  # a plan holds their indices; 0 does nothing
 
 
-def _move(images: Tensor, rows: Sequence[Sequence[float]], fill: Sequence[int]) -> Tensor:
-    """Applies geometric operations with the same filter: images (G, 3, H, W), and G rows of a plan."""
+def _move(images: Tensor, rows: Sequence[Sequence[float]], fill: Tensor) -> Tensor:
+    """Applies geometric operations with the same filter: images (G, 3, H, W), and G rows of a plan on the host."""
     height, width = images.shape[2:]
     parameters = [_MATRICES[OPERATIONS[int(op)]](argument, width, height) for op, argument, _ in rows]
     # grid_sample counts from −1 to 1 across an image.
@@ -374,13 +379,14 @@ def _move(images: Tensor, rows: Sequence[Sequence[float]], fill: Sequence[int]) 
     columns = x * (torch.arange(width) + 0.5)[:, None]
     lines = y * (torch.arange(height) + 0.5)[:, None] + shift - 1
     # The device only adds the parts of columns (G, W, 2) and lines (G, H, 2): TF32 would round products.
-    grid = _send(lines.float(), images.device)[:, :, None] + _send(columns.float(), images.device)[:, None]
+    lines, columns = _send(torch.cat([lines, columns], 1).float(), images.device).split([height, width], 1)
+    grid = lines[:, :, None] + columns[:, None]
     # For PIL the left edge is inside, the right one is not. The tolerance keeps rounding from deciding.
     inside = ((grid >= -1 - 1e-6) & (grid < 1 - 1e-6)).all(-1)[:, None]
     moved = F.grid_sample(images.float(), grid, FILTERS[int(rows[0][2])], 'border', align_corners=False)
     # PIL truncates. The hundredth keeps whole numbers whole where float32 is slightly below them.
     moved = moved.add_(0.01).clamp_(0, 255).to(torch.uint8)
-    return torch.where(inside, moved, _send(torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1), images.device))
+    return torch.where(inside, moved, fill)
 
 
 def erase(images: Tensor, rectangles: Tensor, keys: Tensor, mode: str) -> None:

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.transforms import ColorJitter, Compose, Normalize, ToTensor
 
+import transforms
 from transforms import OPERATIONS, DevicePreprocess, PolicySampler, apply_policy, draw_erasures, erase
 
 H, W = 24, 20
@@ -426,6 +427,14 @@ def test_no_call_waits_for_the_device(erasing):
 def test_number_of_calls_does_not_grow_with_the_batch():
     assert calls(1, False) == calls(8, False)
     assert calls(1, False).total() < 300
+
+
+def test_plan_needs_few_copies_to_the_device(monkeypatch):
+    sent, send = [], transforms._send
+    monkeypatch.setattr(transforms, '_send', lambda *args: sent.append(args[0]) or send(*args))
+    plan = torch.cat([every_operation(2), every_operation(2).flip(0)], 1)
+    apply_policy(pictures('all', len(plan)), plan, FILL)
+    assert len(sent) == 1 + 2 * 3  # the colour; for each row order, arguments, and the grid of its one filter
 
 
 def test_plan_works_on_the_meta_device():
