@@ -56,6 +56,7 @@ def step(monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'backward', backward)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: True)
     monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
+    monkeypatch.setattr(transforms, 'compiled_erase_batch', lambda: transforms.erase_batch)
     monkeypatch.setattr(utils.Meters, 'recent', lambda meters: {})
     monkeypatch.setattr(utils.Meters, 'means', lambda meters: {})
     torch.__future__.set_overwrite_module_params_on_conversion(True)
@@ -86,7 +87,8 @@ def step(monkeypatch):
                 if 'no NVIDIA driver' not in str(error):
                     raise
                 pytest.skip('this version of torch makes no stand-ins for CUDA tensors without a driver')
-            preprocess = transforms.DevicePreprocess(*stats, config.augment.remode).to(CUDA)
+            fused = 'erasing' in config.run.fused
+            preprocess = transforms.DevicePreprocess(*stats, config.augment.remode, fused_erasing=fused).to(CUDA)
             settings = TrainConfig(
                 CUDA,
                 config.run.autocast_dtype(CUDA),
@@ -109,6 +111,10 @@ def test_gpu_step_mixes_no_devices_and_never_waits(step):
     assert {tensor.device for tensor in trainer.tapped.state_dict().values()} == {CUDA}
     assert {tensor.device for tensor in trainer.state.ema.module.state_dict().values()} == {CUDA}
     assert trainer.state.step == STEPS
+
+
+def test_gpu_step_with_fused_erasing_never_waits(step):
+    assert step(fused='erasing').state.step == STEPS
 
 
 @pytest.mark.parametrize(
