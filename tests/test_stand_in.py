@@ -9,12 +9,14 @@ import torch
 import toys
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 import main
 import models
 import transforms
 import utils
 from engine import TrainConfig, Trainer, train_one_epoch
+from loaders import prefetch_to_device
 from pair import build_student, register_student_hooks, register_teacher_hooks
 
 CUDA, STEPS = torch.device('cuda', 0), 2
@@ -61,7 +63,7 @@ def step(monkeypatch):
     monkeypatch.setattr(utils.Meters, 'means', lambda meters: {})
     torch.__future__.set_overwrite_module_params_on_conversion(True)
 
-    def run(sync=lambda: None, **changes) -> Trainer:
+    def run(sync=lambda: None, prefetched=False, **changes) -> Trainer:
         changes = {'device': 'cuda', 'teacher_path': 'none', 'batch_size': 4, 's_id': '0 -1', 't_id': '0 -1', **changes}
         config = toys.config(**changes)
         student = register_student_hooks(config.model, build_student(config.model, 10))
@@ -99,7 +101,11 @@ def step(monkeypatch):
             state = toys.state(student.model, **changes)
             trainer = Trainer(student, teacher, criterion, state, settings, preprocess, mixup)
             monkeypatch.setattr(trainer.guard, 'sync', sync)
-            train_one_epoch(trainer, [batch] * STEPS, epoch=0)
+            loader = DataLoader([batch] * STEPS, batch_size=None)
+            if prefetched:
+                toys.fake_streams(monkeypatch)
+                loader = prefetch_to_device(loader, CUDA, ('erase', 'key') if fused else ())
+            train_one_epoch(trainer, loader, epoch=0)
         return trainer
 
     yield run
@@ -113,8 +119,10 @@ def test_gpu_step_mixes_no_devices_and_never_waits(step):
     assert trainer.state.step == STEPS
 
 
-def test_gpu_step_with_fused_erasing_never_waits(step):
-    assert step(fused='erasing').state.step == STEPS
+@pytest.mark.parametrize('fused', [None, 'erasing'])
+@pytest.mark.parametrize('prefetched', [False, True])
+def test_gpu_step_takes_batches_from_both_sides(step, fused, prefetched):
+    assert step(prefetched=prefetched, fused=fused).state.step == STEPS
 
 
 @pytest.mark.parametrize(
