@@ -112,7 +112,8 @@ def build_parts(
     summary.warn_of_other_classes(files.with_logits(config), names)
     del files  # the teacher's weights would be in memory twice
     fill = [min(255, round(255 * value)) for value in pair.stats[0]]  # as timm does
-    preprocess = DevicePreprocess(*pair.stats, config.augment.remode, fill).to(device)
+    erasing = 'erasing' in flags.fused
+    preprocess = DevicePreprocess(*pair.stats, config.augment.remode, fill, erasing).to(device)
     copies = 1 if data.dist_eval else utils.get_world_size()
     evaluator = Evaluator(val_loader, preprocess, device, flags.autocast_dtype(device), copies, flags.compile)
     return config, pair, loaders, evaluator

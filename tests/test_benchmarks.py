@@ -38,12 +38,12 @@ def test_loss_benchmark_has_a_row_for_each_term(capsys):
         assert ratio == pytest.approx(definition / ours, rel=0.5)  # printed numbers are rounded
 
 
-def test_input_benchmark_has_a_row_for_each_way(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr('benchmarks.input.BATCH', 4)
+def test_input_benchmark_has_a_row_for_each_way(capsys, tmp_path):
     write_images(tmp_path / 'train', [2, 2], 32)
-    rows = rows_of(capsys, 'input', f'{tmp_path / "train"} --rounds 1')
-    for name in ('PIL and timm', 'ours', '--device-augment', 'ours, 3 repeats'):
+    rows = rows_of(capsys, 'input', f'{tmp_path / "train"} --rounds 1 --batch-size 4')
+    for name in ('PIL and timm', 'ours', '--device-augment', '--fused erasing', 'ours, 3 repeats'):
         assert float(rows[name][0]) > 0
+        assert (float(rows[name][3]) > 0) == (name != 'PIL and timm')
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,26 @@
 """Tests that need a GPU. They are skipped without one."""
 
 import copy
+import time
 
 import pytest
 import torch
 import toys
 from interpret import attention
+from timm.data.random_erasing import RandomErasing
+from torch.utils.data import DataLoader
 
 import cuda_graph
 import datasets
 import loggers
 import main
+import transforms
+import utils
+from loaders import LoaderBuilder, prefetch_to_device
 from models.talking_heads import fused_talking_heads_problem, use_fast_talking_heads
 
 DEVICE = 'cuda'
+STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'),
     pytest.mark.filterwarnings('default'),  # warnings depend on driver and device
@@ -272,3 +279,144 @@ def test_run_with_fused_talking_heads(rows, tmp_path):
     for name, changes in (('fused', {}), ('compiled', {'compile': True})):
         fused = rows(name, fused='talking-heads', **options, **changes)[0]
         assert fused['train_loss'] == pytest.approx(plain['train_loss'], rel=0.1)
+
+
+# Erasing a batch in one kernel ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def erasing():
+    """A function that returns normalised images (B, 3, size, size), rectangles and keys, on the CPU."""
+    torch._dynamo.reset()
+
+    def make(count: int, size: int = 224, rectangles: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        transforms.seed_augmentation(count)
+        policy = RandomErasing(0.8, max_count=rectangles, device='cpu')
+        places = torch.stack([transforms.draw_erasures(policy, size, size) for _ in range(count)])
+        keys = [utils.counter_seed(0, 'augment', 0, number) for number in range(count)]
+        return torch.randn(count, 3, size, size), places, torch.tensor(keys)
+
+    return make
+
+
+def on_gpu(tensors) -> list[torch.Tensor]:
+    return [tensor.to(DEVICE) for tensor in tensors]
+
+
+@pytest.mark.parametrize('mode', ['pixel', 'rand', 'const'])
+def test_compiled_erasing_matches_cpu(erasing, mode):
+    for shape in ((16, 224, 1), (5, 37, 3)):
+        images, places, keys = erasing(*shape)
+        expected = transforms.erase_batch(images, places, keys, mode)
+        found = transforms.compiled_erase_batch()(*on_gpu((images, places, keys)), mode).cpu()
+        assert torch.equal(found == images, expected == images)
+        assert not torch.equal(found, images)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0 if mode == 'const' else 1e-5)
+
+
+def test_compiled_erasing_of_a_whole_batch_is_finite_and_normal(erasing):
+    images, places, keys = on_gpu(erasing(64))
+    places[:] = torch.tensor([0, 0, 224, 224])
+    found = transforms.compiled_erase_batch()(images, places, keys, 'pixel').double()
+    assert found.isfinite().all()
+    assert abs(found.mean()) < 4 / found.numel() ** 0.5
+    assert abs(found.var() - 1) < 4 * (2 / found.numel()) ** 0.5
+
+
+def test_preprocess_with_fused_erasing_replays_in_a_cuda_graph(erasing):
+    preprocess = transforms.DevicePreprocess(*STATS, fused_erasing=True).to(DEVICE)
+    batches = []
+    for count in (8, 9):
+        images, places, keys = on_gpu(erasing(count))
+        batches.append(((images[:8] * 50 + 128).clamp(0, 255).to(torch.uint8), places[:8], keys[:8]))
+    given = [tensor.clone() for tensor in batches[0]]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        preprocess(given[0], {'erase': given[1], 'key': given[2]})  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = preprocess(given[0], {'erase': given[1], 'key': given[2]})
+    for images, places, keys in (batches[1], batches[0]):
+        for static, tensor in zip(given, (images, places, keys), strict=True):
+            static.copy_(tensor)
+        graph.replay()
+        assert torch.equal(out, preprocess(images, {'erase': places.cpu(), 'key': keys.cpu()}))
+
+
+def test_run_with_fused_erasing_matches_cpu(rows, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    options = {'amp_dtype': 'float32', 'w_rand': 0, 'fused': 'erasing', 'reprob': 1, 'lr': 0.05}
+    assert rows('gpu', **options)[0] == pytest.approx(rows('cpu', device='cpu', **options)[0], rel=1e-3, abs=1e-4)
+
+
+# Copying batches while the step before runs ---------------------------------------------------------------------------
+
+
+class Batches(list):
+    """Items as a training set has them."""
+
+    def __getitem__(self, index: int) -> tuple:
+        images = torch.full((3, 224, 224), index % 256, dtype=torch.uint8)
+        return images, index, index, {'key': index, 'erase': torch.full((1, 4), index), 'plan': torch.zeros(2, 3)}
+
+
+def prefetched() -> tuple[DataLoader, DataLoader]:
+    """The same loader twice: plain, and copied to the GPU."""
+    plain = DataLoader(Batches(range(16 * 32)), 32, pin_memory=True)
+    return plain, prefetch_to_device(plain, torch.device(DEVICE, torch.cuda.current_device()), ('erase', 'key'))
+
+
+def test_prefetched_batches_equal_plain_ones_while_the_device_is_busy():
+    plain, loader = prefetched()
+    weights, sums = torch.randn(4096, 4096, device=DEVICE), []
+    for batch in loader:
+        for _ in range(5):
+            weights = (weights @ weights).div_(100).tanh_()  # the device falls behind: the memory of batches is reused
+        images, targets, indices, aug_params = batch
+        assert images.is_cuda
+        assert (indices.device, aug_params['plan'].device) == (torch.device('cpu'),) * 2
+        found = (images.double().sum((1, 2, 3)), targets, aug_params['key'], aug_params['erase'][:, 0, 0])
+        sums.append(torch.stack([x.double() for x in found]))
+    expected = [torch.stack([b[0].double().sum((1, 2, 3)), *[b[1].double()] * 3]) for b in plain]
+    assert torch.equal(torch.stack(sums).cpu(), torch.stack(expected))
+
+
+def test_host_never_waits_for_a_copy():
+    loader = prefetched()[1]
+    batches = iter(loader)
+    next(batches)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        for batch, _ in zip(batches, range(5), strict=False):
+            batch[0].float().sum()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+def test_copy_ends_while_the_step_before_still_runs():
+    loader = prefetched()[1]
+    batches = iter(loader)
+    for _ in range(4):  # fills the caches of memory
+        next(batches)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second: the step
+    busy = torch.cuda.Event()
+    busy.record()
+    next(batches)
+    start = time.monotonic()
+    while not loader._stream.query() and time.monotonic() - start < 5:
+        time.sleep(0.001)
+    assert not busy.query()
+
+
+def test_run_with_prefetching_equals_a_plain_run(rows, monkeypatch):
+    options = {'amp_dtype': 'float32', 'epochs': 2, 'lr': 0.05, 'fused': 'erasing', 'device_augment': True}
+    plain, train = rows('plain', **options), LoaderBuilder.train
+    device = torch.device(DEVICE, torch.cuda.current_device())
+    monkeypatch.setattr(
+        LoaderBuilder, 'train', lambda *args: prefetch_to_device(train(*args), device, ('erase', 'key'))
+    )
+    for one, other in zip(rows('ahead', **options), plain, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)

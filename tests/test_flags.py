@@ -335,8 +335,15 @@ def test_wrong_use_is_one_line_with_flag_and_value(wrong, files, tmp_path, epoch
         ),
         (
             {**toys.ALONE, 'w_full': 0, 'token_align': 'pool', 'teacher_input_size': 64, 'fused': 'talking-heads'},
-            ['--token-align: no effect without a teacher', '--teacher-input-size, --fused: no effect'],
+            [
+                '--token-align: no effect without a teacher',
+                '--teacher-input-size: no effect without a teacher',
+                '--fused: no effect without a teacher (talking-heads)',
+            ],
         ),
+        ({'fused': 'erasing', **toys.ALONE, 'w_full': 0}, []),
+        ({'fused': 'erasing', 'reprob': 0}, ['--fused: no effect without random erasing (erasing)']),
+        ({'fused': 'erasing', 'no_aug': True}, ['--fused: no effect without random erasing (erasing)']),
         ({'max_patches': 5}, ['--max-patches: no effect without --token-align merge']),
         (
             {'distillation_beta': 0, 'distillation_alpha': 0, 'distillation_tau': 2},
