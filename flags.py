@@ -34,10 +34,10 @@ from flag_types import (
     sinks,
 )
 from loggers import SINKS
-from losses import DISTILLATION_TYPES, RELATION_DTYPES, RELATION_TERMS, RELATIONS
+from losses import DISTILLATION_TYPES, FUSED_PARTS, RELATION_DTYPES, RELATION_TERMS, RELATIONS
 from utils import NO_VALUES, UsageError, format_values
 
-FUSED = ('talking-heads',)  # values of --fused
+FUSED = ('talking-heads', *FUSED_PARTS)  # values of --fused
 
 
 def flag(default: Any, help: str, *names: str, no: str = '', **options: Any) -> Any:
@@ -310,7 +310,8 @@ class RunConfig:
     amp_dtype: str | None = flag(None, 'dtype of autocast (default: bfloat16 on a GPU that has it, else float16 with '
         'a gradient scaler; float32 on the CPU)', choices=('bfloat16', 'float16', 'float32'))
     fused: list[str] = flag((), 'parts that run in few kernels on a GPU; none has run on a GPU yet. talking-heads: the '
-        'attention of a CaiT teacher', choices=FUSED, nargs='+')
+        'attention of a CaiT teacher; relations: the sample, patch and random terms together; full: the full term with '
+        'float32 products', choices=FUSED, nargs='+')
     compile: bool = flag(False, 'compile the blocks of both models; evaluation is not compiled')
     seed: int = flag(0, 'seed of weights, order, augmentation, mixing and random tokens', type=SEED)
     dist_url: str = flag('env://', 'init URL of the process group', '--dist_url', '--dist-url')
