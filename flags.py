@@ -34,10 +34,10 @@ from flag_types import (
     sinks,
 )
 from loggers import SINKS
-from losses import DISTILLATION_TYPES, RELATION_DTYPES, RELATION_TERMS, RELATIONS
+from losses import DISTILLATION_TYPES, FUSED_PARTS, RELATION_DTYPES, RELATION_TERMS, RELATIONS
 from utils import NO_VALUES, UsageError, format_values
 
-FUSED = ('talking-heads', 'erasing')  # values of --fused
+FUSED = ('talking-heads', *FUSED_PARTS, 'erasing')  # values of --fused
 
 
 def flag(default: Any, help: str, *names: str, no: str = '', **options: Any) -> Any:
@@ -310,7 +310,8 @@ class RunConfig:
     amp_dtype: str | None = flag(None, 'dtype of autocast (default: bfloat16 on a GPU that has it, else float16 with '
         'a gradient scaler; float32 on the CPU)', choices=('bfloat16', 'float16', 'float32'))
     fused: list[str] = flag((), 'parts that run in few kernels on a GPU; none has run on a GPU yet. talking-heads: the '
-        'attention of a CaiT teacher; erasing: random erasing, with other noise', choices=FUSED, nargs='+')
+        'attention of a CaiT teacher; relations: the sample, patch and random terms together; full: the full term with '
+        'float32 products; erasing: random erasing, with other noise', choices=FUSED, nargs='+')
     cuda_graph: bool = flag(False, 'launch each training step as one CUDA graph where possible; has not run on a GPU '
         'yet', no='launch its kernels one by one (default)')
     compile: bool = flag(False, 'compile the blocks of both models; evaluation is not compiled')

@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +51,7 @@ from engine import Evaluator, TrainConfig, Trainer, fit
 from flags import AugmentConfig, Config, LossConfig, OptimConfig, RunConfig, parse_args
 from loaders import LoaderBuilder, choose_repeated_aug, report_bad_images
 from loggers import MetricLog, log_rank0
-from losses import ManifoldDistillationLoss
+from losses import FUSED_PARTS, ManifoldDistillationLoss
 from pair import Pair, build_pair, compile_pair, log_blocks, num_classes_of
 from readers import BadImageError
 from run_dir import CheckpointManager, TrainingState
@@ -173,7 +173,7 @@ def build_trainer(
     flags, optim, augment, world = config.run, config.optim, config.augment, utils.get_world_size()
     repeated_aug = choose_repeated_aug(augment.repeated_aug, flags.resume, checkpoint)
     train_loader = loaders.train(augment, optim.rank_batch_size, repeated_aug, pair.stats[0])
-    criterion = build_criterion(config.loss, augment)
+    criterion = build_criterion(config.loss, augment, flags.fused)
     summary.log_images(train_loader, evaluator.loader, repeated_aug, augment.repeated_aug)
     patches = min((h * w for h, w in pair.student.grids), default=0)
     log_rank0(f'loss        {summary.describe_loss(criterion, patches, optim.batch_size)}')
@@ -233,7 +233,7 @@ def build_settings(
     )
 
 
-def build_criterion(loss: LossConfig, augment: AugmentConfig) -> ManifoldDistillationLoss:
+def build_criterion(loss: LossConfig, augment: AugmentConfig, fused: Sequence[str] = ()) -> ManifoldDistillationLoss:
     if augment.uses_mixing:
         base: nn.Module = SoftTargetCrossEntropy()  # mixing has smoothed the labels already
     else:
@@ -247,6 +247,7 @@ def build_criterion(loss: LossConfig, augment: AugmentConfig) -> ManifoldDistill
         K=loss.K,
         relations=loss.relations,
         relation_dtype=loss.relation_dtype,
+        fused=[part for part in fused if part in FUSED_PARTS],
         **{f'w_{name}': weight for name, weight in loss.weights.items()},
     )
 

@@ -77,7 +77,8 @@ class Side:
             models.compile_blocks(student)
             models.compile_blocks(self.teacher)
         self.preprocess = DevicePreprocess(*stats).to(device)
-        criterion, mixup = main.build_criterion(config.loss, config.augment), main.build_mixup(config.augment, CLASSES)
+        criterion = main.build_criterion(config.loss, config.augment, config.run.fused)
+        mixup = main.build_mixup(config.augment, CLASSES)
         settings = TrainConfig(device, self.dtype, seed, print_freq=1 << 30)
         self.trainer = Trainer(student, self.teacher, criterion, state, settings, self.preprocess, mixup)
         self.trainer.guard.every_step = False

@@ -31,11 +31,15 @@ def test_recipe_step_launches_at_most_2000_kernels_and_never_waits(capsys, monke
 
 
 def test_loss_benchmark_has_a_row_for_each_term(capsys):
-    rows = rows_of(capsys, 'loss', '--batch-size 2 --tokens 4 --K 3 --widths 3 5 --rounds 1 --by-definition')
+    rows = rows_of(capsys, 'loss', '--batch-size 2 --tokens 4 --K 3 --widths 3 5 --rounds 1 --by-definition --fused')
     for name in ('patch', 'sample', 'random', 'the three', 'full'):
-        ours, share, _, definition, _, ratio = map(float, rows[name])
+        ours, share, _, calls, definition, _, ratio = map(float, rows[name])
+        assert calls > 10
         assert ours > 0 < share
         assert ratio == pytest.approx(definition / ours, rel=0.5)  # printed numbers are rounded
+    for name in ('the three', 'full'):
+        assert float(rows[f'{name}, fused'][0]) > 0
+        assert int(rows[f'{name}, fused'][3]) < int(rows[name][3])
 
 
 def test_input_benchmark_has_a_row_for_each_way(capsys, tmp_path):

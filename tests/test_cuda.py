@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 import cuda_graph
 import datasets
 import loggers
+import losses
 import main
 import transforms
 import utils
@@ -420,3 +421,105 @@ def test_run_with_prefetching_equals_a_plain_run(rows, monkeypatch):
     )
     for one, other in zip(rows('ahead', **options), plain, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+# The fused relation terms ---------------------------------------------------------------------------------------------
+
+JOINT = ('sample', 'patch', 'rand')
+# Tokens of student and teacher; the limits of value and gradient where the maps differ by 1e-5.
+PAIRS = {
+    'float32': (torch.float32, torch.float32, 1e-6, 2e-4),
+    'mixed': (torch.float32, torch.bfloat16, 1e-5, 1e-3),
+    'bfloat16': (torch.bfloat16, torch.bfloat16, 1e-5, 4e-3),  # the gradient is rounded to bfloat16
+    'float16': (torch.float16, torch.float16, 1e-5, 1e-3),
+}
+
+
+def near_tokens(student: torch.dtype, teacher: torch.dtype, difference: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of 64 images, (64, 196, 192) with gradient and (64, 196, 384), whose maps differ by about `difference`."""
+    make = {'device': DEVICE, 'dtype': torch.float64}
+    latent = torch.randn(64, 196, 192, **make) + torch.randn(64, 1, 192, **make) + torch.randn(192, **make)
+    turn = torch.linalg.qr(torch.randn(384, 192, dtype=torch.float64)).Q.to(DEVICE)
+    noise, scale = torch.randn_like(latent), 0.1
+    for _ in range(5):
+        found = losses.plain_map_distance(latent[:8] + scale * noise[:8], latent[:8]).item()
+        scale *= (difference / found) ** 0.5
+    return (latent + scale * noise).to(teacher).to(student).requires_grad_(), (latent @ turn.T).to(teacher)
+
+
+def value_and_gradient(term, student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    value = term(student, teacher)
+    (gradient,) = torch.autograd.grad(1e6 * value, student)  # so that float16 does not underflow
+    return value.detach().double(), gradient.double()
+
+
+def joint_terms(student, teacher, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+    generator = generator or torch.Generator(DEVICE).manual_seed(3)
+    return losses.relate_jointly([student], [teacher], JOINT, losses.RelationOptions(192, generator))[0]
+
+
+@pytest.mark.parametrize('difference', [1e-3, 1e-5])
+@pytest.mark.parametrize('pair', PAIRS)
+def test_fused_relations_match_float64(pair, difference):
+    torch._dynamo.reset()
+    *dtypes, value_limit, gradient_limit = PAIRS[pair]
+    student, teacher = near_tokens(*dtypes, difference)
+    (chosen,) = losses.draw_tokens([64 * 196], 192, torch.Generator(DEVICE).manual_seed(3), student.device)
+    for name in JOINT:
+
+        def exact(s, t, name=name):
+            return losses.plain_map_distance(*(losses._sets_of(name, x, chosen) for x in (s, t)))
+
+        expected, gradient = value_and_gradient(exact, student.detach().double().requires_grad_(), teacher.double())
+        found, found_gradient = value_and_gradient(lambda s, t, name=name: joint_terms(s, t)[name], student, teacher)
+        assert relative_error(found, expected) < value_limit, name
+        assert relative_error(found_gradient, gradient) < gradient_limit, name
+
+
+@pytest.mark.parametrize('pair', PAIRS)
+def test_fused_full_term_matches_float64(pair):
+    torch._dynamo.reset()
+    for difference, value_limit, gradient_limit in ((1e-3, 1e-5, 4e-3), (1e-5, 1e-3, 4e-3)):
+        student, teacher = near_tokens(*PAIRS[pair][:2], difference)
+        doubles = student.detach().double().requires_grad_(), teacher.double()
+        expected, gradient = value_and_gradient(losses.full_loss, *doubles)
+        found, found_gradient = value_and_gradient(lambda s, t: losses.full_loss(s, t, fused=True), student, teacher)
+        assert relative_error(found, expected) < value_limit
+        assert relative_error(found_gradient, gradient) < gradient_limit
+
+
+@pytest.mark.parametrize('pair', PAIRS)
+def test_fused_terms_replay_in_a_cuda_graph(pair):
+    torch._dynamo.reset()
+    student, teacher = near_tokens(*PAIRS[pair][:2], 1e-3)
+    generator = torch.Generator(DEVICE)
+
+    def step() -> list[torch.Tensor]:
+        values = [*joint_terms(student, teacher, generator).values(), losses.full_loss(student, teacher, fused=True)]
+        return [*(x.detach() for x in values), *torch.autograd.grad(sum(values), student)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, stream=stream):
+        replayed = step()
+    for seed in (0, 1, 0):
+        generator.manual_seed(seed)
+        graph.replay()
+        seen = [x.clone() for x in replayed]
+        generator.manual_seed(seed)
+        assert all(map(torch.equal, seen, step()))
+
+
+@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
+def test_run_with_fused_losses(rows, dtype):
+    options = {'K': 1000, 'teacher_dtype': dtype, 'log_grad_share': True}  # all tokens, so that both draw the same
+    plain, fused = (rows(f'out{fused}', fused=fused, **options)[0] for fused in (None, 'relations full'))
+    for name, value in plain.items():
+        if 'loss' in name or 'share' in name:
+            assert fused[name] == pytest.approx(value, rel=0.05, abs=1e-3), name

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+import losses
 import main
 import models
 import transforms
@@ -70,7 +71,8 @@ def step(monkeypatch):
         autograd[:] = [student]
         stats = models.normalisation(student.model)
         teacher = register_teacher_hooks(config.model, toys.teacher(), stats)
-        criterion, mixup = main.build_criterion(config.loss, config.augment), main.build_mixup(config.augment, 10)
+        criterion = main.build_criterion(config.loss, config.augment, config.run.fused)
+        mixup = main.build_mixup(config.augment, 10)
         count = config.optim.rank_batch_size
         batch = (
             torch.zeros(count, 3, 32, 32, dtype=torch.uint8),
@@ -123,6 +125,14 @@ def test_gpu_step_mixes_no_devices_and_never_waits(step):
 @pytest.mark.parametrize('prefetched', [False, True])
 def test_gpu_step_takes_batches_from_both_sides(step, fused, prefetched):
     assert step(prefetched=prefetched, fused=fused).state.step == STEPS
+
+
+@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
+def test_gpu_step_with_fused_losses_mixes_no_devices_and_never_waits(step, dtype, monkeypatch):
+    made = []
+    monkeypatch.setattr(losses, '_fused', lambda function, device: made.append(device) or function)  # not compiled
+    step(fused='relations full', teacher_dtype=dtype, relation_dtype=dtype)
+    assert set(made) == {CUDA}
 
 
 @pytest.mark.parametrize(
