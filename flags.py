@@ -30,6 +30,7 @@ from flag_types import (
     SEED,
     KeyValues,
     block_id,
+    compile_mode,
     data_set,
     sinks,
 )
@@ -314,7 +315,10 @@ class RunConfig:
         'float32 products; erasing: random erasing, with other noise', choices=FUSED, nargs='+')
     cuda_graph: bool = flag(False, 'launch each training step as one CUDA graph where possible; has not run on a GPU '
         'yet', no='launch its kernels one by one (default)')
-    compile: bool = flag(False, 'compile the blocks of both models; evaluation is not compiled')
+    # True for blocks
+    compile: bool | str = flag(False, 'blocks, or no value: compile the blocks of both models; models: compile each '
+        'model as a whole, or per block where that fails; this has run on no GPU yet. Evaluation is not compiled',
+        action='store', nargs='?', const=True, type=compile_mode, metavar='{blocks,models}')
     seed: int = flag(0, 'seed of weights, order, augmentation, mixing and random tokens', type=SEED)
     dist_url: str = flag('env://', 'init URL of the process group', '--dist_url', '--dist-url')
     dist_timeout: float = flag(30.0, 'minutes after which a rank that waits for other ranks gives up', type=POSITIVE)

@@ -115,7 +115,7 @@ def build_parts(
     erasing = 'erasing' in flags.fused
     preprocess = DevicePreprocess(*pair.stats, config.augment.remode, fill, erasing).to(device)
     copies = 1 if data.dist_eval else utils.get_world_size()
-    evaluator = Evaluator(val_loader, preprocess, device, flags.autocast_dtype(device), copies, flags.compile)
+    evaluator = Evaluator(val_loader, preprocess, device, flags.autocast_dtype(device), copies, bool(flags.compile))
     return config, pair, loaders, evaluator
 
 
@@ -193,7 +193,7 @@ def build_trainer(
     run_dir.warn_of_other_teacher(config.model.teacher_path, flags.resume, state, checkpoint)
     run_dir.restore(state, checkpoint, flags.resume, flags.start_epoch, len(train_loader), own)
     if flags.compile:
-        compile_pair(pair, config.distills)
+        compile_pair(pair, config.distills, whole=flags.compile == 'models')
     teacher = pair.teacher if config.distills else None
     mixup = build_mixup(augment, num_classes)
     # As in the release, fine-tuning without a teacher keeps the student in eval mode: no drop-path, mean of two heads.

@@ -1,7 +1,9 @@
 """Student and teacher of a run: built through timm, with hooks on the chosen blocks, their tokens on common grids."""
 
+import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -263,14 +265,44 @@ def log_blocks(config: ModelConfig) -> None:
         log_rank0(f'{i:>5}  {format_grid(block.grid):>9}  {block.width:>5}  {block.path}')
 
 
-def compile_pair(pair: Pair, with_teacher: bool) -> None:
-    """Compiles the blocks of the student, and of the teacher if it teaches; after the EMA was copied."""
-    tapped = [('--model', pair.config.model, pair.student)]
+def compile_pair(pair: Pair, with_teacher: bool, whole: bool = False) -> None:
+    """Compiles the student, and the teacher if it teaches; after the EMA was copied.
+
+    Args:
+        whole: True compiles whole models, see `models.compile_model`; False their blocks.
+    """
+    tapped = {'student': pair.student}
     if with_teacher and pair.teacher is not None:
-        tapped.append(('--teacher-model', pair.config.teacher_model, pair.teacher))
+        tapped['teacher'] = pair.teacher
+    names = {'student': f'--model {pair.config.model}', 'teacher': f'--teacher-model {pair.config.teacher_model}'}
     counts = []
-    for flag, name, model in tapped:
-        with usage_error_context('--compile', f'with {flag} {name}'):
-            counts.append(models.compile_blocks(model))
-    blocks = ' and '.join(map(str, counts))
-    log_rank0(f'compile     {blocks} blocks, in the first step; the first log line includes its time')
+    for role, model in tapped.items():
+        if whole:
+            models.compile_model(model, partial(_log_compile, role))
+        else:
+            with usage_error_context('--compile', f'with {names[role]}'):
+                counts.append(models.compile_blocks(model))
+        _log_first_call(role, model)
+    what = f'{" and ".join(tapped)}, each as a whole' if whole else f'{" and ".join(map(str, counts))} blocks'
+    log_rank0(f'compile     {what}, in the first step')
+
+
+def _log_compile(role: str, text: str) -> None:
+    log_rank0(f'compile     {role}: {text}')
+
+
+def _log_first_call(role: str, tapped: TappedModel) -> None:
+    """Logs how long the first forward pass of a model takes: it compiles, also what the backward pass runs."""
+    # Both hooks are outside of what is compiled.
+    start = 0.0
+
+    def before(*_: object) -> None:
+        nonlocal start
+        start = time.monotonic()
+
+    def after(*_: object) -> None:
+        for handle in handles:
+            handle.remove()
+        _log_compile(role, f'first forward pass took {time.monotonic() - start:.0f} s')
+
+    handles = tapped.register_forward_pre_hook(before), tapped.register_forward_hook(after)

@@ -73,9 +73,11 @@ class Side:
             groups = [{'params': g['params'], 'weight_decay': g['weight_decay']} for g in state.optimizer.param_groups]
             state.optimizer = torch.optim.AdamW(groups, state.optimizer.param_groups[0]['lr'], foreach=False)
             state.ema.foreach = False
-        if config.run.compile:
-            models.compile_blocks(student)
-            models.compile_blocks(self.teacher)
+        for tapped in (student, self.teacher) if config.run.compile else ():
+            if config.run.compile == 'models':
+                models.compile_model(tapped, partial(print, file=sys.stderr))
+            else:
+                models.compile_blocks(tapped)
         self.preprocess = DevicePreprocess(*stats).to(device)
         criterion = main.build_criterion(config.loss, config.augment, config.run.fused)
         mixup = main.build_mixup(config.augment, CLASSES)
@@ -142,6 +144,7 @@ def sides(args: argparse.Namespace, device: torch.device) -> dict[str, Side]:
         if args.compile:
             extra = low if dtype == 'bfloat16' else []
             found[f'{dtype} compiled'] = Side([*argv, *extra, '--compile'], device, stock=False)
+            found[f'{dtype} whole'] = Side([*argv, *extra, '--compile', 'models'], device, stock=False)
         if args.fused:  # like the row before, but for the teacher's attention
             extra = [*(low if dtype == 'bfloat16' else []), *(['--compile'] if args.compile else [])]
             name = f'{dtype} compiled fused' if args.compile else f'{dtype} fused'
@@ -154,7 +157,7 @@ def run() -> None:
     parser.add_argument('--batch-size', type=flags.POSITIVE_INT, default=16, help='images')
     parser.add_argument('--input-size', type=flags.POSITIVE_INT, default=224, help='pixels')
     parser.add_argument('--dtypes', nargs='+', default=['float32'], choices=('float32', 'bfloat16'), help='of autocast')
-    parser.add_argument('--compile', action='store_true', help='compiled blocks too; their first step is printed')
+    parser.add_argument('--compile', action='store_true', help='rows with --compile and --compile models')
     parser.add_argument('--fused', action='store_true', help='a row with --fused talking-heads, on a GPU')
     parser.add_argument('--rounds', type=flags.POSITIVE_INT, default=7, help='steps of each side')
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='without a GPU the CPU')

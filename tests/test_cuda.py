@@ -15,6 +15,7 @@ import datasets
 import loggers
 import losses
 import main
+import models
 import transforms
 import utils
 from loaders import LoaderBuilder, prefetch_to_device
@@ -277,7 +278,7 @@ def test_run_with_fused_talking_heads(rows, tmp_path):
     options = {'teacher_kwargs': ' '.join(f'{key}={value}' for key, value in teacher.items())}
     options['teacher_path'] = toys.save(tmp_path / 'wide.pth', toys.teacher(**teacher).state_dict())
     plain = rows('plain', **options)[0]
-    for name, changes in (('fused', {}), ('compiled', {'compile': True})):
+    for name, changes in (('fused', {}), ('compiled', {'compile': True}), ('whole', {'compile': 'models'})):
         fused = rows(name, fused='talking-heads', **options, **changes)[0]
         assert fused['train_loss'] == pytest.approx(plain['train_loss'], rel=0.1)
 
@@ -523,3 +524,44 @@ def test_run_with_fused_losses(rows, dtype):
     for name, value in plain.items():
         if 'loss' in name or 'share' in name:
             assert fused[name] == pytest.approx(value, rel=0.05, abs=1e-3), name
+
+
+# Whole models compiled ------------------------------------------------------------------------------------------------
+
+
+def test_run_with_whole_models_compiled(rows, capsys):
+    options = {'epochs': 2, 'drop_path': 0, 'w_rand': 0, 'amp_dtype': 'float32'}
+    plain = rows('plain', **options)
+    capsys.readouterr()
+    for one, other in zip(rows('whole', compile='models', **options), plain, strict=True):
+        assert one['train_loss'] == pytest.approx(other['train_loss'], rel=1e-3)
+    text = capsys.readouterr().out
+    assert 'student: first forward pass took' in text
+    assert 'compiled per block' not in text
+
+
+@pytest.mark.parametrize('side', ['student', 'teacher'])
+def test_compiled_whole_model_replays_in_a_cuda_graph(side):
+    reports: list[str] = []
+    model = toys.student() if side == 'student' else toys.teacher()
+    tapped = models.tap(model, [0, 1, -1], 32, two_heads=side == 'student')
+    tapped = (models.freeze(tapped) if side == 'teacher' else tapped).to(DEVICE)
+    models.compile_model(tapped, reports.append)
+    images, other = torch.randn(2, 8, 3, 32, 32, device=DEVICE)
+    given, stream = images.clone(), torch.cuda.Stream()
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, cache_enabled=False):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles
+                tapped(given)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = tapped(given)
+        for x in (other, images):
+            given.copy_(x)
+            graph.replay()
+            expected = tapped(x)
+            assert torch.equal(out.logits, expected.logits)
+            assert all(torch.equal(a, b) for a, b in zip(out.tokens, expected.tokens, strict=True))
+    assert reports == []
