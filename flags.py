@@ -313,8 +313,8 @@ class RunConfig:
     fused: list[str] = flag((), 'parts that run in few kernels on a GPU; none has run on a GPU yet. talking-heads: the '
         'attention of a CaiT teacher; relations: the sample, patch and random terms together; full: the full term with '
         'float32 products; erasing: random erasing, with other noise', choices=FUSED, nargs='+')
-    cuda_graph: bool = flag(False, 'launch each training step as one CUDA graph where possible; has not run on a GPU '
-        'yet', no='launch its kernels one by one (default)')
+    cuda_graph: bool = flag(False, 'launch each training step as one CUDA graph where possible, and copy batches '
+        'ahead; has not run on a GPU yet', no='launch its kernels one by one (default)')
     # True for blocks
     compile: bool | str = flag(False, 'blocks, or no value: compile the blocks of both models; models: compile each '
         'model as a whole, or per block where that fails; this has run on no GPU yet. Evaluation is not compiled',

@@ -49,7 +49,7 @@ import summary
 import utils
 from engine import Evaluator, TrainConfig, Trainer, fit
 from flags import AugmentConfig, Config, LossConfig, OptimConfig, RunConfig, parse_args
-from loaders import LoaderBuilder, choose_repeated_aug, report_bad_images
+from loaders import LoaderBuilder, choose_repeated_aug, prefetch_to_device, report_bad_images
 from loggers import MetricLog, log_rank0
 from losses import FUSED_PARTS, ManifoldDistillationLoss
 from pair import Pair, build_pair, compile_pair, log_blocks, num_classes_of
@@ -200,6 +200,9 @@ def build_trainer(
     train_mode = not config.model.finetune or config.distills
     settings = build_settings(optim, flags, config.loss, evaluator, train_mode)
     trainer = Trainer(pair.student, teacher, criterion, state, settings, evaluator.preprocess, mixup)
+    if flags.cuda_graph:
+        on_device = ('erase', 'key') if 'erasing' in flags.fused else ()
+        train_loader = prefetch_to_device(train_loader, evaluator.device, on_device)
     return trainer, train_loader
 
 
