@@ -4,10 +4,12 @@ Fine-grained manifold distillation (Hao et al., NeurIPS 2022, https://arxiv.org/
 reproduce the relations between the teacher's patch tokens. The relation map of a set of tokens X is X Xᵀ after every
 token is L2-normalised: a table of cosine similarities. It does not depend on the width, so no projector is needed.
 
-The definition comes first, the fast path below it. All relation terms take tokens of the student, (B, N, D_s), and of
-the teacher, (B, N, D_t), and raise a ValueError if B or N differ. They return the mean of the squared differences over
-all entries of all their maps, where the paper writes Frobenius sums: a scalar that can be differentiated once, with
-respect to the student. `dtype` is that of the factors of the products; float64 tokens stay float64.
+The definition comes first, the fast path below it. The path of `--fused`, for a GPU, is in `fused_losses`.
+
+All relation terms take tokens of the student, (B, N, D_s), and of the teacher, (B, N, D_t), and raise a ValueError if B
+or N differ. They return the mean of the squared differences over all entries of all their maps, where the paper writes
+Frobenius sums: a scalar that can be differentiated once, with respect to the student. `dtype` is that of the factors of
+the products; float64 tokens stay float64.
 
 With `over_ranks` a term connects the images of all ranks, of which each holds B, as one process with all images would.
 Image i of them is image i // W of rank i % W, as the sampler deals them out. All ranks get the same value, and the
@@ -20,24 +22,31 @@ C classes, M tokens of any set, G sets, W ranks.
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from fused_losses import draw_tokens as draw_tokens
+from fused_losses import fused_full_loss, relate_jointly
+from relation_basics import (
+    CHUNK,
+    PrecomputedGrad,
+    RelationOptions,
+    check_pair,
+    full_precision,
+    has_many_tokens,
+    normalize,
+    normalize_backward,
+    sets_per_chunk,
+    sum_of_squares,
+)
 
 RELATIONS = ('rank', 'global')
 RELATION_DTYPES = ('float32', 'bfloat16')
 FUSED_PARTS = ('relations', 'full')  # of the loss, for a GPU: sample, patch and random together; the full term
-
-# Tokens per chunk in the full term: enough for a fast product, 19 MB at the recipe's widths.
-CHUNK = 4096
-# Elements (of tokens or maps) per chunk in a relation term: on a CPU what its caches hold, 18
-# images at the recipe's widths; on a GPU many more, because each kernel launch has a cost.
-CPU_CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 1 << 21, 1 << 25
 
 
 # The definition -------------------------------------------------------------------------------------------------------
@@ -45,7 +54,7 @@ CPU_CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 1 << 21, 1 << 25
 
 def relation_map(tokens: Tensor) -> Tensor:
     """Cosine similarities between all tokens of a set: (…, M, D) → (…, M, M), in float32 or better."""
-    tokens = F.normalize(_full_precision(tokens), dim=-1)
+    tokens = F.normalize(full_precision(tokens), dim=-1)
     return tokens @ tokens.mT
 
 
@@ -61,7 +70,7 @@ def plain_map_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 def plain_full_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """`full_loss` by the definition, with maps of (B·N)² entries."""
-    _check_pair(student, teacher)
+    check_pair(student, teacher)
     return plain_map_distance(student.flatten(0, 1), teacher.flatten(0, 1))
 
 
@@ -104,10 +113,6 @@ def nkd_loss(student: Tensor, teacher: Tensor, targets: Tensor, tau: float, gamm
     return target_term + gamma * tau**2 * F.cross_entropy(S, T.softmax(dim=1))
 
 
-def _full_precision(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _check_output(side: str, out: Any) -> None:
     """Raises TypeError if the output of a model is not (logits, kd_logits, list of tokens)."""
     if isinstance(out, Tensor) or len(out) < 3:
@@ -116,47 +121,7 @@ def _check_output(side: str, out: Any) -> None:
         raise TypeError(f'the tokens of the {side} must be a list with one tensor (B, N, D) per tapped block')
 
 
-def _check_pair(student: Tensor, teacher: Tensor) -> None:
-    if student.dim() != 3 or teacher.dim() != 3:
-        raise ValueError(f'tokens must be (B, N, D): student {tuple(student.shape)}, teacher {tuple(teacher.shape)}')
-    # Without this check broadcasting would compare the wrong tokens and give finite, wrong numbers.
-    if student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
-            f'student and teacher differ in images or patch tokens: (B, N) is {tuple(student.shape[:2])} '
-            f'for the student, {tuple(teacher.shape[:2])} for the teacher'
-        )
-
-
 # The fast path: values and gradients together -------------------------------------------------------------------------
-
-
-class PrecomputedGrad(torch.autograd.Function):
-    """A value whose gradient is known already: nothing else has to be kept for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        ctx.dtype = student.dtype
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None, None]:
-        # Cast after scaling by `factor`: small gradients would underflow if they were cast first.
-        return (factor * ctx.saved_tensors[0]).to(ctx.dtype), None, None
-
-
-def _normalize(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (…, D) divided by their lengths, and these lengths (…, 1), as in `F.normalize`."""
-    length = tokens.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    return tokens / length, length
-
-
-def _normalize_backward(grad_unit: Tensor, unit: Tensor, length: Tensor) -> Tensor:
-    """Gradient at the tokens from the gradient at the normalised tokens, (…, D), in its place."""
-    # The length has no effect on the loss, so the component along the token is removed.
-    along = torch.linalg.vecdot(grad_unit, unit).unsqueeze(-1)
-    return grad_unit.addcmul_(along, unit, value=-1).div_(length)
 
 
 def map_distance(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -165,31 +130,19 @@ def map_distance(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.fl
     Because maps are symmetric, the gradient at the normalised tokens S is 4·(SSᵀ − TTᵀ)·S: one product, where autograd
     needs two and keeps the maps for them. The maps have `dtype`, too.
     """
-    (G, M), sets = student.shape[:2], _sets_per_chunk(student, teacher)
+    (G, M), sets = student.shape[:2], sets_per_chunk(student, teacher)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         exact = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
         value = torch.zeros((), dtype=exact, device=student.device)
         gradient = torch.empty_like(student, dtype=exact)
         for s, t, g in zip(student.split(sets), teacher.split(sets), gradient.split(sets), strict=True):
-            unit, length = _normalize(s.to(exact))
-            S, T = (_as_factor(x, dtype) for x in (unit, _normalize(t.to(exact))[0]))
+            unit, length = normalize(s.to(exact))
+            S, T = (_as_factor(x, dtype) for x in (unit, normalize(t.to(exact))[0]))
             # The student's product is added to the teacher's map: in bfloat16 only the difference is rounded.
             difference = torch.bmm(T, T.mT).baddbmm_(S, S.mT, beta=-1)
-            value += _sum_of_squares(difference) / (G * M**2)
-            g.copy_(_normalize_backward((difference @ S).to(exact), unit, length * (G * M**2 / 4)))
+            value += sum_of_squares(difference) / (G * M**2)
+            g.copy_(normalize_backward((difference @ S).to(exact), unit, length * (G * M**2 / 4)))
     return PrecomputedGrad.apply(student, value, gradient)
-
-
-def _sets_per_chunk(student: Tensor, teacher: Tensor) -> int:
-    M, width = student.shape[1], student.shape[2] + teacher.shape[2]
-    elements = CPU_CHUNK_ELEMENTS if student.device.type == 'cpu' else GPU_CHUNK_ELEMENTS
-    return max(1, elements // (M * max(M, width)))
-
-
-def _sum_of_squares(maps: Tensor) -> Tensor:
-    # Row by row: one sum over millions of squares loses digits.
-    dtype = torch.promote_types(maps.dtype, torch.float32)
-    return torch.linalg.vector_norm(maps, dim=-1, dtype=dtype).square().sum()
 
 
 def _as_factor(unit: Tensor, dtype: torch.dtype) -> Tensor:
@@ -207,20 +160,20 @@ def sample_loss(
     Over ranks the maps are W·B×W·B. Each rank gathers the W·B·N normalised tokens of one side after the other in
     `dtype`, and computes B rows of each map.
     """
-    _check_pair(student, teacher)
+    check_pair(student, teacher)
     if not over_ranks:
         return map_distance(student.transpose(0, 1), teacher.transpose(0, 1), dtype)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        maps = _map_rows_over_ranks(_as_factor(_normalize(_full_precision(teacher))[0], dtype))[0]
-        unit, length = _normalize(_full_precision(student))
+        maps = _map_rows_over_ranks(_as_factor(normalize(full_precision(teacher))[0], dtype))[0]
+        unit, length = normalize(full_precision(student))
         rows, gathered = _map_rows_over_ranks(_as_factor(unit, dtype))
         difference = rows - maps  # (N, B, W·B)
         entries = len(difference) * gathered.shape[1] ** 2
-        squares = _sum_of_squares(difference)
+        squares = sum_of_squares(difference)
         dist.all_reduce(squares)
         # Each token is in a row and in a column of its map.
         grad_unit = 4 / entries * (difference.to(gathered.dtype) @ gathered).to(unit.dtype).transpose(0, 1)
-        gradient = dist.get_world_size() * _normalize_backward(grad_unit, unit, length)
+        gradient = dist.get_world_size() * normalize_backward(grad_unit, unit, length)
     return PrecomputedGrad.apply(student, squares / entries, gradient)
 
 
@@ -240,9 +193,9 @@ def patch_loss(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.floa
     Maps are used while they are small. With many more tokens than channels (N > 4·(D_s + D_t)), as in the first stage
     of hierarchical models, products of channels replace them, in float64 as in `full_loss`.
     """
-    _check_pair(student, teacher)
+    check_pair(student, teacher)
     B, N = student.shape[:2]
-    if not _has_many_tokens(student, teacher):
+    if not has_many_tokens(student, teacher):
         return map_distance(student, teacher, dtype)
     images = max(1, CHUNK // N)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
@@ -250,10 +203,6 @@ def patch_loss(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.floa
         values, gradients = zip(*(_by_channels(s, t, B * N**2) for s, t in chunks), strict=True)
     gradient = torch.cat(gradients)
     return PrecomputedGrad.apply(student, sum(values).to(gradient.dtype), gradient)
-
-
-def _has_many_tokens(student: Tensor, teacher: Tensor) -> bool:
-    return student.shape[1] > 4 * (student.shape[2] + teacher.shape[2])
 
 
 def random_loss(
@@ -277,7 +226,7 @@ def random_loss(
     Raises:
         ValueError: also for `over_ranks` without a generator, because each rank would draw other tokens.
     """
-    _check_pair(student, teacher)
+    check_pair(student, teacher)
     if over_ranks and generator is None:
         raise ValueError('over_ranks needs a generator, which is in the same state on all ranks')
     B, N = student.shape[:2]
@@ -290,7 +239,7 @@ def random_loss(
     image, place = chosen // N, chosen % N
     is_own = (image % W == rank)[:, None]
     # The same number of tokens on each rank, zeros for those of others: the host need not know how many are its own.
-    own = [torch.where(is_own, _full_precision(tokens[image // W, place]), 0.0) for tokens in (student, teacher)]
+    own = [torch.where(is_own, full_precision(tokens[image // W, place]), 0.0) for tokens in (student, teacher)]
     gathered = torch.cat([tokens.detach() for tokens in own], dim=1)
     dist.all_reduce(gathered)
     s, t = gathered.split([tokens.shape[1] for tokens in own], dim=1)
@@ -312,12 +261,10 @@ def full_loss(student: Tensor, teacher: Tensor, over_ranks: bool = False, fused:
     With `fused` the products are in float32 and only their sums in float64, unless the tokens are float64. The relative
     errors of value and gradient are then up to 1e-5 and 1e-4 at a value of 1e-3, and 1e-3 both at 1e-5.
     """
-    _check_pair(student, teacher)
-    W = dist.get_world_size() if over_ranks else 1
+    check_pair(student, teacher)
     if fused and torch.float64 not in (student.dtype, teacher.dtype):
-        with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-            value, gradient = _fused_full(student.detach(), teacher.detach(), W, over_ranks)
-        return PrecomputedGrad.apply(student, value, W * gradient)
+        return fused_full_loss(student, teacher, over_ranks)
+    W = dist.get_world_size() if over_ranks else 1
     S, T = student.flatten(0, 1)[None], teacher.flatten(0, 1)[None]
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         value, gradient = _by_channels(S, T, (W * S.shape[1]) ** 2, over_ranks)
@@ -332,7 +279,7 @@ def _by_channels(student: Tensor, teacher: Tensor, entries: int, over_ranks: boo
     TT = products.new_zeros(G, D_t, D_t)
     chunks = list(zip(student.split(CHUNK, dim=1), teacher.split(CHUNK, dim=1), strict=True))
     for chunk in chunks:
-        s, t = (_normalize(tokens.double())[0] for tokens in chunk)
+        s, t = (normalize(tokens.double())[0] for tokens in chunk)
         products.baddbmm_(s.mT, torch.cat([s, t], dim=2))
         TT.baddbmm_(t.mT, t)
     if over_ranks:
@@ -342,221 +289,10 @@ def _by_channels(student: Tensor, teacher: Tensor, entries: int, over_ranks: boo
     value = (norms[0] - 2 * norms[1] + norms[2]).clamp(min=0).sum() / entries
     gradient = torch.empty_like(student, dtype=torch.promote_types(student.dtype, torch.float32))
     for (s, t), g in zip(chunks, gradient.split(CHUNK, dim=1), strict=True):
-        unit, length = _normalize(s.double())
-        grad_unit = 4 / entries * (unit @ SS - _normalize(t.double())[0] @ ST.mT)
-        g.copy_(_normalize_backward(grad_unit, unit, length))
+        unit, length = normalize(s.double())
+        grad_unit = 4 / entries * (unit @ SS - normalize(t.double())[0] @ ST.mT)
+        g.copy_(normalize_backward(grad_unit, unit, length))
     return value, gradient
-
-
-# Fused: few kernels on a GPU ------------------------------------------------------------------------------------------
-
-
-class JointTerms(torch.autograd.Function):
-    """Values of several terms of a layer pair, with the gradient of each at the normalised tokens.
-
-    Only the backward pass takes the gradients through the normalisation, all together, so each term may be scaled or
-    differentiated by itself.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, chosen: Tensor | None, terms: tuple[str, ...], products: str
-    ) -> tuple[Tensor, ...]:
-        values, gradients = _fused(_relate, student.device)(student, teacher, chosen, terms, products)
-        ctx.save_for_backward(student, chosen, *gradients)
-        ctx.terms = terms
-        return tuple(values)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:
-        student, chosen, *gradients = ctx.saved_tensors
-        gradient = _fused(_relate_backward, student.device)(student, chosen, ctx.terms, gradients, factors)
-        return gradient, None, None, None, None
-
-
-def relate_jointly(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], terms: Sequence[str], options: 'RelationOptions'
-) -> list[dict[str, Tensor]]:
-    """For each layer pair the values, by name, of those of the terms sample, patch and rand that can be fused.
-
-    The terms of a layer pair share the normalised tokens and the way back through the normalisation. Not fused are
-    float64 tokens, terms over ranks, and patch maps of many tokens.
-
-    Args:
-        student, teacher: L tensors (B, N, D_s) and (B, N, D_t).
-        terms: names of the terms that are used.
-        options: of the terms. One draw gives the random tokens of all layer pairs: not those of `random_loss`.
-    """
-    found = []
-    joint = [_fusible(s, t, terms, options) for s, t in zip(student, teacher, strict=True)]
-    counts = [s.shape[0] * s.shape[1] for s, names in zip(student, joint, strict=True) if 'rand' in names]
-    draws = iter(draw_tokens(counts, options.K, options.generator, student[0].device) if counts else ())
-    for s, t, names in zip(student, teacher, joint, strict=True):
-        chosen = next(draws) if 'rand' in names else None
-        with torch.autocast(s.device.type, enabled=False):
-            values = JointTerms.apply(s, t, chosen, names, _products(s, t, options.dtype)) if names else ()
-        found.append(dict(zip(names, values, strict=True)))
-    return found
-
-
-def _fusible(student: Tensor, teacher: Tensor, terms: Sequence[str], options: 'RelationOptions') -> tuple[str, ...]:
-    """Which of these terms of a layer pair can be computed together."""
-    _check_pair(student, teacher)
-    if torch.float64 in (student.dtype, teacher.dtype):
-        return ()
-    fusible = set() if options.over_ranks else {'sample', 'rand'}
-    fusible |= set() if _has_many_tokens(student, teacher) else {'patch'}
-    return tuple(name for name in terms if name in fusible)
-
-
-def draw_tokens(
-    counts: Sequence[int], K: int, generator: torch.Generator | None, device: torch.device
-) -> Sequence[Tensor]:
-    """For each count min(K, count) different places below it, all sets of them equally likely, by one draw."""
-    at = device if generator is None else generator.device
-    # The places of the largest of random numbers. In float64 two of them are practically never equal.
-    numbers = torch.rand(len(counts), max(counts), dtype=torch.float64, generator=generator, device=at)
-    if len(set(counts)) == 1:
-        return numbers.topk(min(K, counts[0])).indices.to(device).unbind()
-    return [row[:n].topk(min(K, n)).indices.to(device) for row, n in zip(numbers, counts, strict=True)]
-
-
-@cache
-def _compiled(function: Callable) -> Callable:
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-def _fused(function: Callable, device: torch.device) -> Callable:
-    """A function of tensors, compiled for a GPU."""
-    return _compiled(function) if device.type == 'cuda' else function
-
-
-def _relate(
-    student: Tensor, teacher: Tensor, chosen: Tensor | None, terms: tuple[str, ...], products: str
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Values of the terms of a layer pair, and (SSᵀ − TTᵀ)·S of the sets (G, M, D_s) of each."""
-    units = [_normalize(_full_precision(tokens))[0] for tokens in (student, teacher)]
-    values, gradients = [], []
-    for term in terms:
-        S, T = (_sets_of(term, unit, chosen) for unit in units)
-        (G, M), sets = S.shape[:2], _sets_per_chunk(S, T)
-        squares, parts = [], []
-        for s, t in zip(S.split(sets), T.split(sets), strict=True):
-            difference = _difference(s, t, products)
-            squares.append(_sum_of_squares(difference))
-            parts.append(_product(difference, s, products))
-        values.append(torch.stack(squares).sum() / (G * M**2))
-        gradients.append(torch.cat(parts))
-    return values, gradients
-
-
-def _sets_of(term: str, tokens: Tensor, chosen: Tensor | None) -> Tensor:
-    """The sets of tokens, (G, M, D), whose maps a term compares."""
-    if term == 'rand':
-        return tokens.flatten(0, 1)[chosen][None]
-    return tokens.transpose(0, 1) if term == 'sample' else tokens
-
-
-def _relate_backward(
-    student: Tensor, chosen: Tensor | None, terms: tuple[str, ...], gradients: list[Tensor], factors: Sequence[Tensor]
-) -> Tensor:
-    """Gradient at the student's tokens, from what `_relate` returns and the factor of each term."""
-    unit, length = _normalize(_full_precision(student))
-    total = unit.new_zeros(unit.shape)
-    for term, gradient, factor in zip(terms, gradients, factors, strict=True):
-        G, M, D = gradient.shape
-        factor = factor * (4 / (G * M**2))
-        if term == 'rand':
-            assert chosen is not None
-            total.view(-1, D).index_add_(0, chosen, gradient[0] * factor)
-        else:
-            total.addcmul_(gradient.transpose(0, 1) if term == 'sample' else gradient, factor)
-    return _normalize_backward(total, unit, length).to(student.dtype)
-
-
-def _fused_full(student: Tensor, teacher: Tensor, W: int, over_ranks: bool) -> tuple[Tensor, Tensor]:
-    """Value and gradient of `full_loss` on W ranks, with products of float32 and sums of float64."""
-    entries, D_s = (W * student.shape[0] * student.shape[1]) ** 2, student.shape[2]
-    of_student, TT = _fused(_channel_products, student.device)(student, teacher)
-    if over_ranks:
-        dist.all_reduce(of_student)
-        dist.all_reduce(TT)
-    SS, ST = of_student.split([D_s, len(TT)], dim=1)
-    norms = [x.square().sum() for x in (SS, ST, TT)]
-    value = (norms[0] - 2 * norms[1] + norms[2]).clamp(min=0) / entries
-    gradient = _fused(_full_gradient, student.device)(student, teacher, torch.cat([SS, -ST.mT]), entries)
-    return value.to(gradient.dtype), gradient
-
-
-def _channel_products(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Sᵀ[S T] and TᵀT of all tokens in float64, added up from float32 products over the tokens of some images."""
-    (B, N, D_s), D_t = student.shape, teacher.shape[2]
-    images = max(n for n in range(1, B + 1) if B % n == 0 and (n == 1 or n * N <= CHUNK))
-    both = _both_sides(student, teacher)[0].view(B // images, images * N, D_s + D_t)
-    S, T = both.split([D_s, D_t], dim=2)
-    # The norms cancel, so an error with a sign of its own, as split products have, would be seen in the value.
-    of_student, TT = (torch.bmm(x.mT, y).sum(0, dtype=torch.float64) for x, y in ((S, both), (T, T)))
-    return of_student, TT
-
-
-def _full_gradient(student: Tensor, teacher: Tensor, factors: Tensor, entries: int) -> Tensor:
-    """4/entries·[S T]·factors as one product, taken through the normalisation."""
-    both, length = _both_sides(student, teacher)
-    products = _products(student, teacher, torch.float32)
-    grad_unit = _product(both.flatten(0, 1)[None], factors[None].to(both.dtype), products).view(student.shape)
-    return _normalize_backward(grad_unit, both[..., : student.shape[2]], length * (entries / 4))
-
-
-def _both_sides(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """[S T] of the normalised tokens, (B, N, D_s + D_t), and the lengths of the student's."""
-    (S, length), (T, _) = (_normalize(_full_precision(tokens)) for tokens in (student, teacher))
-    return torch.cat([S, T], 2), length
-
-
-def _products(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> str:
-    """How products of these tokens are computed: 'float32', 'bfloat16', or 'split' into parts of bfloat16.
-
-    Tokens of 16 bits, on one side at least, are known less exactly than split products are computed.
-    """
-    if dtype == torch.bfloat16:
-        return 'bfloat16'
-    return 'split' if 2 in (student.dtype.itemsize, teacher.dtype.itemsize) else 'float32'
-
-
-def _product(x: Tensor, y: Tensor, products: str) -> Tensor:
-    """(G, M, K) @ (G, K, D) in float32."""
-    if products == 'float32':
-        return torch.bmm(x, y)
-    if products == 'bfloat16':
-        return _bfloat16_product(x.bfloat16(), y.bfloat16())
-    (x_high, x_low), (y_high, y_low) = _split(x), _split(y)
-    return _bfloat16_product(torch.cat([x_high, x_high, x_low], 2), torch.cat([y_high, y_low, y_high], 1))
-
-
-def _difference(s: Tensor, t: Tensor, products: str) -> Tensor:
-    """SSᵀ − TTᵀ of normalised tokens, (G, M, M)."""
-    if products == 'float32':
-        return torch.bmm(t, t.mT).baddbmm_(s, s.mT, beta=-1)
-    if products == 'bfloat16':
-        return _product(torch.cat([s, t], 2), torch.cat([s, -t], 2).mT, products)
-    (s_high, s_low), (t_high, t_low) = _split(s), _split(t)
-    rows = [torch.cat([s_high, -t_high], 2), torch.cat([s_low, -t_low], 2)]
-    high, mixed = _bfloat16_product(torch.cat(rows, 1), torch.cat([s_high, t_high], 2).mT).chunk(2, dim=1)
-    return high + (mixed + mixed.mT)  # high·lowᵀ is the transpose of low·highᵀ
-
-
-def _split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two bfloat16 tensors whose sum is x but for about 2⁻¹⁷ of it."""
-    # Rounded by its bits, because the compiler takes x.bfloat16().float() for x.
-    high = ((x.view(torch.int32) + (1 << 15)) & -(1 << 16)).view(torch.float32)
-    return high.bfloat16(), (x - high).bfloat16()
-
-
-def _bfloat16_product(x: Tensor, y: Tensor) -> Tensor:
-    """(G, M, K) @ (G, K, D) of bfloat16 factors with float32 sums."""
-    # On a CPU in float32, where products of bfloat16 factors are exact.
-    return torch.bmm(x, y, out_dtype=torch.float32) if x.device.type == 'cuda' else torch.bmm(x.float(), y.float())
 
 
 # The weighted sum -----------------------------------------------------------------------------------------------------
@@ -577,17 +313,6 @@ LOGIT_LOSSES: dict[str, LogitLoss] = {
     'nkd': LogitLoss(nkd_loss),
 }
 DISTILLATION_TYPES = ('none', *LOGIT_LOSSES)
-
-
-@dataclass(frozen=True)
-class RelationOptions:
-    """Options of the relation terms."""
-
-    K: int = 192  # number of random tokens
-    generator: torch.Generator | None = None  # of random tokens
-    over_ranks: bool = False  # connect the images of all ranks
-    dtype: torch.dtype = torch.float32  # of the factors of the products
-    fused: tuple[str, ...] = ()  # of `FUSED_PARTS`
 
 
 @dataclass(frozen=True)
@@ -720,7 +445,7 @@ class ManifoldDistillationLoss(nn.Module):
         logits, kd_logits, tokens = student_out[:3]
         # The loss chooses its precision, whatever the models ran in.
         with torch.autocast(logits.device.type, enabled=False):
-            base = self.base_criterion(_full_precision(logits), targets)
+            base = self.base_criterion(full_precision(logits), targets)
             if self.distillation_type == 'none':
                 if teacher_out is not None:
                     warnings.warn("distillation_type is 'none', so the teacher is not used", stacklevel=2)
@@ -735,7 +460,7 @@ class ManifoldDistillationLoss(nn.Module):
 
     def _distill(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
         if teacher is None and self.alpha == 0:
-            return 0 * _full_precision(student).square().sum()
+            return 0 * full_precision(student).square().sum()
         if teacher is None:
             raise ValueError(f'α {self.alpha:g} needs the logits of the teacher, which has none')
         if student.shape != teacher.shape:
@@ -743,7 +468,7 @@ class ManifoldDistillationLoss(nn.Module):
                 f'logits differ: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}; '
                 'logit distillation needs the same classes'
             )
-        student, teacher = _full_precision(student), _full_precision(teacher)
+        student, teacher = full_precision(student), full_precision(teacher)
         return LOGIT_LOSSES[self.distillation_type].distance(student, teacher, targets, self.tau)
 
     def _relations(

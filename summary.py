@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 import utils
 from datasets import ImageNetFolder
-from flags import Config, DataConfig, OptimConfig, RunConfig, get_args_parser
+from flags import FUSED, Config, DataConfig, OptimConfig, RunConfig, get_args_parser
 from loggers import log_rank0
 from losses import LOGIT_LOSSES, RELATION_TERMS, ManifoldDistillationLoss
 from samplers import distinct_images
@@ -140,15 +140,16 @@ def _read_by_terms(option: str) -> Callable[[Config], bool]:
 
 # fmt: off
 def _conditions() -> Iterator[Condition]:
-    """Names of flags, what they need in words, and whether that is so. The first need that is not met is reported."""
+    """Names of flags, what they need in words, and whether that is so. The first need that is not met is reported.
+
+    Each part of --fused has a name of its own, as in 'fused full'.
+    """
     weights = [f'w_{name}' for name in RELATION_TERMS]
-    relations = (*weights, 'K', 'relations', 'distillation_beta', 'relation_dtype', 'token_align', 'max_patches')
+    relations = (*weights, 'K', 'relations', 'distillation_beta', 'relation_dtype', 'token_align', 'max_patches',
+        'fused relations', 'fused full')
     yield (*relations, 'distillation_alpha', 'distillation_tau'), 'a teacher', lambda c: c.loss.has_teacher
-    yield ('teacher_input_size', 'teacher_dtype'), 'a teacher', lambda c: c.loss.has_teacher or c.run.eval_teacher
-    yield ('fused',), 'a teacher (talking-heads)', (
-        lambda c: 'talking-heads' not in c.run.fused or c.loss.has_teacher or c.run.eval_teacher)
-    yield ('fused',), 'random erasing (erasing)', (
-        lambda c: 'erasing' not in c.run.fused or (c.augment.reprob and not c.augment.no_aug))
+    yield ('teacher_input_size', 'teacher_dtype', 'fused talking-heads'), 'a teacher', (
+        lambda c: c.loss.has_teacher or c.run.eval_teacher)
     yield relations, '--s-id and --t-id', lambda c: c.model.s_id
     yield ('s_id', *relations), 'a relation whose weight is not 0', lambda c: c.model.s_id and c.loss.has_relations
     yield ('distillation_type',), 'a weight of KD or of a relation', (
@@ -163,6 +164,10 @@ def _conditions() -> Iterator[Condition]:
         readers = [f'--w-{name}' for name, term in RELATION_TERMS.items() if option in term.reads]
         listed = ' or '.join([', '.join(readers[:-1]), readers[-1]] if readers[1:] else readers)
         yield (option,), f'{listed} above 0', _read_by_terms(option)
+    yield ('fused relations',), '--w-sample, --w-patch or --w-rand above 0', (
+        lambda c: any(c.loss.weights[name] for name in ('sample', 'patch', 'rand')))
+    yield ('fused full',), '--w-full above 0', lambda c: c.loss.weights['full']
+    yield ('fused erasing',), 'random erasing', lambda c: c.augment.reprob and not c.augment.no_aug
     yield ('max_patches',), '--token-align merge', lambda c: c.model.token_align == 'merge'
     yield ('model_ema_decay', 'model_ema_force_cpu', 'eval_ema'), '--model-ema', lambda c: c.optim.model_ema
     yield ('decay_epochs',), '--sched step', lambda c: c.optim.sched == 'step'
@@ -185,6 +190,7 @@ def _conditions() -> Iterator[Condition]:
 def flags_without_effect(config: Config) -> list[str]:
     """One sentence for each group of typed flags that do nothing in this run."""
     default, values = get_args_parser().get_default, config.flags()
+    values |= {f'fused {part}': part if part in config.run.fused else None for part in FUSED}
     reported, found = set[str](), []
     for names, needed, met in _conditions():
         typed = [name for name in names if name not in reported and values[name] != default(name)]

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 import cuda_graph
 import datasets
+import fused_losses
 import loggers
 import losses
 import main
@@ -469,7 +470,7 @@ def test_fused_relations_match_float64(pair, difference):
     for name in JOINT:
 
         def exact(s, t, name=name):
-            return losses.plain_map_distance(*(losses._sets_of(name, x, chosen) for x in (s, t)))
+            return losses.plain_map_distance(*(fused_losses.sets_of(name, x, chosen) for x in (s, t)))
 
         expected, gradient = value_and_gradient(exact, student.detach().double().requires_grad_(), teacher.double())
         found, found_gradient = value_and_gradient(lambda s, t, name=name: joint_terms(s, t)[name], student, teacher)

@@ -337,13 +337,25 @@ def test_wrong_use_is_one_line_with_flag_and_value(wrong, files, tmp_path, epoch
             {**toys.ALONE, 'w_full': 0, 'token_align': 'pool', 'teacher_input_size': 64, 'fused': 'talking-heads'},
             [
                 '--token-align: no effect without a teacher',
-                '--teacher-input-size: no effect without a teacher',
-                '--fused: no effect without a teacher (talking-heads)',
+                '--teacher-input-size, --fused talking-heads: no effect without a teacher',
             ],
         ),
         ({'fused': 'erasing', **toys.ALONE, 'w_full': 0}, []),
-        ({'fused': 'erasing', 'reprob': 0}, ['--fused: no effect without random erasing (erasing)']),
-        ({'fused': 'erasing', 'no_aug': True}, ['--fused: no effect without random erasing (erasing)']),
+        ({'fused': 'erasing', 'no_aug': True}, ['--fused erasing: no effect without random erasing']),
+        # Only the parts in vain are named.
+        ({'fused': 'relations full', 'w_full': 0}, ['--fused full: no effect without --w-full above 0']),
+        (
+            {'fused': 'relations full erasing', 'w_sample': 0, 'w_patch': 0, 'w_rand': 0, 'reprob': 0},
+            [
+                '--fused relations: no effect without --w-sample, --w-patch or --w-rand above 0',
+                '--fused erasing: no effect without random erasing',
+            ],
+        ),
+        (
+            {**toys.ALONE, 'fused': 'full relations erasing'},
+            ['--w-full, --fused relations, --fused full: no effect without a teacher'],
+        ),
+        ({'fused': 'relations full', 'w_sample': 0, 'w_patch': 0}, []),
         ({'max_patches': 5}, ['--max-patches: no effect without --token-align merge']),
         (
             {'distillation_beta': 0, 'distillation_alpha': 0, 'distillation_tau': 2},

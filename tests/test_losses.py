@@ -16,7 +16,9 @@ import toys
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fused_losses
 import losses
+import relation_basics
 from losses import (
     ManifoldDistillationLoss,
     full_loss,
@@ -130,7 +132,8 @@ def near(share, count=150, dtype=torch.float32):
 @pytest.mark.parametrize('share', [1.0, 0.1, 0.01])
 @pytest.mark.parametrize('elements', [1, 20_000, 50_000, 1 << 22])
 def test_patch_and_sample_are_close_to_the_definition(share, elements, monkeypatch):
-    monkeypatch.setattr(losses, 'CPU_CHUNK_ELEMENTS', elements)  # chunks of several sizes, also a smaller last one
+    # Chunks of several sizes, also a smaller last one.
+    monkeypatch.setattr(relation_basics, 'CPU_CHUNK_ELEMENTS', elements)
     student, teacher = near(share)
     for term, transposed in ((patch_loss, False), (sample_loss, True)):
         pair = [x.double().transpose(0, 1) if transposed else x.double() for x in (student, teacher)]
@@ -789,7 +792,7 @@ def exact_term(name):
 
     def term(student, teacher):
         chosen = losses.draw_tokens([student.shape[0] * student.shape[1]], 192, torch.Generator().manual_seed(3), 'cpu')
-        return plain_map_distance(*(losses._sets_of(name, x.double(), *chosen) for x in (student, teacher)))
+        return plain_map_distance(*(fused_losses.sets_of(name, x.double(), *chosen) for x in (student, teacher)))
 
     return term
 
@@ -821,7 +824,7 @@ def test_fused_terms_are_close_to_float64(name, difference, dtypes):
 @each_dtype
 @pytest.mark.parametrize(('difference', 'limits'), [(1e-3, (1e-5, 1e-4)), (1e-5, (1e-3, 1e-3))])
 def test_fused_full_term_is_close_to_float64(difference, limits, dtypes, monkeypatch):
-    monkeypatch.setattr(losses, 'CHUNK', 300)
+    monkeypatch.setattr(fused_losses, 'CHUNK', 300)
     check_fused(partial(full_loss, fused=True), full_loss, *apart(difference, dtypes), *limits)
 
 
@@ -854,15 +857,15 @@ def terms_and_gradients(criterion, student, teacher, factors):
 
 @pytest.mark.parametrize('elements', [1, 1 << 21])
 def test_fused_terms_and_their_gradients_are_those_of_the_default(elements, monkeypatch):
-    monkeypatch.setattr(losses, 'CPU_CHUNK_ELEMENTS', elements)
+    monkeypatch.setattr(relation_basics, 'CPU_CHUNK_ELEMENTS', elements)
     # Blocks of hierarchical models differ in their numbers of tokens.
     student = [torch.randn(B, n, D_S + 1)[..., 1:] for n in (N, 2, N)]
     teacher = [torch.randn(B, n, D_T) for n in (N, 2, N)]
     options = {'w_sample': 0.1, 'w_patch': 4, 'w_rand': 0.2, 'w_full': 0.7, 'beta': 0.5}
     expected, expected_gradients = terms_and_gradients(build(**options), student, teacher, (1, 2, 3, 4))
     made = []
-    relate = losses._relate
-    monkeypatch.setattr(losses, '_relate', lambda *args: made.append(args[3]) or relate(*args))
+    relate = fused_losses.relate
+    monkeypatch.setattr(fused_losses, 'relate', lambda *args: made.append(args[3]) or relate(*args))
     criterion = build(fused=losses.FUSED_PARTS, **options)
     found, gradients = terms_and_gradients(criterion, student, teacher, (1, 2, 3, 4))
     assert made == [JOINT] * 3
@@ -886,8 +889,8 @@ def test_fused_terms_and_their_gradients_are_those_of_the_default(elements, monk
     ],
 )
 def test_terms_that_are_not_used_or_float64_are_not_fused(options, dtype, fused, monkeypatch):
-    made, relate = [], losses._relate
-    monkeypatch.setattr(losses, '_relate', lambda *args: made.append(args[3]) or relate(*args))
+    made, relate = [], fused_losses.relate
+    monkeypatch.setattr(fused_losses, 'relate', lambda *args: made.append(args[3]) or relate(*args))
     student, teacher = [tokens(D_S, dtype)], [tokens(D_T, dtype)]
     found = forward(build(fused=losses.FUSED_PARTS, **options), student, teacher)
     expected = forward(build(**options), student, teacher)
@@ -898,7 +901,7 @@ def test_terms_that_are_not_used_or_float64_are_not_fused(options, dtype, fused,
 
 def test_fused_patch_term_of_many_tokens_uses_channel_products(monkeypatch):
     student, teacher = torch.randn(5, 60, 6), torch.randn(5, 60, 8)
-    monkeypatch.setattr(losses, '_relate', lambda *args: pytest.fail('fused'))
+    monkeypatch.setattr(fused_losses, 'relate', lambda *args: pytest.fail('fused'))
     options = {'w_sample': 0, 'w_rand': 0, 'w_full': 0}
     found, expected = (forward(build(**options, **fused), [student], [teacher])['mf_patch']
                        for fused in ({'fused': ['relations']}, {}))  # fmt: skip
@@ -906,8 +909,8 @@ def test_fused_patch_term_of_many_tokens_uses_channel_products(monkeypatch):
 
 
 def test_fused_terms_across_ranks_are_not_fused(tmp_path, monkeypatch):
-    made, relate = [], losses._relate
-    monkeypatch.setattr(losses, '_relate', lambda *args: made.append(args[3]) or relate(*args))
+    made, relate = [], fused_losses.relate
+    monkeypatch.setattr(fused_losses, 'relate', lambda *args: made.append(args[3]) or relate(*args))
     student, teacher = [tokens(D_S, torch.float32)], [tokens(D_T, torch.float32)]
     dist.init_process_group('gloo', init_method=f'file://{tmp_path}/init', rank=0, world_size=1)
     try:
@@ -930,7 +933,7 @@ def test_fused_terms_of_not_finite_tokens_are_not_finite(dtypes):
         value, gradient = value_and_gradient(term, student, teacher)
         assert value.isnan()
         assert gradient.isnan().any()
-    assert losses._product(bad.expand(1, 1, 1), torch.ones(1, 1, 1), 'split').isnan()
+    assert fused_losses.product(bad.expand(1, 1, 1), torch.ones(1, 1, 1), 'split').isnan()
 
 
 @pytest.mark.parametrize('counts', [(12, 12, 12), (12, 5, 30)])
@@ -965,13 +968,13 @@ def test_fused_functions_compile_without_graph_breaks(dtypes, monkeypatch):
 
     terms = [fused_term(name) for name in JOINT] + [partial(full_loss, fused=True)]
     expected = [value_and_gradient(term, student, teacher) for term in terms]
-    monkeypatch.setattr(losses, '_fused', compile_for_the_cpu)
+    monkeypatch.setattr(fused_losses, 'compile_for', compile_for_the_cpu)
     for term, (value, gradient) in zip(terms, expected, strict=True):
         found, found_gradient = value_and_gradient(term, student, teacher)
         assert found.item() == pytest.approx(value.item(), rel=1e-6)
         assert (found_gradient.double() - gradient.double()).norm() <= 4e-3 * gradient.double().norm()
     torch._dynamo.reset()
-    assert set(compiled) == {'_relate', '_relate_backward', '_channel_products', '_full_gradient'}
+    assert set(compiled) == {'relate', '_relate_backward', '_channel_products', '_full_gradient'}
 
 
 @pytest.mark.usefixtures('few_generated_images')

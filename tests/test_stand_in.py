@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-import losses
+import fused_losses
 import main
 import models
 import transforms
@@ -130,7 +130,8 @@ def test_gpu_step_takes_batches_from_both_sides(step, fused, prefetched):
 @pytest.mark.parametrize('dtype', [None, 'bfloat16'])
 def test_gpu_step_with_fused_losses_mixes_no_devices_and_never_waits(step, dtype, monkeypatch):
     made = []
-    monkeypatch.setattr(losses, '_fused', lambda function, device: made.append(device) or function)  # not compiled
+    # Not compiled.
+    monkeypatch.setattr(fused_losses, 'compile_for', lambda function, device: made.append(device) or function)
     step(fused='relations full', teacher_dtype=dtype, relation_dtype=dtype)
     assert set(made) == {CUDA}
 
