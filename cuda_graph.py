@@ -19,6 +19,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from loggers import log_rank0
 from run_dir import TrainingState
@@ -52,29 +53,42 @@ class CapturedCall(Generic[T]):
 
     def find_wait(self, call: Callable[[], T]) -> tuple[T, str]:
         """Runs the call; also returns file and line where the host first waited for the GPU, '' if nowhere."""
-        torch.cuda.set_sync_debug_mode('warn')
         try:
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter('always')
+                torch.cuda.set_sync_debug_mode('warn')  # which itself warns that this is a prototype
                 result = self.run(call)
         finally:
             torch.cuda.set_sync_debug_mode('default')
-        places = [f'{Path(each.filename).name}:{each.lineno}' for each in told if 'synchronizing' in str(each.message)]
-        return result, next(iter(places), '')
+        waits = [each for each in told if 'called a synchronizing CUDA operation' in str(each.message)]
+        return result, f'{Path(waits[0].filename).name}:{waits[0].lineno}' if waits else ''
 
     def capture(self, call: Callable[[], T]) -> T:
         """Captures the call, which computes nothing yet; returns what it returns: tensors that `replay` fills."""
+        current, cause = torch.cuda.current_stream(), None
         gc.collect()
         gc.disable()  # to free other memory of the GPU is not allowed during a capture
         try:
             # thread_local: the thread that pins batches may use CUDA meanwhile.
             with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode='thread_local'):
-                return call()
+                try:
+                    return call()
+                except RuntimeError as error:
+                    cause = error
+                    raise
+        except RuntimeError as error:
+            torch.cuda.set_stream(current)  # the end of a failed capture leaves its stream, and hides the cause
+            raise cause or error from None
         finally:
             gc.enable()
 
     def replay(self) -> None:
         self._graph.replay()
+
+    def close(self) -> None:
+        """Frees the graph. A process group of NCCL cannot be left before."""
+        torch.cuda.synchronize()
+        self._graph.reset()
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -89,11 +103,11 @@ def graph_problem(state: TrainingState, device: torch.device) -> str:
     if state.scaler.is_enabled():
         return 'with float16 the host decides on the scale of the gradients'
     if not getattr(state.optimizer, '_step_supports_amp_scaling', False):
-        return f'with {type(state.optimizer).__name__} the host decides whether to update; adam and adamw do without it'
+        return f'with {type(state.optimizer).__name__} the host decides whether to update; use --opt adam or adamw'
     if state.ema is not None and state.ema.device is not None:
         return '--model-ema-force-cpu makes the host wait for the GPU'
-    if dist.is_initialized() and [*state.model.buffers()]:
-        return 'the ranks share statistics of the student, such as those of BatchNorm'
+    if dist.is_initialized() and any(isinstance(module, _BatchNorm) for module in state.model.modules()):
+        return 'the ranks share the statistics of BatchNorm'
     return ''
 
 
@@ -153,13 +167,20 @@ class StepGraph:
             self.captured.replay()
             return self.result
 
+    def close(self) -> None:
+        """To be called at the end of training, also after an error."""
+        if self.result is not None:
+            self.result = None
+            self.captured.close()
+
     def _keep(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Copies the inputs to where the graph reads them."""
         if self.inputs is None:
             self.inputs = torch.empty_like(images), torch.empty_like(targets)
         for kept, given in zip(self.inputs, (images, targets), strict=True):
-            if kept.shape != given.shape:
-                raise ValueError(f'the graph is made for inputs of shape {tuple(kept.shape)}, not {tuple(given.shape)}')
+            if (kept.shape, kept.dtype) != (given.shape, given.dtype):
+                text = [f'{x.dtype} {tuple(x.shape)}' for x in (kept, given)]
+                raise ValueError(f'the graph is made for inputs of {text[0]}, not {text[1]}')
             kept.copy_(given)
         return self.inputs
 
@@ -183,7 +204,8 @@ class StepGraph:
         try:
             result = self.captured.capture(call)
         except RuntimeError as error:  # also torch.OutOfMemoryError
-            raise UsageError(f'--cuda-graph: the step cannot be captured: {" ".join(str(error).split())}') from error
+            reason = str(error).strip().partition('\n')[0]
+            raise UsageError(f'--cuda-graph: the step cannot be captured ({reason}); run without it') from error
         finally:
             for group in groups:
                 group['capturable'] = False

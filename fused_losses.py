@@ -3,8 +3,7 @@
 Functions of tensors only are compiled for a GPU; on a CPU they run as they are. Letters as in `losses`.
 """
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,17 +23,7 @@ from relation_basics import (
     sets_per_chunk,
     sum_of_squares,
 )
-
-
-@cache
-def _compiled(function: Callable) -> Callable:
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-def compile_for(function: Callable, device: torch.device) -> Callable:
-    """A function of tensors, compiled for a GPU."""
-    return _compiled(function) if device.type == 'cuda' else function
-
+from utils import compile_for
 
 # Sample, patch and random together ------------------------------------------------------------------------------------
 

@@ -29,7 +29,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_losses import draw_tokens as draw_tokens
 from fused_losses import fused_full_loss, relate_jointly
 from relation_basics import (
     CHUNK,

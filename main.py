@@ -159,6 +159,8 @@ def train(
         fit(trainer, train_loader, evaluator, manager, metrics)
     finally:
         metrics.close()
+        if trainer.graph is not None:
+            trainer.graph.close()
 
 
 def build_trainer(
@@ -200,7 +202,7 @@ def build_trainer(
     train_mode = not config.model.finetune or config.distills
     settings = build_settings(optim, flags, config.loss, evaluator, train_mode)
     trainer = Trainer(pair.student, teacher, criterion, state, settings, evaluator.preprocess, mixup)
-    if flags.cuda_graph:
+    if trainer.graph is not None:
         on_device = ('erase', 'key') if 'erasing' in flags.fused else ()
         train_loader = prefetch_to_device(train_loader, evaluator.device, on_device)
     return trainer, train_loader

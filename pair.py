@@ -277,9 +277,12 @@ def compile_pair(pair: Pair, with_teacher: bool, whole: bool = False) -> None:
     names = {'student': f'--model {pair.config.model}', 'teacher': f'--teacher-model {pair.config.teacher_model}'}
     counts = []
     for role, model in tapped.items():
-        if whole:
+        checkpointed = role == 'student' and pair.config.grad_checkpointing
+        if whole and not checkpointed:
             models.compile_model(model, partial(_log_compile, role))
         else:
+            if whole:  # inside a compiled graph, a checkpoint on a GPU would draw from generators that no step seeds
+                _log_compile(role, 'compiled per block: with --grad-checkpointing random numbers would change')
             with usage_error_context('--compile', f'with {names[role]}'):
                 counts.append(models.compile_blocks(model))
         _log_first_call(role, model)

@@ -14,7 +14,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from types import MappingProxyType
 from typing import Any
@@ -32,6 +32,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILTo
 from torchvision.transforms.v2.functional import equalize
 
 from readers import to_uint8
+from utils import compile_for
 
 SMALL_SIZE = 32  # up to this input size images are not cropped from larger ones, as in the release for CIFAR
 FILTERS = {0: 'nearest', 2: 'bilinear', 3: 'bicubic'}  # PIL's numbers
@@ -415,7 +416,7 @@ def erase(images: Tensor, rectangles: Tensor, keys: Tensor, mode: str) -> None:
 def erase_batch(images: Tensor, rectangles: Tensor, keys: Tensor, mode: str) -> Tensor:
     """Like `erase`, for a whole batch at once and with other noise: a function of key, channel, row and column alone.
 
-    All tensors are on one device, and no operation waits for it. Compiled it is one kernel, see `compiled_erase_batch`.
+    All tensors are on one device, and no operation waits for it. Compiled it is one kernel.
     Where rectangles overlap, the colour of the last one counts; noise is the same in both.
 
     Args:
@@ -448,12 +449,6 @@ def _normal_noise(keys: Tensor, places: Tensor) -> Tensor:
     # Box and Muller's transform of 24 bits for the radius, in (0, 1], and 24 bits for the angle.
     radius = (-2 * ((z >> 40 & 0xFFFFFF) + 1).float().mul(2**-24).log()).sqrt()
     return radius * (z & 0xFFFFFF).float().mul(2 * math.pi * 2**-24).cos()
-
-
-@cache
-def compiled_erase_batch() -> Callable[[Tensor, Tensor, Tensor, str], Tensor]:
-    """`erase_batch` in one kernel. Each shape and mode is compiled at its first call."""
-    return torch.compile(erase_batch, fullgraph=True, dynamic=False)
 
 
 class DevicePreprocess(nn.Module):
@@ -505,5 +500,5 @@ class DevicePreprocess(nn.Module):
         if not self.fused_erasing:
             erase(images, rectangles, keys, self.mode)
             return images
-        call = compiled_erase_batch() if images.is_cuda else erase_batch
+        call = compile_for(erase_batch, images.device)
         return call(images, _send(rectangles, images.device), _send(keys, images.device), self.mode)

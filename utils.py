@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -209,6 +209,20 @@ def main_process_first(call: Callable[[], T]) -> T:
     finally:
         if get_rank() == 0:
             gather_objects(None)
+
+
+# Compiling ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _compiled(function: Callable[..., T]) -> Callable[..., T]:
+    torch._dynamo.config.recompile_limit = 64  # more than 8 shapes would be an error
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def compile_for(function: Callable[..., T], device: torch.device) -> Callable[..., T]:
+    """A function of tensors; for a GPU as one compiled graph, made for each shape at its first call."""
+    return _compiled(function) if device.type == 'cuda' else function
 
 
 # Meters ---------------------------------------------------------------------------------------------------------------

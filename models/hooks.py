@@ -237,12 +237,18 @@ def compile_blocks(tapped: TappedModel) -> int:
     Raises:
         ValueError: the model has no blocks at a known place.
     """
-    # In training, each shape and kind of block has a graph of its own; the default limit is 8.
-    torch._dynamo.config.recompile_limit = 64
+    _configure_compiler()
     blocks = find_modules(tapped.model)[1].values()
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
     return len(blocks)
+
+
+def _configure_compiler() -> None:
+    # In training, each shape and kind of block has a graph of its own; the default limit is 8.
+    torch._dynamo.config.recompile_limit = 64
+    # Otherwise the backward pass is compiled when it is first needed, and the caller cannot handle its errors.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
 
 
 def compile_model(tapped: TappedModel, report: Callable[[str], None]) -> None:
@@ -253,10 +259,7 @@ def compile_model(tapped: TappedModel, report: Callable[[str], None]) -> None:
     Args:
         report: called if the whole cannot be compiled, with how the model runs instead and why, in one line.
     """
-    torch._dynamo.config.recompile_limit = 64
-    # Lets gradient checkpoints contain the hooks, which need not run again in the backward pass.
-    if hasattr(torch._dynamo.config, 'skip_fwd_side_effects_in_bwd_under_checkpoint'):
-        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    _configure_compiler()
     plain = tapped.forward
     compiled = torch.compile(plain, fullgraph=True, dynamic=False)
 

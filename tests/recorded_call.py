@@ -47,7 +47,7 @@ class RecordedCall:
     """`cuda_graph.CapturedCall` by a `Recorder`."""
 
     def __init__(self, generators) -> None:
-        self.recorder, self.replays = Recorder(), 0
+        self.recorder, self.replays, self.is_closed = Recorder(), 0, False
 
     def run(self, call: Callable[[], Any]) -> Any:
         return call()
@@ -80,6 +80,9 @@ class RecordedCall:
                 for old, new in zip(tree_leaves(before), tree_leaves(now), strict=True):
                     if isinstance(old, torch.Tensor):
                         old.copy_(new)
+
+    def close(self) -> None:
+        self.is_closed = True
 
 
 def install(patch: Any) -> list[RecordedCall]:

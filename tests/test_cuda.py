@@ -19,6 +19,7 @@ import main
 import models
 import transforms
 import utils
+from fused_losses import draw_tokens
 from loaders import LoaderBuilder, prefetch_to_device
 from models.talking_heads import fused_talking_heads_problem, use_fast_talking_heads
 
@@ -143,8 +144,11 @@ def graph(rows, tmp_path, monkeypatch):
         {'teacher_dtype': 'bfloat16', 'relation_dtype': 'bfloat16', 'log_grad_share': True, 'eval_ema': True},
         {'compile': True},
         {'model': 'deit_tiny_distilled_patch16_224', 'device_augment': True, 'opt': 'adam'},
+        {'compile': 'models', 'fused': 'relations full erasing', 'teacher_dtype': 'bfloat16'},
+        {'grad_checkpointing': True},
+        {'batch_size': 16, 'epochs': 6, 'log_grad_share': True},  # two steps per epoch: captured after an evaluation
     ],
-    ids=['recipe', 'accumulated', 'bfloat16', 'compiled', 'two heads'],
+    ids=['recipe', 'accumulated', 'bfloat16', 'compiled', 'two heads', 'all', 'checkpoints', 'short epochs'],
 )
 def test_replayed_steps_equal_launched_ones_to_the_bit(graph, capsys, changes):
     replayed = graph('replayed', **changes)
@@ -189,6 +193,36 @@ def test_step_that_waits_is_launched_and_the_place_is_named(graph, monkeypatch, 
     waited = graph('waiting')
     assert 'the host waits for the GPU at test_cuda.py:' in capsys.readouterr().out
     assert toys.differing(waited, launched) == set()
+
+
+def test_step_that_cannot_be_captured_is_one_line_with_the_cause(graph, monkeypatch, capsys):
+    forward = main.ManifoldDistillationLoss.forward
+
+    def failing(self, *args):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError('the cause\nand more')
+        return forward(self, *args)
+
+    monkeypatch.setattr(main.ManifoldDistillationLoss, 'forward', failing)
+    with pytest.raises(SystemExit) as stopped:
+        graph('run')
+    assert stopped.value.code == 2
+    assert '--cuda-graph: the step cannot be captured (the cause); run without it' in capsys.readouterr().err
+
+
+def test_host_never_waits_between_log_lines_with_a_graph(graph, monkeypatch):
+    step = main.Trainer.train_step
+
+    def strict(trainer, *args):
+        # From the fifth step on: the graph is captured and caches are full. The last step of an epoch prints.
+        torch.cuda.set_sync_debug_mode('error' if trainer.state.step in (5, 6, 9, 10) else 'default')
+        try:
+            step(trainer, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+
+    monkeypatch.setattr(main.Trainer, 'train_step', strict)
+    assert graph('run', print_freq=100, fused='erasing')['step'] == 12
 
 
 def test_step_that_is_not_finite_is_withheld_and_named_in_a_replay(graph, monkeypatch, capsys):
@@ -311,7 +345,8 @@ def test_compiled_erasing_matches_cpu(erasing, mode):
     for shape in ((16, 224, 1), (5, 37, 3)):
         images, places, keys = erasing(*shape)
         expected = transforms.erase_batch(images, places, keys, mode)
-        found = transforms.compiled_erase_batch()(*on_gpu((images, places, keys)), mode).cpu()
+        call = utils.compile_for(transforms.erase_batch, torch.device(DEVICE))
+        found = call(*on_gpu((images, places, keys)), mode).cpu()
         assert torch.equal(found == images, expected == images)
         assert not torch.equal(found, images)
         torch.testing.assert_close(found, expected, rtol=0, atol=0 if mode == 'const' else 1e-5)
@@ -320,7 +355,7 @@ def test_compiled_erasing_matches_cpu(erasing, mode):
 def test_compiled_erasing_of_a_whole_batch_is_finite_and_normal(erasing):
     images, places, keys = on_gpu(erasing(64))
     places[:] = torch.tensor([0, 0, 224, 224])
-    found = transforms.compiled_erase_batch()(images, places, keys, 'pixel').double()
+    found = utils.compile_for(transforms.erase_batch, images.device)(images, places, keys, 'pixel').double()
     assert found.isfinite().all()
     assert abs(found.mean()) < 4 / found.numel() ** 0.5
     assert abs(found.var() - 1) < 4 * (2 / found.numel()) ** 0.5
@@ -466,7 +501,7 @@ def test_fused_relations_match_float64(pair, difference):
     torch._dynamo.reset()
     *dtypes, value_limit, gradient_limit = PAIRS[pair]
     student, teacher = near_tokens(*dtypes, difference)
-    (chosen,) = losses.draw_tokens([64 * 196], 192, torch.Generator(DEVICE).manual_seed(3), student.device)
+    (chosen,) = draw_tokens([64 * 196], 192, torch.Generator(DEVICE).manual_seed(3), student.device)
     for name in JOINT:
 
         def exact(s, t, name=name):

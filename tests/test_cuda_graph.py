@@ -47,6 +47,7 @@ def trained(files, tmp_path, monkeypatch):
 def test_replayed_steps_equal_launched_ones_to_the_bit(trained, changes):
     replayed, launched = trained('replayed', **changes), trained('launched', 1000, **changes)
     assert [call.replays for call in trained.made] == [4, 0]
+    assert [call.is_closed for call in trained.made] == [True, False]  # one that captured nothing has nothing to free
     assert toys.differing(replayed, launched) == set()
 
 
@@ -125,7 +126,7 @@ def test_step_that_cannot_be_captured_is_one_line(trained, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.count('\n') == 1
-    assert '--cuda-graph: the step cannot be captured: operation not permitted when stream is capturing' in error
+    assert '--cuda-graph: the step cannot be captured (operation not permitted); run without it' in error
 
 
 def test_step_that_is_not_finite_is_withheld_and_named_in_a_replay(trained, tmp_path, monkeypatch, capsys):
@@ -142,7 +143,7 @@ def test_step_that_is_not_finite_is_withheld_and_named_in_a_replay(trained, tmp_
     assert 'not finite at step 4 of epoch 0 on rank 0: loss_base, ' in capsys.readouterr().err
     last = toys.load(tmp_path / 'spoilt' / 'checkpoint.pth')
     assert last['step'] == 4
-    assert trained.made[-1].replays == 3
+    assert (trained.made[-1].replays, trained.made[-1].is_closed) == (3, True)
 
 
 def test_graph_refuses_inputs_of_another_shape(trained):
@@ -151,8 +152,10 @@ def test_graph_refuses_inputs_of_another_shape(trained):
         lambda x, y: cuda_graph.StepResult((), (), x + y), torch.optim.AdamW([weight]), torch.Generator()
     )
     graph(torch.ones(2, 3), torch.ones(2, 3))
-    with pytest.raises(ValueError, match=r'of shape \(2, 3\), not \(1, 3\)'):
+    with pytest.raises(ValueError, match=r'of torch.float32 \(2, 3\), not torch.float32 \(1, 3\)'):
         graph(torch.ones(1, 3), torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r'not torch\.int64'):
+        graph(torch.ones(2, 3), torch.ones(2, 3).long())
 
 
 @pytest.mark.more

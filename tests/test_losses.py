@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_losses
 import losses
 import relation_basics
+from fused_losses import draw_tokens
 from losses import (
     ManifoldDistillationLoss,
     full_loss,
@@ -791,7 +792,7 @@ def exact_term(name):
     """The same by the definition in float64."""
 
     def term(student, teacher):
-        chosen = losses.draw_tokens([student.shape[0] * student.shape[1]], 192, torch.Generator().manual_seed(3), 'cpu')
+        chosen = draw_tokens([student.shape[0] * student.shape[1]], 192, torch.Generator().manual_seed(3), 'cpu')
         return plain_map_distance(*(fused_losses.sets_of(name, x.double(), *chosen) for x in (student, teacher)))
 
     return term
@@ -940,7 +941,7 @@ def test_fused_terms_of_not_finite_tokens_are_not_finite(dtypes):
 @pytest.mark.parametrize('K', [1, 5, 12, 100])
 def test_fused_draw_is_without_replacement_and_by_the_generator(counts, K):
     first, again, other = (
-        losses.draw_tokens(counts, K, torch.Generator().manual_seed(seed), torch.device('cpu')) for seed in (0, 0, 1)
+        draw_tokens(counts, K, torch.Generator().manual_seed(seed), torch.device('cpu')) for seed in (0, 0, 1)
     )
     for count, places in zip(counts, first, strict=True):
         assert len(places) == len(set(places.tolist())) == min(K, count)
@@ -951,7 +952,7 @@ def test_fused_draw_is_without_replacement_and_by_the_generator(counts, K):
 
 
 def test_fused_draw_takes_all_places_equally_often():
-    drawn = torch.cat(list(losses.draw_tokens([10] * 4000, 3, torch.Generator().manual_seed(0), torch.device('cpu'))))
+    drawn = torch.cat(list(draw_tokens([10] * 4000, 3, torch.Generator().manual_seed(0), torch.device('cpu'))))
     shares = torch.bincount(drawn, minlength=10) / 4000
     assert (shares - 0.3).abs().max() < 0.03  # four standard deviations
 
