@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,18 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     call()
     wait()
     return time.perf_counter() - start
+
+
+def medians(call: Callable[[], object], device: torch.device, rounds: int, calls: int = 1) -> tuple[float, float]:
+    """Median of a call's seconds, and half of their range, over rounds of so many calls without a wait between them."""
+
+    def several() -> None:
+        for _ in range(calls):
+            call()
+
+    several()
+    times = [seconds(several, device) / calls for _ in range(rounds)]
+    return statistics.median(times), (max(times) - min(times)) / 2
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:

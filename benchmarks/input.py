@@ -10,14 +10,18 @@ launch until the device has finished. The last line compares our crops with PIL'
 
 import argparse
 import math
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
-from timm.data import create_transform
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import default_collate
 from torchvision.datasets import ImageFolder
@@ -67,6 +71,28 @@ def crop_psnr(folder: str, count: int) -> tuple[float, float]:
         errors.append((crops[0] - crops[1]).square().mean().item())
     of_all = (statistics.fmean(errors), max(errors))
     return tuple(10 * math.log10(255**2 / error) if error else math.inf for error in of_all)
+
+
+def write_jpegs(folder: Path, count: int) -> None:
+    """Random JPEGs of 500×375 pixels: coarse colours with a little noise, so that they are as large as photographs."""
+    draws = np.random.RandomState(0)
+    for number in range(count):
+        coarse = Image.fromarray(draws.randint(0, 256, (24, 32, 3), dtype=np.uint8))
+        fine = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)) + draws.normal(0, 8, (375, 500, 1))
+        Image.fromarray(fine.clip(0, 255).astype(np.uint8)).save(folder / f'{number}.jpg', quality=90)
+
+
+def link_images(data: Path, folder: Path, train: int, val: int) -> None:
+    """Makes train/ and val/ of ten classes and so many links, ten at least, to the JPEGs in `data`, in turn."""
+    classes = ImageNetInfo().label_names()[:10]
+    files = sorted(path.resolve() for path in data.rglob('*') if path.suffix.lower() in ('.jpg', '.jpeg'))
+    random.Random(0).shuffle(files)
+    for split, count in (('train', train), ('val', val)):
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+        for number in range(count):
+            link = folder / split / classes[number % 10] / f'{number}.jpg'
+            link.symlink_to(files[number % len(files)])
 
 
 def run() -> None:

@@ -52,6 +52,36 @@ def fused_terms(K: int, generator: torch.Generator, dtype: torch.dtype) -> dict[
     return {'the three, fused': [joint], 'full, fused': [partial(losses.full_loss, fused=True)]}
 
 
+def near_tokens(
+    shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, torch.dtype], difference: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Tokens of student and teacher whose maps within an image differ by about this mean square, not by rounding alone.
+
+    Args:
+        shape: images, tokens, channels of the student, channels of the teacher, which has no fewer.
+        dtypes: of the student, whose tokens have a gradient, and of the teacher.
+    """
+    B, N, D_s, D_t = shape
+    parts = [torch.randn(size, dtype=torch.float64, device=device) for size in ((B, N, D_s), (B, 1, D_s), (D_s,))]
+    latent = parts[0] + parts[1] + parts[2]
+    turn = torch.linalg.qr(torch.randn(D_t, D_s, dtype=torch.float64)).Q.to(device)
+    noise, scale = torch.randn_like(latent), 0.1
+    for _ in range(5):
+        found = losses.plain_map_distance(latent[:8] + scale * noise[:8], latent[:8]).item()
+        scale *= (difference / found) ** 0.5
+    student = (latent + scale * noise).to(dtypes[1]).to(dtypes[0])  # rounded as the teacher's, or that would count too
+    return student.requires_grad_(), (latent @ turn.T).to(dtypes[1])
+
+
+def relative_errors(term: Term, exact: Term, student: Tensor, teacher: Tensor) -> tuple[float, float]:
+    """Of the value and of the gradient of a term, against `exact` with float64 tokens."""
+    found = []
+    for call, s, t in ((term, student, teacher), (exact, student.detach().double().requires_grad_(), teacher.double())):
+        value = call(s, t)
+        found.append((value.detach().double(), torch.autograd.grad(value, s)[0].double()))
+    return tuple(((x - y).norm() / y.norm()).item() for x, y in zip(*found, strict=True))  # type: ignore[return-value]
+
+
 def run_once(term: list[Term], student: Tensor, teacher: Tensor) -> None:
     student.grad = None
     torch.autograd.backward([function(student, teacher) for function in term])

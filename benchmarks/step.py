@@ -2,12 +2,14 @@
 
     python -m benchmarks.step                        DeiT-Tiny from CaiT-S24, 16 images of 224 pixels, float32
     python -m benchmarks.step --dtypes float32 bfloat16 --compile
-    python -m benchmarks.step --device cuda --batch-size 256 --dtypes bfloat16 --compile --fused
+    python -m benchmarks.step --device cuda --batch-size 256 --dtypes bfloat16 --compile --fused --cuda-graph
 
 Both sides run the program's own loop, alternately, on the same images and random weights; medians. `launches` are the
 aten calls of an eager step that are no views, `waits` the times the host reads a value of the device; `limit` is the
 share of the rate of a large matrix product of the same precision, measured here, that the step's arithmetic reaches.
-What the kernels of --fused talking-heads compute is not counted in `limit`.
+What the kernels of --fused talking-heads compute is not counted in `limit`. A row with --cuda-graph is like the row
+before it, but for the graph: its `launches` are what is left outside of the graph, its arithmetic is that of the row
+before.
 """
 
 import argparse
@@ -28,6 +30,7 @@ import flags
 import main
 import models
 import utils
+from cuda_graph import WARM_UP, has_graphs
 from engine import TrainConfig, Trainer, train_one_epoch
 from pair import build_student, register_student_hooks, register_teacher_hooks
 from transforms import DevicePreprocess
@@ -56,10 +59,12 @@ class Side:
 
     def __init__(self, argv: list[str], device: torch.device, stock: bool, seed: int = 0) -> None:
         config = flags.parse_args([*RECIPE, *argv])
+        self.reports: list[str] = []  # of models that could not be compiled as a whole
         self.device, self.stock, self.dtype = device, stock, config.run.autocast_dtype(device)
         torch.manual_seed(seed)
         student = register_student_hooks(config.model, build_student(config.model, CLASSES)).to(device)
-        teacher = models.build(config.model.teacher_model, CLASSES, config.model.input_size)
+        kwargs = config.model.teacher_kwargs
+        teacher = models.build(config.model.teacher_model, CLASSES, config.model.input_size, kwargs=kwargs)
         stats = models.normalisation(student.model)
         if stock:  # images of the student's mean, deviation and size fit this teacher
             tapped = models.tap(teacher, config.model.teacher_ids, config.model.input_size)
@@ -75,19 +80,19 @@ class Side:
             state.ema.foreach = False
         for tapped in (student, self.teacher) if config.run.compile else ():
             if config.run.compile == 'models':
-                models.compile_model(tapped, partial(print, file=sys.stderr))
+                models.compile_model(tapped, self.reports.append)
             else:
                 models.compile_blocks(tapped)
-        self.preprocess = DevicePreprocess(*stats).to(device)
+        self.preprocess = DevicePreprocess(*stats, fused_erasing='erasing' in config.run.fused).to(device)
         criterion = main.build_criterion(config.loss, config.augment, config.run.fused)
         mixup = main.build_mixup(config.augment, CLASSES)
-        settings = TrainConfig(device, self.dtype, seed, print_freq=1 << 30)
+        settings = TrainConfig(device, self.dtype, seed, print_freq=1 << 30, cuda_graph=config.run.cuda_graph)
         self.trainer = Trainer(student, self.teacher, criterion, state, settings, self.preprocess, mixup)
         self.trainer.guard.every_step = False
         self.times: list[float] = []
         self.teacher_times: list[float] = []
 
-    def train(self, batches: list[tuple]) -> None:
+    def train(self, batches: utils.SizedIterable) -> None:
         """A step for each batch."""
         state = self.trainer.state
         state.step, state.meters = 0, utils.Meters()
@@ -136,19 +141,20 @@ def sides(args: argparse.Namespace, device: torch.device) -> dict[str, Side]:
     found = {}
     for dtype in args.dtypes:
         argv = [*common, '--amp-dtype', dtype]
-        found[f'baseline {dtype}'] = Side(argv, device, stock=True)
-        found[dtype] = Side(argv, device, stock=False)
-        low = ['--teacher-dtype', 'bfloat16', '--relation-dtype', 'bfloat16']
+        rows = {f'baseline {dtype}': argv, dtype: argv}
         if dtype == 'bfloat16':
-            found['bfloat16 throughout'] = Side([*argv, *low], device, stock=False)
+            argv = [*argv, '--teacher-dtype', 'bfloat16', '--relation-dtype', 'bfloat16']
+            rows['bfloat16 throughout'] = argv
         if args.compile:
-            extra = low if dtype == 'bfloat16' else []
-            found[f'{dtype} compiled'] = Side([*argv, *extra, '--compile'], device, stock=False)
-            found[f'{dtype} whole'] = Side([*argv, *extra, '--compile', 'models'], device, stock=False)
-        if args.fused:  # like the row before, but for the teacher's attention
-            extra = [*(low if dtype == 'bfloat16' else []), *(['--compile'] if args.compile else [])]
-            name = f'{dtype} compiled fused' if args.compile else f'{dtype} fused'
-            found[name] = Side([*argv, *extra, '--fused', 'talking-heads'], device, stock=False)
+            rows[f'{dtype} whole'] = [*argv, '--compile', 'models']
+            argv = [*argv, '--compile']
+            rows[f'{dtype} compiled'] = argv
+        if args.fused:  # like the row before, but for these parts
+            argv = [*argv, '--fused', *args.fused]
+            rows[f'{dtype} compiled fused' if args.compile else f'{dtype} fused'] = argv
+        if args.cuda_graph:
+            rows[f'{dtype} graph'] = [*argv, '--cuda-graph']
+        found |= {name: Side(words, device, stock=name.startswith('baseline')) for name, words in rows.items()}
     return found
 
 
@@ -158,13 +164,19 @@ def run() -> None:
     parser.add_argument('--input-size', type=flags.POSITIVE_INT, default=224, help='pixels')
     parser.add_argument('--dtypes', nargs='+', default=['float32'], choices=('float32', 'bfloat16'), help='of autocast')
     parser.add_argument('--compile', action='store_true', help='rows with --compile and --compile models')
-    parser.add_argument('--fused', action='store_true', help='a row with --fused talking-heads, on a GPU')
+    parser.add_argument('--fused', nargs='*', choices=flags.FUSED, metavar='PART',
+                        help=f'on a GPU: a row with --fused and these of {", ".join(flags.FUSED)}; without a value '
+                        'talking-heads')  # fmt: skip
+    parser.add_argument('--cuda-graph', action='store_true', help='on a GPU: the last row again, as one CUDA graph')
     parser.add_argument('--rounds', type=flags.POSITIVE_INT, default=7, help='steps of each side')
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='without a GPU the CPU')
     args = parser.parse_args()
     device = utils.init_distributed(args.device, 'env://')
-    if args.fused and (problem := models.fused_talking_heads_problem(device)):
+    if args.fused is not None and (problem := models.fused_talking_heads_problem(device)):
         parser.error(f'--fused: {problem}')
+    args.fused = ['talking-heads'] if args.fused == [] else args.fused
+    if args.cuda_graph and not has_graphs(device):
+        parser.error('--cuda-graph: needs an NVIDIA GPU')
     benchmarks.keep_freed_memory()
     images = torch.randint(0, 256, (args.batch_size, 3, args.input_size, args.input_size), dtype=torch.uint8)
     batch = (images, torch.randint(0, CLASSES, (args.batch_size,)), torch.arange(args.batch_size), {})
@@ -173,8 +185,9 @@ def run() -> None:
     except utils.UsageError as error:
         parser.error(str(error))
     for name, side in taking.items():
-        first = benchmarks.seconds(partial(side.train, [batch]), device)
-        print(f'{name}: first step {first:.1f} s', flush=True)
+        steps = WARM_UP + 1 if side.trainer.graph else 1  # captures
+        first = benchmarks.seconds(partial(side.train, [batch] * steps), device)
+        print(f'{name}: first step {first:.1f} s', *side.reports, flush=True)
     rates: dict[torch.dtype, list[float]] = {side.dtype: [] for side in taking.values()}
     for _ in range(args.rounds):
         for side in taking.values():
@@ -203,8 +216,9 @@ def report(taking: dict[str, Side], batch: tuple, device: torch.device, rates: d
         launches, waits = (calls.count - fewer.count) // 2, (calls.waits - fewer.waits) / 2
         if device.type == 'cuda':
             waits = (waits_on_cuda(partial(side.train, [batch] * 3)) - waits_on_cuda(partial(side.train, [batch]))) / 2
-        with FlopCounterMode(display=False) as flops, torch.compiler.set_stance('force_eager'):
-            side.train([batch])
+        if not side.trainer.graph:  # a replay cannot be counted; it is the row before
+            with FlopCounterMode(display=False) as flops, torch.compiler.set_stance('force_eager'):
+                side.train([batch])
         side.trainer.optimizer.zero_grad()
         peak = benchmarks.peak_bytes(partial(side.train, [batch]), device) >> 20
         limit = flops.get_total_flops() / time / rates[side.dtype]

@@ -1,12 +1,17 @@
 """The benchmarks run and count correctly. Their timings are not tested."""
 
 import importlib
+import json
+import signal
+import sys
+import time
 
 import pytest
 import torch
 from toys import write_images
 
 import benchmarks  # imported first: it silences the profiler of torch
+from benchmarks import gpu, gpu_rows
 
 
 def rows_of(capsys, name: str, argv: str) -> dict[str, list[str]]:
@@ -57,6 +62,10 @@ def test_input_benchmark_has_a_row_for_each_way(capsys, tmp_path):
         ('step', '--device mps', '--device'),
         ('step', '--input-size 7', '--input-size 7'),
         ('step', '--fused', '--fused: needs an NVIDIA GPU'),
+        ('step', '--cuda-graph', '--cuda-graph: needs an NVIDIA GPU'),
+        ('gpu', '', 'needs an NVIDIA GPU'),
+        ('gpu', '--toy --data .ci', '--data .ci'),
+        ('gpu', '--toy --rows other', '--rows other'),
         ('loss', '--K -1', '--K: -1'),
         ('input', 'nowhere', 'nowhere'),
         ('safety', '--steps 1', '--steps 1'),
@@ -78,3 +87,67 @@ def test_peak_bytes_counts_tensors_alive_at_once():
         torch.empty(1 << 21)
 
     assert benchmarks.peak_bytes(call, torch.device('cpu')) == 4 << 21
+
+
+@pytest.mark.more
+def test_gpu_benchmark_has_a_number_in_each_row(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv('OUT', str(tmp_path))
+    monkeypatch.setattr('sys.argv', ['gpu.py', '--toy'])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert gpu.run() == 0
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    found = json.loads((tmp_path / 'gpu.json').read_text())['rows']
+    assert found.keys() == {row.name for row in gpu.rows()}
+    assert {name for name, row in found.items() if 'value' not in row} == {'gate: terms beyond the spread'}
+    assert found['gate: terms beyond the spread']['failed'] == 'needs a GPU'
+    assert found['replay differs from launches']['value'] == 0
+    assert all(row['value'] > 0 for name, row in found.items() if 'value' in row and not name.startswith('replay'))
+    lines = (tmp_path / 'gpu.md').read_text().splitlines()
+    assert [line.split('|')[1].strip() for line in lines[6:]] == [row.name for row in gpu.rows()]
+
+
+def fail(setup):
+    raise ValueError('no\nmemory')
+
+
+def test_gpu_row_that_fails_costs_only_itself(capsys, tmp_path):
+    setup = gpu.Setup(torch.device('cpu'), True, tmp_path, 0)
+    rows = [gpu.Row('bad', 1, fail), gpu.Row('good', 1, lambda setup: gpu_rows.Found(7.0), 8.0, 'bad')]
+    gpu.measure_rows(rows, setup, tmp_path / 'rows', time.time() + 60)
+    assert capsys.readouterr().out.splitlines() == ['bad | failed: ValueError: no memory', 'good | 7.00 ms | first 0 s']
+    lines = gpu.table(rows, gpu.read(tmp_path / 'rows'), ['machine']).splitlines()
+    assert [word.strip() for word in lines[-1].split('|')[1:-1]] == [
+        'good', '7.00 ms', '0.00', '', '', '8', 'yes', '0', '',
+    ]  # fmt: skip
+    gpu.measure_rows(rows, setup, tmp_path / 'late', time.time() - 1)
+    assert gpu.cells(rows[0], gpu.read(tmp_path / 'late').get('bad', {}), {})[-1] == 'not started: the time was up'
+
+
+# Stands for the process that measures: the row `bad` ends it, `hangs` does not return.
+PROCESS = """
+import json, os, sys, time
+for name in sys.argv[3:]:
+    with open(sys.argv[1], 'a') as out:
+        out.write(json.dumps({'name': name, 'started': time.time()}) + '\\n')
+    if name == 'bad':
+        os.abort()
+    if name == 'hangs':
+        time.sleep(60)
+    with open(sys.argv[1], 'a') as out:
+        out.write(json.dumps({'name': name, 'value': 1}) + '\\n')
+"""
+
+
+def test_gpu_row_that_ends_or_blocks_its_process_costs_only_itself(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, 'ROW_SECONDS', 1.0)
+    file = tmp_path / 'rows'
+    command = [sys.executable, '-S', '-c', PROCESS, str(file)]
+    gpu.supervise(command, ['first', 'bad', 'second', 'hangs', 'third'], file, time.time() + 60)
+    found = gpu.read(file)
+    assert [found[name]['value'] for name in ('first', 'second', 'third')] == [1, 1, 1]
+    assert found['bad']['failed'] == 'ended its process, exit code -6'
+    assert found['hangs']['failed'] == 'took too long'
+    gpu.supervise([sys.executable, '-c', 'raise SystemExit(1)'], ['never'], tmp_path / 'none', time.time() + 60)
+    assert gpu.read(tmp_path / 'none') == {}

@@ -19,6 +19,7 @@ import main
 import models
 import transforms
 import utils
+from benchmarks import loss
 from fused_losses import draw_tokens
 from loaders import LoaderBuilder, prefetch_to_device
 from models.talking_heads import fused_talking_heads_problem, use_fast_talking_heads
@@ -474,14 +475,7 @@ PAIRS = {
 
 def near_tokens(student: torch.dtype, teacher: torch.dtype, difference: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens of 64 images, (64, 196, 192) with gradient and (64, 196, 384), whose maps differ by about `difference`."""
-    make = {'device': DEVICE, 'dtype': torch.float64}
-    latent = torch.randn(64, 196, 192, **make) + torch.randn(64, 1, 192, **make) + torch.randn(192, **make)
-    turn = torch.linalg.qr(torch.randn(384, 192, dtype=torch.float64)).Q.to(DEVICE)
-    noise, scale = torch.randn_like(latent), 0.1
-    for _ in range(5):
-        found = losses.plain_map_distance(latent[:8] + scale * noise[:8], latent[:8]).item()
-        scale *= (difference / found) ** 0.5
-    return (latent + scale * noise).to(teacher).to(student).requires_grad_(), (latent @ turn.T).to(teacher)
+    return loss.near_tokens((64, 196, 192, 384), (student, teacher), difference, torch.device(DEVICE))
 
 
 def value_and_gradient(term, student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
