@@ -16,6 +16,7 @@ import numpy as np
 import timm
 import torch
 
+from tools import rivals
 from tools.plans import Cell, Plan, Run, make_runs
 
 matplotlib.use('Agg')
@@ -134,9 +135,9 @@ def build_lines(plan: Plan, out: Path) -> list[Line]:
 
 
 def command(run: Run, python: str = 'python') -> list[str]:
-    """The words that start a run in the folder of main.py."""
+    """The words that start a run, in the folder of main.py."""
     launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={run.ranks}'] if run.ranks > 1 else []
-    return [python, *launcher, 'main.py', *run.words]
+    return [python, *launcher, *rivals.program(run.words), *run.words]
 
 
 def command_line(run: Run) -> str:
