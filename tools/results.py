@@ -128,7 +128,7 @@ def build_lines(plan: Plan, out: Path) -> list[Line]:
                 sign_flip_p(list(gains.values())) if 1 <= len(gains) <= MAX_EXACT else None,
                 [result.seconds for result in results.values()],
                 max((result.parameters for result in results.values()), default=0),
-                command_line(group[0]),
+                command_line(next((run for run in group if run.seed in results), group[0])),
             )
         )
     return lines
@@ -207,7 +207,7 @@ def page(plan: Plan, lines: list[Line], failures: dict[str, str]) -> str:
     if failures:
         parts.append('Failed:\n\n' + '\n'.join(f'- {name}: `{reason}`' for name, reason in failures.items()))
     commands = '\n'.join(f'# {line.title} {line.cell.name}'.rstrip() + f'\n{line.command}' for line in lines)
-    parts.append(f'Command lines, with the first seed:\n\n```bash\n{commands}\n```')
+    parts.append(f'Command lines, with the first seed that was run:\n\n```bash\n{commands}\n```')
     return '\n\n'.join(parts) + '\n'
 
 
