@@ -65,6 +65,8 @@ def _words(action: Action, key: str, value: Any) -> list[str]:
         if action.const is False:  # a counterpart, such as --no-model-ema
             return [name] * bool(value)
         return [] if value == action.default else [name if value else f'--no-{name[2:]}']
+    if value is True and action.nargs == '?':  # a flag that takes a value or none
+        return [name]
     if value is None or value == action.default or value in ([], {}):
         return []
     if isinstance(value, dict):

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import utils
+from cuda_graph import StepGraph, StepResult, graph_problem
 from loaders import first_batch, report_bad_images
 from loggers import MetricLog, Progress, log_rank0, peak_memory, progress_bar
 from models import Output, TappedModel
@@ -71,9 +72,13 @@ class NonFiniteGuard:
         """Lets the guard see this rank's gradients before they are averaged."""
         ddp.register_comm_hook(self, NonFiniteGuard._average)
 
-    def _average(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def see_own_gradients(self, gradients: Tensor) -> None:
+        """Takes gradients of this rank before they are averaged."""
         assert self._own_gradients is not None
-        self._own_gradients = self._own_gradients & torch.isfinite(bucket.buffer()).all()
+        self._own_gradients = self._own_gradients & torch.isfinite(gradients).all()
+
+    def _average(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        self.see_own_gradients(bucket.buffer())
         return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # None is the default process group
 
     def begin_step(self, name: str, indices: Tensor) -> None:
@@ -89,7 +94,7 @@ class NonFiniteGuard:
         return loss * torch.where(finite.all(), 1.0, torch.nan)
 
     def check_grad_norm(self, norm: Tensor) -> Tensor:
-        """Whether the update may be taken: a bool on the device, the same on all ranks.
+        """What is finite, bools on the device; the last one, the same on all ranks: the update may be taken.
 
         Args:
             norm: of the gradient, averaged over the ranks.
@@ -97,8 +102,11 @@ class NonFiniteGuard:
         assert self._finite is not None
         good = torch.isfinite(norm)
         gradient = self._own_gradients if dist.is_initialized() else good
-        self._steps.append((self._step, self._indices, torch.stack([*self._finite, gradient, good])))  # type: ignore[list-item]
-        return good
+        return torch.stack([*self._finite, gradient, good])  # type: ignore[list-item]
+
+    def end_step(self, finite: Tensor) -> None:
+        """Keeps what `check_grad_norm` returned until the next `sync`."""
+        self._steps.append((self._step, self._indices, finite.clone()))
 
     def sync(self) -> None:
         """Raises if an update was withheld since the last call. Waits for the device; all ranks call it together.
@@ -150,6 +158,7 @@ class TrainConfig:
     log_grad_share: bool = False  # log each term's share of the gradient after each epoch
     eval_ema: bool = False  # evaluate the EMA weights too after each epoch
     print_freq: int = 10  # steps between log lines; between them the host does not wait for the device
+    cuda_graph: bool = False  # launch a step as one CUDA graph, see `cuda_graph.StepGraph`
 
 
 class Trainer:
@@ -180,12 +189,23 @@ class Trainer:
         self.preprocess, self.mixup = preprocess, mixup
         self.optimizer, self.scaler = state.optimizer, state.scaler
         self.generator = torch.Generator(config.device)
-        self.guard = NonFiniteGuard(state.scaler, every_step=config.device.type == 'cpu')
         self.student: nn.Module = student
-        if dist.is_initialized():
+        self.graph = self._make_graph() if config.cuda_graph else None
+        self.guard = NonFiniteGuard(state.scaler, every_step=config.device.type == 'cpu' and not self.graph)
+        if dist.is_initialized() and self.graph:
+            for tensor in student.state_dict().values():  # as DistributedDataParallel does at its start
+                dist.broadcast(tensor, 0)
+        elif dist.is_initialized():
             ids = [config.device.index] if config.device.type == 'cuda' else None
             self.student = DistributedDataParallel(student, device_ids=ids)
             self.guard.attach(self.student)
+
+    def _make_graph(self) -> StepGraph | None:
+        """The step as a CUDA graph; None, with a warning, if this run cannot have one."""
+        if problem := graph_problem(self.state, self.config.device):
+            log_rank0(f'warning: --cuda-graph: {problem}; steps are launched kernel by kernel')
+            return None
+        return StepGraph(self.compute_step, self.optimizer, self.generator)
 
     def autocast(self) -> AbstractContextManager[object]:
         return autocast(self.config.device, self.config.amp_dtype)
@@ -199,15 +219,25 @@ class Trainer:
         """
         images, targets = self.prepare_batch(batch)
         self.guard.begin_step(name, batch[2])
+        done = self.graph(images, targets) if self.graph else self.compute_step(images, targets)
+        for row in done.rows:
+            self.state.meters.add(done.names, row)
+        if not self.guard.every_step:
+            self.guard.end_step(done.finite)
+        self.state.step += 1
+        self.state.position += len(batch[2]) * utils.get_world_size()
+
+    def compute_step(self, images: Tensor, targets: Tensor) -> StepResult:
+        """All that a CUDA graph holds: from the input of the models to the moving average of the weights."""
         self.optimizer.zero_grad()
-        passes = self.config.accum_steps
+        passes, rows, losses = self.config.accum_steps, [], dict[str, Tensor]()
         for number, (x, y) in enumerate(zip(images.chunk(passes), targets.chunk(passes), strict=True), start=1):
             with ddp_no_sync(self.student, last=number == passes):
                 losses = self.forward_backward(x, y)
-            self.state.meters.update(losses, len(x))
-        self.update()
-        self.state.step += 1
-        self.state.position += len(batch[2]) * utils.get_world_size()
+            rows.append(self.state.meters.row(losses, len(x)))
+        if self.graph and dist.is_initialized():
+            self.average_gradients()
+        return StepResult(tuple(losses), tuple(rows), self.update())
 
     def prepare_batch(self, batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Seeds the random numbers of the step; returns normalised, mixed images and targets, on the device."""
@@ -247,9 +277,19 @@ class Trainer:
             values['distillation logits'] = kd_logits.detach()
         return values
 
-    def update(self) -> None:
-        """Takes the optimizer's step, unless a value was not finite, and updates the EMA."""
-        good = self.guard.check_grad_norm(self.gradient_norm())
+    def average_gradients(self) -> None:
+        """Averages the gradients over the ranks, as DistributedDataParallel does, but in one piece."""
+        owners = [p for p in self.student.parameters() if p.grad is not None]
+        flat = torch.cat([p.grad.flatten() for p in owners]) / utils.get_world_size()  # type: ignore[union-attr]
+        self.guard.see_own_gradients(flat)
+        dist.all_reduce(flat)
+        for p, gradient in zip(owners, flat.split([p.numel() for p in owners]), strict=True):
+            p.grad = gradient.view_as(p)
+
+    def update(self) -> Tensor:
+        """Takes the optimizer's step, unless a value was not finite, and updates the EMA; returns what was finite."""
+        finite = self.guard.check_grad_norm(self.gradient_norm())
+        good = finite[-1]
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)  # skips a bad update by itself
             self.scaler.update()
@@ -259,10 +299,12 @@ class Trainer:
             self.optimizer.step()
         elif good:
             self.optimizer.step()
-        if self.guard.every_step:
+        if self.guard.every_step:  # before the EMA takes a step that is withheld
+            self.guard.end_step(finite)
             self.guard.sync()
         if self.state.ema is not None:
             self.state.ema.update(self.state.model)  # without `step`: a constant decay from the first step on
+        return finite
 
     def images_per_step(self, loader: utils.SizedIterable) -> int:
         """Images of a step on all ranks."""

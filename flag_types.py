@@ -46,6 +46,13 @@ def block_id(text: str) -> int | str:
     return text if text == 'auto' else int(text)
 
 
+def compile_mode(text: str) -> bool | str:
+    """True for blocks, which is also what --compile means without a value."""
+    if text not in ('blocks', 'models'):
+        raise argparse.ArgumentTypeError(f'{text}: must be blocks or models')
+    return text == 'blocks' or text
+
+
 def sinks(text: str) -> list[str]:
     try:
         return parse_sinks(text)

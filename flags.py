@@ -30,12 +30,15 @@ from flag_types import (
     SEED,
     KeyValues,
     block_id,
+    compile_mode,
     data_set,
     sinks,
 )
 from loggers import SINKS
-from losses import DISTILLATION_TYPES, RELATION_DTYPES, RELATION_TERMS, RELATIONS
+from losses import DISTILLATION_TYPES, FUSED_PARTS, RELATION_DTYPES, RELATION_TERMS, RELATIONS
 from utils import NO_VALUES, UsageError, format_values
+
+FUSED = ('talking-heads', *FUSED_PARTS, 'erasing')  # values of --fused
 
 
 def flag(default: Any, help: str, *names: str, no: str = '', **options: Any) -> Any:
@@ -102,7 +105,6 @@ class ModelConfig:
         action=KeyValues, metavar='KEY=VALUE')
     teacher_dtype: str | None = flag(None, "dtype of the teacher's weights and computation; replaces --amp-dtype for "
         'the teacher (default: float32 weights under --amp-dtype)', choices=('float32', 'bfloat16'))
-    fused_talking_heads: bool = flag(False, 'CaiT teacher on a GPU: attention in Triton kernels; not yet run on a GPU')
     teacher_path: str = flag('', "the teacher's weights: a file, URL, hf-hub:OWNER/NAME or local-dir:FOLDER")
     teacher_pretrained: bool = flag(False, "without --teacher-path: timm's pretrained weights of the teacher")
     pretrained: bool = flag(False, "start from timm's pretrained weights of --model; a head of another size is "
@@ -308,7 +310,15 @@ class RunConfig:
     device: str = flag('cuda', 'cuda, cuda:N or cpu; without a GPU cuda becomes cpu')
     amp_dtype: str | None = flag(None, 'dtype of autocast (default: bfloat16 on a GPU that has it, else float16 with '
         'a gradient scaler; float32 on the CPU)', choices=('bfloat16', 'float16', 'float32'))
-    compile: bool = flag(False, 'compile the blocks of both models; evaluation is not compiled')
+    fused: list[str] = flag((), 'parts that run in few kernels on a GPU; none has run on a GPU yet. talking-heads: the '
+        'attention of a CaiT teacher; relations: the sample, patch and random terms together; full: the full term with '
+        'float32 products; erasing: random erasing, with other noise', choices=FUSED, nargs='+')
+    cuda_graph: bool = flag(False, 'launch each training step as one CUDA graph where possible, and copy batches '
+        'ahead; has not run on a GPU yet', no='launch its kernels one by one (default)')
+    # True for blocks
+    compile: bool | str = flag(False, 'blocks, or no value: compile the blocks of both models; models: compile each '
+        'model as a whole, or per block where that fails; this has run on no GPU yet. Evaluation is not compiled',
+        action='store', nargs='?', const=True, type=compile_mode, metavar='{blocks,models}')
     seed: int = flag(0, 'seed of weights, order, augmentation, mixing and random tokens', type=SEED)
     dist_url: str = flag('env://', 'init URL of the process group', '--dist_url', '--dist-url')
     dist_timeout: float = flag(30.0, 'minutes after which a rank that waits for other ranks gives up', type=POSITIVE)

@@ -1,9 +1,10 @@
 """Data loaders: this rank's share of the training and validation images, in batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, default_collate
@@ -128,6 +129,64 @@ def first_batch(loader: DataLoader, epoch: int) -> Any:
     assert isinstance(sampler, KeyedSampler)
     sampler.set_epoch(epoch)
     return default_collate([loader.dataset[key] for key in islice(sampler, loader.batch_size)])
+
+
+def prefetch_to_device(loader: DataLoader, device: torch.device, aug_params: Collection[str] = ()) -> DataLoader:
+    """On a GPU, reads one batch ahead and copies it to the device while the step before runs. Elsewhere: `loader`.
+
+    The result stands for `loader` in the engine. Image indices stay on the CPU, where the guard reads them.
+
+    Args:
+        loader: training batches, in pinned memory; a copy from other memory makes the host wait.
+        device: where images and classes go.
+        aug_params: names of the augmentation parameters that go there, too. The host reads `plan`, and `erase` and
+            `key` unless erasing is fused.
+    """
+    return cast(DataLoader, DevicePrefetcher(loader, device, aug_params)) if device.type == 'cuda' else loader
+
+
+class DevicePrefetcher:
+    """The batches of a loader on a GPU, copied on a stream of their own; see `prefetch_to_device`.
+
+    A batch that was read ahead does not count: the trainer counts a batch when its step is made. An error of the loader
+    is raised one step early, before the step of the batch that was read already.
+
+    timm's PrefetchLoader is not used: it takes (images, classes) only, normalises to other bits and erases with other
+    noise, and starts the loader processes at the first batch, when signals are no longer blocked.
+    """
+
+    def __init__(self, loader: DataLoader, device: torch.device, aug_params: Collection[str]) -> None:
+        self.dataset, self.sampler, self.batch_size = loader.dataset, loader.sampler, loader.batch_size
+        self._loader, self._device, self._aug_params = loader, device, aug_params
+        self._stream = torch.cuda.Stream(device)  # one for all epochs: memory is cached for each stream
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Sequence[Any]]:
+        # Not a generator itself: the loader's processes must start now, see `iter_with_signals_blocked`.
+        return self._read_ahead(iter(self._loader))
+
+    def _read_ahead(self, batches: Iterator[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+        copies = map(self._copy, batches)
+        batch = next(copies, None)
+        while batch is not None:
+            # Waits for this batch, so it comes before the next copy. The host does not wait.
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            images, targets, _, aug_params = batch
+            for tensor in (images, targets, *(x for name, x in aug_params.items() if name in self._aug_params)):
+                tensor.record_stream(current)  # its memory is not used again before the step has read it
+            following = next(copies, None)
+            yield batch
+            batch = following
+
+    def _copy(self, batch: Sequence[Any]) -> Sequence[Any]:
+        images, targets, indices, aug_params = batch
+        copy = partial(torch.Tensor.to, device=self._device, non_blocking=True)
+        with torch.cuda.stream(self._stream):
+            aug_params = {name: copy(x) if name in self._aug_params else x for name, x in aug_params.items()}
+            return copy(images), copy(targets), indices, aug_params
 
 
 def report_bad_images(device: torch.device, *loaders: DataLoader, again: bool = False) -> None:

@@ -20,6 +20,7 @@ C classes, M tokens of any set, G sets, W ranks.
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch.autograd.function import once_differentiable
 
 RELATIONS = ('rank', 'global')
 RELATION_DTYPES = ('float32', 'bfloat16')
+FUSED_PARTS = ('relations', 'full')  # of the loss, for a GPU: sample, patch and random together; the full term
 
 # Tokens per chunk in the full term: enough for a fast product, 19 MB at the recipe's widths.
 CHUNK = 4096
@@ -163,9 +165,7 @@ def map_distance(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.fl
     Because maps are symmetric, the gradient at the normalised tokens S is 4·(SSᵀ − TTᵀ)·S: one product, where autograd
     needs two and keeps the maps for them. The maps have `dtype`, too.
     """
-    (G, M), width = student.shape[:2], student.shape[2] + teacher.shape[2]
-    elements = CPU_CHUNK_ELEMENTS if student.device.type == 'cpu' else GPU_CHUNK_ELEMENTS
-    sets = max(1, elements // (M * max(M, width)))
+    (G, M), sets = student.shape[:2], _sets_per_chunk(student, teacher)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         exact = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
         value = torch.zeros((), dtype=exact, device=student.device)
@@ -178,6 +178,12 @@ def map_distance(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.fl
             value += _sum_of_squares(difference) / (G * M**2)
             g.copy_(_normalize_backward((difference @ S).to(exact), unit, length * (G * M**2 / 4)))
     return PrecomputedGrad.apply(student, value, gradient)
+
+
+def _sets_per_chunk(student: Tensor, teacher: Tensor) -> int:
+    M, width = student.shape[1], student.shape[2] + teacher.shape[2]
+    elements = CPU_CHUNK_ELEMENTS if student.device.type == 'cpu' else GPU_CHUNK_ELEMENTS
+    return max(1, elements // (M * max(M, width)))
 
 
 def _sum_of_squares(maps: Tensor) -> Tensor:
@@ -235,9 +241,8 @@ def patch_loss(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.floa
     of hierarchical models, products of channels replace them, in float64 as in `full_loss`.
     """
     _check_pair(student, teacher)
-    B, N, D_s = student.shape
-    channels = D_s + teacher.shape[-1]
-    if 4 * channels >= N:
+    B, N = student.shape[:2]
+    if not _has_many_tokens(student, teacher):
         return map_distance(student, teacher, dtype)
     images = max(1, CHUNK // N)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
@@ -245,6 +250,10 @@ def patch_loss(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.floa
         values, gradients = zip(*(_by_channels(s, t, B * N**2) for s, t in chunks), strict=True)
     gradient = torch.cat(gradients)
     return PrecomputedGrad.apply(student, sum(values).to(gradient.dtype), gradient)
+
+
+def _has_many_tokens(student: Tensor, teacher: Tensor) -> bool:
+    return student.shape[1] > 4 * (student.shape[2] + teacher.shape[2])
 
 
 def random_loss(
@@ -289,7 +298,7 @@ def random_loss(
     return value.detach() + W * (value - value.detach())
 
 
-def full_loss(student: Tensor, teacher: Tensor, over_ranks: bool = False) -> Tensor:
+def full_loss(student: Tensor, teacher: Tensor, over_ranks: bool = False, fused: bool = False) -> Tensor:
     """Relations between all tokens of the batch, the paper's undecoupled loss, without its maps of (B·N)² entries.
 
     With the normalised tokens as rows of S and T, ‖SSᵀ − TTᵀ‖² = ‖SᵀS‖² − 2‖SᵀT‖² + ‖TᵀT‖², because factors may be
@@ -299,9 +308,16 @@ def full_loss(student: Tensor, teacher: Tensor, over_ranks: bool = False) -> Ten
     Near the end of training the three norms cancel, and so do the two products of the gradient. Therefore everything is
     in float64: the gradient keeps its digits, the value loses about 1e-16, which is 1e-6 of a value of 1e-10, and is
     never negative. Over ranks D_s² + D_s·D_t + D_t² numbers of float64 are summed.
+
+    With `fused` the products are in float32 and only their sums in float64, unless the tokens are float64. The relative
+    errors of value and gradient are then up to 1e-5 and 1e-4 at a value of 1e-3, and 1e-3 both at 1e-5.
     """
     _check_pair(student, teacher)
     W = dist.get_world_size() if over_ranks else 1
+    if fused and torch.float64 not in (student.dtype, teacher.dtype):
+        with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+            value, gradient = _fused_full(student.detach(), teacher.detach(), W, over_ranks)
+        return PrecomputedGrad.apply(student, value, W * gradient)
     S, T = student.flatten(0, 1)[None], teacher.flatten(0, 1)[None]
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         value, gradient = _by_channels(S, T, (W * S.shape[1]) ** 2, over_ranks)
@@ -332,6 +348,217 @@ def _by_channels(student: Tensor, teacher: Tensor, entries: int, over_ranks: boo
     return value, gradient
 
 
+# Fused: few kernels on a GPU ------------------------------------------------------------------------------------------
+
+
+class JointTerms(torch.autograd.Function):
+    """Values of several terms of a layer pair, with the gradient of each at the normalised tokens.
+
+    Only the backward pass takes the gradients through the normalisation, all together, so each term may be scaled or
+    differentiated by itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, chosen: Tensor | None, terms: tuple[str, ...], products: str
+    ) -> tuple[Tensor, ...]:
+        values, gradients = _fused(_relate, student.device)(student, teacher, chosen, terms, products)
+        ctx.save_for_backward(student, chosen, *gradients)
+        ctx.terms = terms
+        return tuple(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:
+        student, chosen, *gradients = ctx.saved_tensors
+        gradient = _fused(_relate_backward, student.device)(student, chosen, ctx.terms, gradients, factors)
+        return gradient, None, None, None, None
+
+
+def relate_jointly(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], terms: Sequence[str], options: 'RelationOptions'
+) -> list[dict[str, Tensor]]:
+    """For each layer pair the values, by name, of those of the terms sample, patch and rand that can be fused.
+
+    The terms of a layer pair share the normalised tokens and the way back through the normalisation. Not fused are
+    float64 tokens, terms over ranks, and patch maps of many tokens.
+
+    Args:
+        student, teacher: L tensors (B, N, D_s) and (B, N, D_t).
+        terms: names of the terms that are used.
+        options: of the terms. One draw gives the random tokens of all layer pairs: not those of `random_loss`.
+    """
+    found = []
+    joint = [_fusible(s, t, terms, options) for s, t in zip(student, teacher, strict=True)]
+    counts = [s.shape[0] * s.shape[1] for s, names in zip(student, joint, strict=True) if 'rand' in names]
+    draws = iter(draw_tokens(counts, options.K, options.generator, student[0].device) if counts else ())
+    for s, t, names in zip(student, teacher, joint, strict=True):
+        chosen = next(draws) if 'rand' in names else None
+        with torch.autocast(s.device.type, enabled=False):
+            values = JointTerms.apply(s, t, chosen, names, _products(s, t, options.dtype)) if names else ()
+        found.append(dict(zip(names, values, strict=True)))
+    return found
+
+
+def _fusible(student: Tensor, teacher: Tensor, terms: Sequence[str], options: 'RelationOptions') -> tuple[str, ...]:
+    """Which of these terms of a layer pair can be computed together."""
+    _check_pair(student, teacher)
+    if torch.float64 in (student.dtype, teacher.dtype):
+        return ()
+    fusible = set() if options.over_ranks else {'sample', 'rand'}
+    fusible |= set() if _has_many_tokens(student, teacher) else {'patch'}
+    return tuple(name for name in terms if name in fusible)
+
+
+def draw_tokens(
+    counts: Sequence[int], K: int, generator: torch.Generator | None, device: torch.device
+) -> Sequence[Tensor]:
+    """For each count min(K, count) different places below it, all sets of them equally likely, by one draw."""
+    at = device if generator is None else generator.device
+    # The places of the largest of random numbers. In float64 two of them are practically never equal.
+    numbers = torch.rand(len(counts), max(counts), dtype=torch.float64, generator=generator, device=at)
+    if len(set(counts)) == 1:
+        return numbers.topk(min(K, counts[0])).indices.to(device).unbind()
+    return [row[:n].topk(min(K, n)).indices.to(device) for row, n in zip(numbers, counts, strict=True)]
+
+
+@cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _fused(function: Callable, device: torch.device) -> Callable:
+    """A function of tensors, compiled for a GPU."""
+    return _compiled(function) if device.type == 'cuda' else function
+
+
+def _relate(
+    student: Tensor, teacher: Tensor, chosen: Tensor | None, terms: tuple[str, ...], products: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Values of the terms of a layer pair, and (SSᵀ − TTᵀ)·S of the sets (G, M, D_s) of each."""
+    units = [_normalize(_full_precision(tokens))[0] for tokens in (student, teacher)]
+    values, gradients = [], []
+    for term in terms:
+        S, T = (_sets_of(term, unit, chosen) for unit in units)
+        (G, M), sets = S.shape[:2], _sets_per_chunk(S, T)
+        squares, parts = [], []
+        for s, t in zip(S.split(sets), T.split(sets), strict=True):
+            difference = _difference(s, t, products)
+            squares.append(_sum_of_squares(difference))
+            parts.append(_product(difference, s, products))
+        values.append(torch.stack(squares).sum() / (G * M**2))
+        gradients.append(torch.cat(parts))
+    return values, gradients
+
+
+def _sets_of(term: str, tokens: Tensor, chosen: Tensor | None) -> Tensor:
+    """The sets of tokens, (G, M, D), whose maps a term compares."""
+    if term == 'rand':
+        return tokens.flatten(0, 1)[chosen][None]
+    return tokens.transpose(0, 1) if term == 'sample' else tokens
+
+
+def _relate_backward(
+    student: Tensor, chosen: Tensor | None, terms: tuple[str, ...], gradients: list[Tensor], factors: Sequence[Tensor]
+) -> Tensor:
+    """Gradient at the student's tokens, from what `_relate` returns and the factor of each term."""
+    unit, length = _normalize(_full_precision(student))
+    total = unit.new_zeros(unit.shape)
+    for term, gradient, factor in zip(terms, gradients, factors, strict=True):
+        G, M, D = gradient.shape
+        factor = factor * (4 / (G * M**2))
+        if term == 'rand':
+            assert chosen is not None
+            total.view(-1, D).index_add_(0, chosen, gradient[0] * factor)
+        else:
+            total.addcmul_(gradient.transpose(0, 1) if term == 'sample' else gradient, factor)
+    return _normalize_backward(total, unit, length).to(student.dtype)
+
+
+def _fused_full(student: Tensor, teacher: Tensor, W: int, over_ranks: bool) -> tuple[Tensor, Tensor]:
+    """Value and gradient of `full_loss` on W ranks, with products of float32 and sums of float64."""
+    entries, D_s = (W * student.shape[0] * student.shape[1]) ** 2, student.shape[2]
+    of_student, TT = _fused(_channel_products, student.device)(student, teacher)
+    if over_ranks:
+        dist.all_reduce(of_student)
+        dist.all_reduce(TT)
+    SS, ST = of_student.split([D_s, len(TT)], dim=1)
+    norms = [x.square().sum() for x in (SS, ST, TT)]
+    value = (norms[0] - 2 * norms[1] + norms[2]).clamp(min=0) / entries
+    gradient = _fused(_full_gradient, student.device)(student, teacher, torch.cat([SS, -ST.mT]), entries)
+    return value.to(gradient.dtype), gradient
+
+
+def _channel_products(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Sᵀ[S T] and TᵀT of all tokens in float64, added up from float32 products over the tokens of some images."""
+    (B, N, D_s), D_t = student.shape, teacher.shape[2]
+    images = max(n for n in range(1, B + 1) if B % n == 0 and (n == 1 or n * N <= CHUNK))
+    both = _both_sides(student, teacher)[0].view(B // images, images * N, D_s + D_t)
+    S, T = both.split([D_s, D_t], dim=2)
+    # The norms cancel, so an error with a sign of its own, as split products have, would be seen in the value.
+    of_student, TT = (torch.bmm(x.mT, y).sum(0, dtype=torch.float64) for x, y in ((S, both), (T, T)))
+    return of_student, TT
+
+
+def _full_gradient(student: Tensor, teacher: Tensor, factors: Tensor, entries: int) -> Tensor:
+    """4/entries·[S T]·factors as one product, taken through the normalisation."""
+    both, length = _both_sides(student, teacher)
+    products = _products(student, teacher, torch.float32)
+    grad_unit = _product(both.flatten(0, 1)[None], factors[None].to(both.dtype), products).view(student.shape)
+    return _normalize_backward(grad_unit, both[..., : student.shape[2]], length * (entries / 4))
+
+
+def _both_sides(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """[S T] of the normalised tokens, (B, N, D_s + D_t), and the lengths of the student's."""
+    (S, length), (T, _) = (_normalize(_full_precision(tokens)) for tokens in (student, teacher))
+    return torch.cat([S, T], 2), length
+
+
+def _products(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> str:
+    """How products of these tokens are computed: 'float32', 'bfloat16', or 'split' into parts of bfloat16.
+
+    Tokens of 16 bits, on one side at least, are known less exactly than split products are computed.
+    """
+    if dtype == torch.bfloat16:
+        return 'bfloat16'
+    return 'split' if 2 in (student.dtype.itemsize, teacher.dtype.itemsize) else 'float32'
+
+
+def _product(x: Tensor, y: Tensor, products: str) -> Tensor:
+    """(G, M, K) @ (G, K, D) in float32."""
+    if products == 'float32':
+        return torch.bmm(x, y)
+    if products == 'bfloat16':
+        return _bfloat16_product(x.bfloat16(), y.bfloat16())
+    (x_high, x_low), (y_high, y_low) = _split(x), _split(y)
+    return _bfloat16_product(torch.cat([x_high, x_high, x_low], 2), torch.cat([y_high, y_low, y_high], 1))
+
+
+def _difference(s: Tensor, t: Tensor, products: str) -> Tensor:
+    """SSᵀ − TTᵀ of normalised tokens, (G, M, M)."""
+    if products == 'float32':
+        return torch.bmm(t, t.mT).baddbmm_(s, s.mT, beta=-1)
+    if products == 'bfloat16':
+        return _product(torch.cat([s, t], 2), torch.cat([s, -t], 2).mT, products)
+    (s_high, s_low), (t_high, t_low) = _split(s), _split(t)
+    rows = [torch.cat([s_high, -t_high], 2), torch.cat([s_low, -t_low], 2)]
+    high, mixed = _bfloat16_product(torch.cat(rows, 1), torch.cat([s_high, t_high], 2).mT).chunk(2, dim=1)
+    return high + (mixed + mixed.mT)  # high·lowᵀ is the transpose of low·highᵀ
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two bfloat16 tensors whose sum is x but for about 2⁻¹⁷ of it."""
+    # Rounded by its bits, because the compiler takes x.bfloat16().float() for x.
+    high = ((x.view(torch.int32) + (1 << 15)) & -(1 << 16)).view(torch.float32)
+    return high.bfloat16(), (x - high).bfloat16()
+
+
+def _bfloat16_product(x: Tensor, y: Tensor) -> Tensor:
+    """(G, M, K) @ (G, K, D) of bfloat16 factors with float32 sums."""
+    # On a CPU in float32, where products of bfloat16 factors are exact.
+    return torch.bmm(x, y, out_dtype=torch.float32) if x.device.type == 'cuda' else torch.bmm(x.float(), y.float())
+
+
 # The weighted sum -----------------------------------------------------------------------------------------------------
 
 
@@ -360,6 +587,7 @@ class RelationOptions:
     generator: torch.Generator | None = None  # of random tokens
     over_ranks: bool = False  # connect the images of all ranks
     dtype: torch.dtype = torch.float32  # of the factors of the products
+    fused: tuple[str, ...] = ()  # of `FUSED_PARTS`
 
 
 @dataclass(frozen=True)
@@ -396,7 +624,7 @@ RELATION_TERMS: dict[str, RelationTerm] = {
         reads=('K', 'relations', 'relation_dtype'),
     ),
     'full': RelationTerm(
-        lambda s, t, options: full_loss(s, t, options.over_ranks),
+        lambda s, t, options: full_loss(s, t, options.over_ranks, 'full' in options.fused),
         default_weight=0.0,
         help='weight of relations between all tokens of the batch',
         label='full',
@@ -423,6 +651,7 @@ class ManifoldDistillationLoss(nn.Module):
         relations: 'rank' or 'global': sample, random and full connect the images of one rank or of all ranks.
         relation_dtype: 'float32' or 'bfloat16': dtype of the factors and maps of sample, patch and random. With
             bfloat16 about 1e-6 remains of a term whose tokens are equal.
+        fused: of `FUSED_PARTS`: which terms are computed in few kernels, see `relate_jointly` and `full_loss`.
         weights: `w_<name>` of the terms in `RELATION_TERMS`.
     """
 
@@ -436,6 +665,7 @@ class ManifoldDistillationLoss(nn.Module):
         K: int = 192,
         relations: str = 'rank',
         relation_dtype: str = 'float32',
+        fused: Sequence[str] = (),
         **weights: float,
     ) -> None:
         super().__init__()
@@ -443,6 +673,7 @@ class ManifoldDistillationLoss(nn.Module):
             ('distillation_type', distillation_type, DISTILLATION_TYPES),
             ('relations', relations, RELATIONS),
             ('relation_dtype', relation_dtype, RELATION_DTYPES),
+            *(('fused', part, FUSED_PARTS) for part in fused),
         ):
             if value not in choices:
                 raise ValueError(f'{name} must be one of {choices}, not {value!r}')
@@ -458,6 +689,7 @@ class ManifoldDistillationLoss(nn.Module):
         self.alpha, self.tau, self.beta, self.K = alpha, tau, beta, K
         self.relations = relations
         self.relation_dtype: torch.dtype = getattr(torch, relation_dtype)
+        self.fused = tuple(fused)
         self.weights = {name: weights.get(f'w_{name}', term.default_weight) for name, term in RELATION_TERMS.items()}
 
     def forward(
@@ -474,8 +706,8 @@ class ManifoldDistillationLoss(nn.Module):
             teacher_out: (logits (B, C), …, tokens: L of (B, N, D_t)); not used with distillation type 'none'. With α 0
                 the logits may be None: a teacher without a head, or with other classes.
             targets: of `base_criterion`; with 'nkd' class indices (B,) or soft labels (B, C).
-            generator: of the random tokens, advanced by one draw per layer pair; with relations 'global' in the same
-                state on all ranks.
+            generator: of the random tokens, advanced by one draw per layer pair, or one in all with fused relations;
+                with relations 'global' in the same state on all ranks.
 
         Returns:
             `base`, `dist`, and `mf_<name>` for each term in `RELATION_TERMS`; a term that is not used is 0.
@@ -520,13 +752,18 @@ class ManifoldDistillationLoss(nn.Module):
         if len(student) != len(teacher):
             raise ValueError(f'layers differ: {len(student)} of the student, {len(teacher)} of the teacher')
         over_ranks = self.relations == 'global' and dist.is_initialized()
-        options = RelationOptions(self.K, generator, over_ranks, self.relation_dtype)
+        options = RelationOptions(self.K, generator, over_ranks, self.relation_dtype, self.fused)
+        used = [name for name, weight in self.weights.items() if self.beta * weight]
+        joint = relate_jointly(student, teacher, used, options) if 'relations' in self.fused else [{}] * len(student)
         losses = {}
         for name, term in RELATION_TERMS.items():
             weight, value = self.beta * self.weights.get(name, 0.0), base.new_zeros(())
             # A term of weight 0 is not computed: no head and no block depends on it alone.
             if weight and student:
-                pairs = zip(student, teacher, strict=True)
-                value = weight * torch.stack([term.distance(s, t, options) for s, t in pairs]).mean()
+                values = [
+                    found[name] if name in found else term.distance(s, t, options)
+                    for s, t, found in zip(student, teacher, joint, strict=True)
+                ]
+                value = weight * torch.stack(values).mean()
             losses[f'mf_{name}'] = value
         return losses

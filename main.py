@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -49,9 +49,9 @@ import summary
 import utils
 from engine import Evaluator, TrainConfig, Trainer, fit
 from flags import AugmentConfig, Config, LossConfig, OptimConfig, RunConfig, parse_args
-from loaders import LoaderBuilder, choose_repeated_aug, report_bad_images
+from loaders import LoaderBuilder, choose_repeated_aug, prefetch_to_device, report_bad_images
 from loggers import MetricLog, log_rank0
-from losses import ManifoldDistillationLoss
+from losses import FUSED_PARTS, ManifoldDistillationLoss
 from pair import Pair, build_pair, compile_pair, log_blocks, num_classes_of
 from readers import BadImageError
 from run_dir import CheckpointManager, TrainingState
@@ -112,9 +112,10 @@ def build_parts(
     summary.warn_of_other_classes(files.with_logits(config), names)
     del files  # the teacher's weights would be in memory twice
     fill = [min(255, round(255 * value)) for value in pair.stats[0]]  # as timm does
-    preprocess = DevicePreprocess(*pair.stats, config.augment.remode, fill).to(device)
+    erasing = 'erasing' in flags.fused
+    preprocess = DevicePreprocess(*pair.stats, config.augment.remode, fill, erasing).to(device)
     copies = 1 if data.dist_eval else utils.get_world_size()
-    evaluator = Evaluator(val_loader, preprocess, device, flags.autocast_dtype(device), copies, flags.compile)
+    evaluator = Evaluator(val_loader, preprocess, device, flags.autocast_dtype(device), copies, bool(flags.compile))
     return config, pair, loaders, evaluator
 
 
@@ -172,7 +173,7 @@ def build_trainer(
     flags, optim, augment, world = config.run, config.optim, config.augment, utils.get_world_size()
     repeated_aug = choose_repeated_aug(augment.repeated_aug, flags.resume, checkpoint)
     train_loader = loaders.train(augment, optim.rank_batch_size, repeated_aug, pair.stats[0])
-    criterion = build_criterion(config.loss, augment)
+    criterion = build_criterion(config.loss, augment, flags.fused)
     summary.log_images(train_loader, evaluator.loader, repeated_aug, augment.repeated_aug)
     patches = min((h * w for h, w in pair.student.grids), default=0)
     log_rank0(f'loss        {summary.describe_loss(criterion, patches, optim.batch_size)}')
@@ -192,13 +193,16 @@ def build_trainer(
     run_dir.warn_of_other_teacher(config.model.teacher_path, flags.resume, state, checkpoint)
     run_dir.restore(state, checkpoint, flags.resume, flags.start_epoch, len(train_loader), own)
     if flags.compile:
-        compile_pair(pair, config.distills)
+        compile_pair(pair, config.distills, whole=flags.compile == 'models')
     teacher = pair.teacher if config.distills else None
     mixup = build_mixup(augment, num_classes)
     # As in the release, fine-tuning without a teacher keeps the student in eval mode: no drop-path, mean of two heads.
     train_mode = not config.model.finetune or config.distills
     settings = build_settings(optim, flags, config.loss, evaluator, train_mode)
     trainer = Trainer(pair.student, teacher, criterion, state, settings, evaluator.preprocess, mixup)
+    if flags.cuda_graph:
+        on_device = ('erase', 'key') if 'erasing' in flags.fused else ()
+        train_loader = prefetch_to_device(train_loader, evaluator.device, on_device)
     return trainer, train_loader
 
 
@@ -228,10 +232,11 @@ def build_settings(
         log_grad_share=loss.log_grad_share,
         eval_ema=flags.eval_ema,
         print_freq=flags.print_freq,
+        cuda_graph=flags.cuda_graph,
     )
 
 
-def build_criterion(loss: LossConfig, augment: AugmentConfig) -> ManifoldDistillationLoss:
+def build_criterion(loss: LossConfig, augment: AugmentConfig, fused: Sequence[str] = ()) -> ManifoldDistillationLoss:
     if augment.uses_mixing:
         base: nn.Module = SoftTargetCrossEntropy()  # mixing has smoothed the labels already
     else:
@@ -245,6 +250,7 @@ def build_criterion(loss: LossConfig, augment: AugmentConfig) -> ManifoldDistill
         K=loss.K,
         relations=loss.relations,
         relation_dtype=loss.relation_dtype,
+        fused=[part for part in fused if part in FUSED_PARTS],
         **{f'w_{name}': weight for name, weight in loss.weights.items()},
     )
 

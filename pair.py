@@ -1,7 +1,9 @@
 """Student and teacher of a run: built through timm, with hooks on the chosen blocks, their tokens on common grids."""
 
+import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +32,9 @@ class Pair:
         self.student.to(device)
         if self.teacher is not None:
             self.teacher.to(device)
-            if self.config.fused_talking_heads and (problem := models.fused_talking_heads_problem(device)):
-                log_rank0(f'warning: --fused-talking-heads: {problem}; the teacher uses the plain attention')
+            problem = models.fused_talking_heads_problem(device)
+            if problem and models.uses_fused_talking_heads(self.teacher.model):
+                log_rank0(f'warning: --fused talking-heads: {problem}; the teacher uses the plain attention')
 
 
 def build_pair(config: Config, files: WeightsFiles, num_classes: int) -> Pair:
@@ -51,7 +54,8 @@ def build_pair(config: Config, files: WeightsFiles, num_classes: int) -> Pair:
         if distills:
             model = choose_blocks(model, student, built)
         teacher_stats = recorded_stats(files.teacher)
-        teacher = register_teacher_hooks(model, built, stats, distills, alpha > 0, teacher_stats)
+        fused = 'talking-heads' in run.fused
+        teacher = register_teacher_hooks(model, built, stats, distills, alpha > 0, teacher_stats, fused)
     tapped = register_student_hooks(model, student, distills)
     if model.grad_checkpointing and not run.eval:
         with usage_error_context('--grad-checkpointing', f'with --model {model.model}'):
@@ -168,11 +172,12 @@ def register_teacher_hooks(
     distills: bool = True,
     with_logits: bool = True,
     teacher_stats: Stats | None = None,
+    fused: bool = False,
 ) -> TappedModel:
     """Hooks on --t-id, if the run distills; frozen.
 
     The student's images are normalised by `stats`, the teacher's by `teacher_stats`, or as timm or the source of its
-    weights say.
+    weights say. `fused`: its talking heads are.
     """
     block_ids = [int(i) for i in config.teacher_ids if distills]
     with usage_error_context('--t-id', f'{format_values(block_ids)} with --teacher-model {config.teacher_model}'):
@@ -181,8 +186,7 @@ def register_teacher_hooks(
         teacher_stats = teacher_stats or models.normalisation(teacher, config.teacher_path)
     dtype = getattr(torch, config.teacher_dtype) if config.teacher_dtype else None
     preprocess = models.TeacherPreprocess(stats, teacher_stats, config.teacher_input_size, dtype)
-    fused = config.fused_talking_heads
-    with usage_error_context('--fused-talking-heads', f'with --teacher-model {config.teacher_model}'):
+    with usage_error_context('--fused', f'talking-heads with --teacher-model {config.teacher_model}'):
         return models.freeze(tapped, preprocess, with_logits=with_logits, dtype=dtype, fused_talking_heads=fused)
 
 
@@ -261,14 +265,44 @@ def log_blocks(config: ModelConfig) -> None:
         log_rank0(f'{i:>5}  {format_grid(block.grid):>9}  {block.width:>5}  {block.path}')
 
 
-def compile_pair(pair: Pair, with_teacher: bool) -> None:
-    """Compiles the blocks of the student, and of the teacher if it teaches; after the EMA was copied."""
-    tapped = [('--model', pair.config.model, pair.student)]
+def compile_pair(pair: Pair, with_teacher: bool, whole: bool = False) -> None:
+    """Compiles the student, and the teacher if it teaches; after the EMA was copied.
+
+    Args:
+        whole: True compiles whole models, see `models.compile_model`; False their blocks.
+    """
+    tapped = {'student': pair.student}
     if with_teacher and pair.teacher is not None:
-        tapped.append(('--teacher-model', pair.config.teacher_model, pair.teacher))
+        tapped['teacher'] = pair.teacher
+    names = {'student': f'--model {pair.config.model}', 'teacher': f'--teacher-model {pair.config.teacher_model}'}
     counts = []
-    for flag, name, model in tapped:
-        with usage_error_context('--compile', f'with {flag} {name}'):
-            counts.append(models.compile_blocks(model))
-    blocks = ' and '.join(map(str, counts))
-    log_rank0(f'compile     {blocks} blocks, in the first step; the first log line includes its time')
+    for role, model in tapped.items():
+        if whole:
+            models.compile_model(model, partial(_log_compile, role))
+        else:
+            with usage_error_context('--compile', f'with {names[role]}'):
+                counts.append(models.compile_blocks(model))
+        _log_first_call(role, model)
+    what = f'{" and ".join(tapped)}, each as a whole' if whole else f'{" and ".join(map(str, counts))} blocks'
+    log_rank0(f'compile     {what}, in the first step')
+
+
+def _log_compile(role: str, text: str) -> None:
+    log_rank0(f'compile     {role}: {text}')
+
+
+def _log_first_call(role: str, tapped: TappedModel) -> None:
+    """Logs how long the first forward pass of a model takes: it compiles, also what the backward pass runs."""
+    # Both hooks are outside of what is compiled.
+    start = 0.0
+
+    def before(*_: object) -> None:
+        nonlocal start
+        start = time.monotonic()
+
+    def after(*_: object) -> None:
+        for handle in handles:
+            handle.remove()
+        _log_compile(role, f'first forward pass took {time.monotonic() - start:.0f} s')
+
+    handles = tapped.register_forward_pre_hook(before), tapped.register_forward_hook(after)

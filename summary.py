@@ -144,8 +144,11 @@ def _conditions() -> Iterator[Condition]:
     weights = [f'w_{name}' for name in RELATION_TERMS]
     relations = (*weights, 'K', 'relations', 'distillation_beta', 'relation_dtype', 'token_align', 'max_patches')
     yield (*relations, 'distillation_alpha', 'distillation_tau'), 'a teacher', lambda c: c.loss.has_teacher
-    yield ('teacher_input_size', 'teacher_dtype', 'fused_talking_heads'), 'a teacher', (
-        lambda c: c.loss.has_teacher or c.run.eval_teacher)
+    yield ('teacher_input_size', 'teacher_dtype'), 'a teacher', lambda c: c.loss.has_teacher or c.run.eval_teacher
+    yield ('fused',), 'a teacher (talking-heads)', (
+        lambda c: 'talking-heads' not in c.run.fused or c.loss.has_teacher or c.run.eval_teacher)
+    yield ('fused',), 'random erasing (erasing)', (
+        lambda c: 'erasing' not in c.run.fused or (c.augment.reprob and not c.augment.no_aug))
     yield relations, '--s-id and --t-id', lambda c: c.model.s_id
     yield ('s_id', *relations), 'a relation whose weight is not 0', lambda c: c.model.s_id and c.loss.has_relations
     yield ('distillation_type',), 'a weight of KD or of a relation', (

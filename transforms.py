@@ -14,7 +14,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from types import MappingProxyType
 from typing import Any
@@ -267,27 +267,34 @@ def apply_policy(images: Tensor, plan: Tensor, fill: Sequence[int]) -> Tensor:
         plan: (B, R, 3) on the CPU, from `PolicySampler`.
         fill: red, green, blue in 0 … 255, the colour of areas that are uncovered.
     """
+    device = images.device
+    colour = _send(torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1), device)
     for row in plan.unbind(1):
         # Geometric operations with the same filter differ only in their matrices, so they form one group.
         names = ['move' if op > len(COLOUR_OPERATIONS) else OPERATIONS[int(op)] for op in row[:, 0].tolist()]
         kinds = list(zip(names, row[:, 2].tolist(), strict=True))
         order = torch.tensor(sorted(range(len(kinds)), key=kinds.__getitem__))
         sizes = Counter(kinds[i] for i in order.tolist())
-        groups = images.index_select(0, _send(order, images.device)).split([*sizes.values()])
+        # One copy for all groups: a copy costs the host more than a small kernel does.
+        there, back = _send(torch.stack([order, order.argsort()]), device).unbind()
+        arguments = _send(row[order, 1].view(-1, 1, 1, 1), device)
+        parts = (x.split([*sizes.values()]) for x in (images.index_select(0, there), arguments, row[order]))
         done = []
-        for (name, _), group, rows in zip(sizes, groups, row[order].split([*sizes.values()]), strict=True):
+        for (name, _), group, argument, rows in zip(sizes, *parts, strict=True):
             if name == 'move':
-                group = _move(group, rows.tolist(), fill)
+                group = _move(group, rows.tolist(), colour)
             elif name:
-                group = COLOUR_OPERATIONS[name](group, _send(rows[:, 1].view(-1, 1, 1, 1), images.device))
+                group = COLOUR_OPERATIONS[name](group, argument)
             done.append(group)
-        images = torch.cat(done).index_select(0, _send(order.argsort(), images.device))
+        images = torch.cat(done).index_select(0, back)
     return images
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; itself if it is there already."""
     # Only a copy from pinned memory is sure not to wait for the device.
-    return (tensor.pin_memory() if device.type == 'cuda' else tensor).to(device, non_blocking=True)
+    pinned = device.type == 'cuda' and not tensor.is_cuda
+    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
 
 
 # Colour operations: (G, 3, H, W) uint8 and an argument for each image, (G, 1, 1, 1) float32 → uint8.
@@ -364,8 +371,8 @@ _MATRICES: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
 OPERATIONS = ('', *COLOUR_OPERATIONS, *_MATRICES)  # a plan holds their indices; 0 does nothing
 
 
-def _move(images: Tensor, rows: Sequence[Sequence[float]], fill: Sequence[int]) -> Tensor:
-    """Applies geometric operations with the same filter: images (G, 3, H, W), and G rows of a plan."""
+def _move(images: Tensor, rows: Sequence[Sequence[float]], fill: Tensor) -> Tensor:
+    """Applies geometric operations with the same filter: images (G, 3, H, W), and G rows of a plan on the host."""
     height, width = images.shape[2:]
     parameters = [_MATRICES[OPERATIONS[int(op)]](argument, width, height) for op, argument, _ in rows]
     # grid_sample counts from −1 to 1 across an image.
@@ -374,13 +381,14 @@ def _move(images: Tensor, rows: Sequence[Sequence[float]], fill: Sequence[int]) 
     columns = x * (torch.arange(width) + 0.5)[:, None]
     lines = y * (torch.arange(height) + 0.5)[:, None] + shift - 1
     # The device only adds the parts of columns (G, W, 2) and lines (G, H, 2): TF32 would round products.
-    grid = _send(lines.float(), images.device)[:, :, None] + _send(columns.float(), images.device)[:, None]
+    lines, columns = _send(torch.cat([lines, columns], 1).float(), images.device).split([height, width], 1)
+    grid = lines[:, :, None] + columns[:, None]
     # For PIL the left edge is inside, the right one is not. The tolerance keeps rounding from deciding.
     inside = ((grid >= -1 - 1e-6) & (grid < 1 - 1e-6)).all(-1)[:, None]
     moved = F.grid_sample(images.float(), grid, FILTERS[int(rows[0][2])], 'border', align_corners=False)
     # PIL truncates. The hundredth keeps whole numbers whole where float32 is slightly below them.
     moved = moved.add_(0.01).clamp_(0, 255).to(torch.uint8)
-    return torch.where(inside, moved, _send(torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1), images.device))
+    return torch.where(inside, moved, fill)
 
 
 def erase(images: Tensor, rectangles: Tensor, keys: Tensor, mode: str) -> None:
@@ -404,6 +412,50 @@ def erase(images: Tensor, rectangles: Tensor, keys: Tensor, mode: str) -> None:
                 area.copy_(torch.randn(size, generator=generator, device=images.device))
 
 
+def erase_batch(images: Tensor, rectangles: Tensor, keys: Tensor, mode: str) -> Tensor:
+    """Like `erase`, for a whole batch at once and with other noise: a function of key, channel, row and column alone.
+
+    All tensors are on one device, and no operation waits for it. Compiled it is one kernel, see `compiled_erase_batch`.
+    Where rectangles overlap, the colour of the last one counts; noise is the same in both.
+
+    Args:
+        images: (B, 3, H, W), floating point; are not changed.
+        rectangles: (B, E, 4), from `draw_erasures`.
+        keys: (B,) int64.
+        mode: fill mode, as in `erase`.
+    """
+    C, H, W = images.shape[1:]
+    channels, rows, columns = (torch.arange(size, device=images.device) for size in (C, H, W))
+    channels, rows, keys = channels.view(C, 1, 1), rows.view(H, 1), keys.view(-1, 1, 1, 1)
+    fill = _normal_noise(keys, (channels * H + rows) * W + columns).to(images.dtype) if mode == 'pixel' else 0.0
+    for number, rectangle in enumerate(rectangles.view(*rectangles.shape, 1, 1, 1).unbind(1)):
+        top, left, height, width = rectangle.unbind(1)  # (B, 1, 1, 1) each
+        inside = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
+        if mode == 'rand':
+            fill = _normal_noise(keys, number * C + channels).to(images.dtype)
+        images = torch.where(inside, fill, images)
+    return images
+
+
+def _normal_noise(keys: Tensor, places: Tensor) -> Tensor:
+    """A standard normal number, float32, for each key and place, int64 both: a function of these two alone."""
+    # SplitMix64: state number `key` plus the place, and its output function. Products of int64 wrap around on every
+    # device; uint64 has no products in torch. The masks clear the copies of the sign that a shift brings in.
+    z = keys * -0x61C8864680B583EB + places
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
+    z = z ^ (z >> 31 & (1 << 33) - 1)
+    # Box and Muller's transform of 24 bits for the radius, in (0, 1], and 24 bits for the angle.
+    radius = (-2 * ((z >> 40 & 0xFFFFFF) + 1).float().mul(2**-24).log()).sqrt()
+    return radius * (z & 0xFFFFFF).float().mul(2 * math.pi * 2**-24).cos()
+
+
+@cache
+def compiled_erase_batch() -> Callable[[Tensor, Tensor, Tensor, str], Tensor]:
+    """`erase_batch` in one kernel. Each shape and mode is compiled at its first call."""
+    return torch.compile(erase_batch, fullgraph=True, dynamic=False)
+
+
 class DevicePreprocess(nn.Module):
     """uint8 images → input of a model: applies the plan, normalises, erases. Does not wait for the device.
 
@@ -412,6 +464,7 @@ class DevicePreprocess(nn.Module):
         std: of each channel, divided by.
         mode: fill mode of `erase`.
         fill: red, green, blue in 0 … 255, the colour of areas that the plan uncovers.
+        fused_erasing: erase by `erase_batch`, on a GPU compiled.
     """
 
     white: Tensor
@@ -419,10 +472,15 @@ class DevicePreprocess(nn.Module):
     std: Tensor
 
     def __init__(
-        self, mean: Sequence[float], std: Sequence[float], mode: str = 'pixel', fill: Sequence[int] = (128, 128, 128)
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        mode: str = 'pixel',
+        fill: Sequence[int] = (128, 128, 128),
+        fused_erasing: bool = False,
     ) -> None:
         super().__init__()
-        self.mode, self.fill = mode, fill
+        self.mode, self.fill, self.fused_erasing = mode, fill, fused_erasing
         # As a tensor: CUDA would multiply by the inverse of a Python number, with other bits.
         self.register_buffer('white', torch.tensor(255.0), persistent=False)
         self.register_buffer('mean', torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
@@ -431,7 +489,9 @@ class DevicePreprocess(nn.Module):
     def forward(self, images: Tensor, aug_params: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
         """Images (B, 3, H, W) uint8 → float32. Any other dtype is a TypeError.
 
-        `aug_params` are on the CPU, from `TrainTransform`: `plan` (B, R, 3); `erase` (B, E, 4) with `key` (B,).
+        `aug_params` are on the CPU, from `TrainTransform`: `plan` (B, R, 3); `erase` (B, E, 4) with `key` (B,). With
+        `fused_erasing`, `erase` and `key` may be on the device; if they are, and without `plan`, a CUDA graph can
+        capture this call.
         """
         if images.dtype != torch.uint8:
             raise TypeError(f'images must be uint8, but are {images.dtype}; are they normalised already?')
@@ -439,6 +499,11 @@ class DevicePreprocess(nn.Module):
             images = apply_policy(images, aug_params['plan'], self.fill)
         # The steps of ToTensor and Normalize, to the bit.
         images = images.to(torch.float32).div_(self.white).sub_(self.mean).div_(self.std)
-        if 'erase' in aug_params:
-            erase(images, aug_params['erase'], aug_params['key'], self.mode)
-        return images
+        if 'erase' not in aug_params:
+            return images
+        rectangles, keys = aug_params['erase'], aug_params['key']
+        if not self.fused_erasing:
+            erase(images, rectangles, keys, self.mode)
+            return images
+        call = compiled_erase_batch() if images.is_cuda else erase_batch
+        return call(images, _send(rectangles, images.device), _send(keys, images.device), self.mode)

@@ -6,7 +6,7 @@ import random
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -235,12 +235,20 @@ class Meters:
 
     def update(self, values: dict[str, Tensor], images: int) -> None:
         """Adds the means of one step over so many images, by name. No host sync."""
+        self.add(values, self.row(values, images))
+
+    @staticmethod
+    def row(values: dict[str, Tensor], images: int) -> Tensor:
+        """What `update` adds to `total`: (terms + 2,) float64, zeros if a value is not finite."""
         row = torch.stack([value.detach().float() for value in values.values()])
         # Weighted by images, because a resumed run may have larger batches on fewer ranks.
         row = torch.cat([row.sum()[None], row, row.new_ones(1)]).double() * images
-        row = torch.where(torch.isfinite(row).all(), row, torch.zeros_like(row))
-        self._set_names(['loss', *(f'loss_{name}' for name in values)])
-        self.total = row if self.total is None else self.total + row
+        return torch.where(torch.isfinite(row).all(), row, torch.zeros_like(row))
+
+    def add(self, names: Iterable[str], row: Tensor) -> None:
+        """Adds a `row` of the terms with these names."""
+        self._set_names(['loss', *(f'loss_{name}' for name in names)])
+        self.total = row.clone() if self.total is None else self.total + row
 
     def _set_names(self, names: list[str]) -> None:
         """Continues with these names. An epoch may have been started by a version with fewer terms."""

@@ -1,11 +1,11 @@
 """Time per image in the loader: timm's augmentation of PIL images against ours, on one core, in one process.
 
     python -m benchmarks.input IMAGENET/train        any tree of folders of JPEGs
-    python -m benchmarks.input IMAGENET/train --device cuda
+    python -m benchmarks.input IMAGENET/train --device cuda --batch-size 256
 
 All pipelines take turns on the same images with the same random numbers. The table has medians over rounds, in
-milliseconds per image. `device` is the time of `transforms.DevicePreprocess` per image of a batch of 64. The last line
-compares our crops with PIL's.
+milliseconds per image. `device` is the time of `transforms.DevicePreprocess` per image of a batch, from its first
+launch until the device has finished. The last line compares our crops with PIL's.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import transforms
 import utils
 from readers import load_image, to_uint8
 
-AA, SIZE, BATCH = 'rand-m9-mstd0.5-inc1', 224, 64
+AA, SIZE = 'rand-m9-mstd0.5-inc1', 224
 STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -52,7 +52,7 @@ def build_pipelines(folder: str) -> dict[str, datasets.CheckedDataset]:
         transform = transforms.build_train_transform(SIZE, **options, reprob=0.25, recount=1, on_device=on_device)
         images = ImageFolder(folder, transform, loader=load_image)
         found[name] = datasets.TrainDataset(images, False, 0)
-    return found
+    return found | {'--fused erasing': found['ours']}
 
 
 def crop_psnr(folder: str, count: int) -> tuple[float, float]:
@@ -73,16 +73,18 @@ def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', help='folder with a folder of images per class')
     parser.add_argument('--rounds', type=flags.POSITIVE_INT, default=7, help='batches per pipeline')
+    parser.add_argument('--batch-size', type=flags.POSITIVE_INT, default=64, help='images of a batch')
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='device of DevicePreprocess')
     args = parser.parse_args()
     torch.set_num_threads(1)
-    device = utils.init_distributed(args.device, 'env://')
+    device, batch_size = utils.init_distributed(args.device, 'env://'), args.batch_size
     try:
         pipelines = build_pipelines(args.folder)
     except FileNotFoundError as error:
         parser.error(str(error))
     length = len(next(iter(pipelines.values())))
-    preprocess = transforms.DevicePreprocess(*STATS, 'pixel', [round(255 * value) for value in STATS[0]]).to(device)
+    fill = [round(255 * value) for value in STATS[0]]
+    one_by_one, fused = (transforms.DevicePreprocess(*STATS, 'pixel', fill, on).to(device) for on in (False, True))
     loads: dict[str, Callable] = {}
     for name, dataset in pipelines.items():
         loads[name] = lambda keys, dataset=dataset: default_collate([dataset[key] for key in keys])
@@ -91,18 +93,19 @@ def run() -> None:
     for round_number in range(args.rounds + 1):
         for name, load in loads.items():
             repeats = 3 if name.endswith('repeats') else 1
-            keys = [((BATCH * round_number + i) // repeats % length, round_number, i) for i in range(BATCH)]
+            keys = [((batch_size * round_number + i) // repeats % length, round_number, i) for i in range(batch_size)]
             start = time.perf_counter()
             images, *_, aug_params = load(keys)
             times[name].append(time.perf_counter() - start)
             if isinstance(aug_params, dict):
+                preprocess = fused if 'erasing' in name else one_by_one
                 costs[name].append(benchmarks.seconds(partial(preprocess, images.to(device), aug_params), device))
     base = statistics.median(times['PIL and timm'][1:])
     print(f'{"":32}{"ms":>7}{"img/s":>8}{"ratio":>7}{"device ms":>11}{"ratio with it":>15}')
     for name, found in times.items():
         median, cost = statistics.median(found[1:]), statistics.median(costs[name][1:] or [0.0])
-        print(f'{name:32}{1000 * median / BATCH:7.2f}{BATCH / median:8.0f}{base / median:7.2f}'
-              f'{1000 * cost / BATCH:11.3f}{base / (median + cost):15.2f}')  # fmt: skip
+        print(f'{name:32}{1000 * median / batch_size:7.2f}{batch_size / median:8.0f}{base / median:7.2f}'
+              f'{1000 * cost / batch_size:11.3f}{base / (median + cost):15.2f}')  # fmt: skip
     print('our crops against PIL: {:.1f} dB over all, {:.1f} dB the worst'.format(*crop_psnr(args.folder, 200)))
     print(benchmarks.machine(device))
 

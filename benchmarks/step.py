@@ -2,12 +2,12 @@
 
     python -m benchmarks.step                        DeiT-Tiny from CaiT-S24, 16 images of 224 pixels, float32
     python -m benchmarks.step --dtypes float32 bfloat16 --compile
-    python -m benchmarks.step --device cuda --batch-size 256 --dtypes bfloat16 --compile --fused-talking-heads
+    python -m benchmarks.step --device cuda --batch-size 256 --dtypes bfloat16 --compile --fused
 
 Both sides run the program's own loop, alternately, on the same images and random weights; medians. `launches` are the
 aten calls of an eager step that are no views, `waits` the times the host reads a value of the device; `limit` is the
 share of the rate of a large matrix product of the same precision, measured here, that the step's arithmetic reaches.
-What the kernels of --fused-talking-heads compute is not counted in `limit`.
+What the kernels of --fused talking-heads compute is not counted in `limit`.
 """
 
 import argparse
@@ -65,18 +65,22 @@ class Side:
             tapped = models.tap(teacher, config.model.teacher_ids, config.model.input_size)
             self.teacher = models.freeze(tapped, fast_talking_heads=False).to(device)
         else:
-            self.teacher = register_teacher_hooks(config.model, teacher, stats).to(device)
+            fused = 'talking-heads' in config.run.fused
+            self.teacher = register_teacher_hooks(config.model, teacher, stats, fused=fused).to(device)
         scale_gradients = self.dtype == torch.float16
         state = main.build_state(config.optim, seed, student.model, config.optim.scaled_lr(1), scale_gradients)
         if stock:
             groups = [{'params': g['params'], 'weight_decay': g['weight_decay']} for g in state.optimizer.param_groups]
             state.optimizer = torch.optim.AdamW(groups, state.optimizer.param_groups[0]['lr'], foreach=False)
             state.ema.foreach = False
-        if config.run.compile:
-            models.compile_blocks(student)
-            models.compile_blocks(self.teacher)
+        for tapped in (student, self.teacher) if config.run.compile else ():
+            if config.run.compile == 'models':
+                models.compile_model(tapped, partial(print, file=sys.stderr))
+            else:
+                models.compile_blocks(tapped)
         self.preprocess = DevicePreprocess(*stats).to(device)
-        criterion, mixup = main.build_criterion(config.loss, config.augment), main.build_mixup(config.augment, CLASSES)
+        criterion = main.build_criterion(config.loss, config.augment, config.run.fused)
+        mixup = main.build_mixup(config.augment, CLASSES)
         settings = TrainConfig(device, self.dtype, seed, print_freq=1 << 30)
         self.trainer = Trainer(student, self.teacher, criterion, state, settings, self.preprocess, mixup)
         self.trainer.guard.every_step = False
@@ -140,10 +144,11 @@ def sides(args: argparse.Namespace, device: torch.device) -> dict[str, Side]:
         if args.compile:
             extra = low if dtype == 'bfloat16' else []
             found[f'{dtype} compiled'] = Side([*argv, *extra, '--compile'], device, stock=False)
-        if args.fused_talking_heads:  # like the row before, but for the teacher's attention
+            found[f'{dtype} whole'] = Side([*argv, *extra, '--compile', 'models'], device, stock=False)
+        if args.fused:  # like the row before, but for the teacher's attention
             extra = [*(low if dtype == 'bfloat16' else []), *(['--compile'] if args.compile else [])]
             name = f'{dtype} compiled fused' if args.compile else f'{dtype} fused'
-            found[name] = Side([*argv, *extra, '--fused-talking-heads'], device, stock=False)
+            found[name] = Side([*argv, *extra, '--fused', 'talking-heads'], device, stock=False)
     return found
 
 
@@ -152,14 +157,14 @@ def run() -> None:
     parser.add_argument('--batch-size', type=flags.POSITIVE_INT, default=16, help='images')
     parser.add_argument('--input-size', type=flags.POSITIVE_INT, default=224, help='pixels')
     parser.add_argument('--dtypes', nargs='+', default=['float32'], choices=('float32', 'bfloat16'), help='of autocast')
-    parser.add_argument('--compile', action='store_true', help='compiled blocks too; their first step is printed')
-    parser.add_argument('--fused-talking-heads', action='store_true', help='a row with this flag, on a GPU')
+    parser.add_argument('--compile', action='store_true', help='rows with --compile and --compile models')
+    parser.add_argument('--fused', action='store_true', help='a row with --fused talking-heads, on a GPU')
     parser.add_argument('--rounds', type=flags.POSITIVE_INT, default=7, help='steps of each side')
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='without a GPU the CPU')
     args = parser.parse_args()
     device = utils.init_distributed(args.device, 'env://')
-    if args.fused_talking_heads and (problem := models.fused_talking_heads_problem(device)):
-        parser.error(f'--fused-talking-heads: {problem}')
+    if args.fused and (problem := models.fused_talking_heads_problem(device)):
+        parser.error(f'--fused: {problem}')
     benchmarks.keep_freed_memory()
     images = torch.randint(0, 256, (args.batch_size, 3, args.input_size, args.input_size), dtype=torch.uint8)
     batch = (images, torch.randint(0, CLASSES, (args.batch_size,)), torch.arange(args.batch_size), {})

@@ -23,11 +23,12 @@ from models.hooks import (
     TeacherPreprocess,
     checkpoint_activations,
     compile_blocks,
+    compile_model,
     freeze,
     pair_ids,
     tap,
 )
-from models.talking_heads import fused_talking_heads_problem
+from models.talking_heads import fused_talking_heads_problem, uses_fused_talking_heads
 
 __all__ = [
     'ALIGNMENTS',
@@ -41,6 +42,7 @@ __all__ = [
     'checksum',
     'common_grid',
     'compile_blocks',
+    'compile_model',
     'format_grid',
     'freeze',
     'fused_talking_heads_problem',
@@ -55,4 +57,5 @@ __all__ = [
     'pair_ids',
     'resample',
     'tap',
+    'uses_fused_talking_heads',
 ]

@@ -3,7 +3,7 @@
 Letters: B images, N patch tokens, D channels, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -243,6 +243,45 @@ def compile_blocks(tapped: TappedModel) -> int:
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
     return len(blocks)
+
+
+def compile_model(tapped: TappedModel, report: Callable[[str], None]) -> None:
+    """Compiles the whole forward pass, tokens included, at its first call. If that fails, the blocks, if it has any.
+
+    Names of parameters do not change. Hooks that are registered later do not run, and deep copies run the original.
+
+    Args:
+        report: called if the whole cannot be compiled, with how the model runs instead and why, in one line.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    # Lets gradient checkpoints contain the hooks, which need not run again in the backward pass.
+    if hasattr(torch._dynamo.config, 'skip_fwd_side_effects_in_bwd_under_checkpoint'):
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    plain = tapped.forward
+    compiled = torch.compile(plain, fullgraph=True, dynamic=False)
+
+    def first_call(images: Tensor) -> Output:
+        # Only the real call is traced: a trial before it would take as long. Nothing has run when it fails.
+        try:
+            output = compiled(images)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            tapped.forward = plain  # type: ignore[method-assign]
+            try:
+                compile_blocks(tapped)
+                report(f'compiled per block: {_first_line(error)}')
+            except ValueError:
+                report(f'not compiled: {_first_line(error)}')
+            return plain(images)
+        tapped.forward = compiled  # type: ignore[method-assign]
+        return output
+
+    tapped.forward = first_call  # type: ignore[method-assign]
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error that says something: before it may come "backend='inductor' raised:"."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return next((line for line in lines if line.strip() and not line.endswith(' raised:')), lines[0])
 
 
 def pair_ids(student_depth: int, teacher_depth: int) -> tuple[list[int], list[int]]:

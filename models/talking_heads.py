@@ -76,6 +76,11 @@ def _(qkv: Tensor, mix_scores: Tensor, mix_maps: Tensor, bias: Tensor, heads: in
     return qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3)
 
 
+def uses_fused_talking_heads(model: nn.Module) -> bool:
+    """Whether the attention of this model is `FusedTalkingHeads`."""
+    return any(isinstance(module, FusedTalkingHeads) for module in model.modules())
+
+
 def _to_contiguous(embedding: nn.Module, inputs: tuple, tokens: Tensor) -> Tensor:
     """Forward hook: the same tokens (B, N, C), contiguous in memory."""
     return tokens.contiguous()

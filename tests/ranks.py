@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from losses import ManifoldDistillationLoss
+from losses import FUSED_PARTS, ManifoldDistillationLoss
 
 B, N, D_S, D_T, C = 2, 5, 6, 9, 4
 TERMS = ('sample', 'patch', 'rand', 'full')
@@ -22,6 +22,7 @@ TERMS = ('sample', 'patch', 'rand', 'full')
 CASES = {f'{term} alone': (1, (term,), torch.float32) for term in TERMS}
 CASES |= {f'all, alpha {a}': (a, TERMS, torch.float32) for a in (0, 1)}
 CASES |= {f'all, {str(dtype)[6:]}': (1, TERMS, dtype) for dtype in (torch.bfloat16, torch.float64)}
+CASES['fused'] = (1, TERMS, torch.float32)
 
 
 class Student(nn.Module):
@@ -58,8 +59,11 @@ def run(case: str, world: int, rank: int | None) -> dict[str, Tensor]:
     kind = next(student.parameters()).dtype
     teacher_out = (logits[own].to(kind), None, tuple(x[own].to(dtype) for x in tokens))
     weights = {f'w_{term}': float(term in terms) for term in TERMS}
+    fused = FUSED_PARTS if case == 'fused' else ()
+    # In one process without a process group the three terms would be fused, and draw other tokens.
+    fused = fused[1:] if rank is None else fused
     criterion = ManifoldDistillationLoss(
-        nn.CrossEntropyLoss(), 'soft', alpha=alpha, relations='global', K=world * B * N // 2, **weights
+        nn.CrossEntropyLoss(), 'soft', alpha=alpha, relations='global', K=world * B * N // 2, fused=fused, **weights
     )
     student_out = wrapped(inputs[own].to(kind), dtype)
     found = criterion(student_out, teacher_out, classes[own], torch.Generator().manual_seed(5))

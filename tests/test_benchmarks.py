@@ -23,7 +23,7 @@ def test_recipe_step_launches_at_most_2000_kernels_and_never_waits(capsys, monke
     # The rate of a large matrix product takes a second and is no part of the test.
     monkeypatch.setattr('benchmarks.step.rate', lambda *_: 1e9)
     monkeypatch.setattr('models.fused_talking_heads_problem', lambda device: '')  # the plain attention runs instead
-    rows = rows_of(capsys, 'step', '--batch-size 2 --input-size 32 --rounds 1 --fused-talking-heads')
+    rows = rows_of(capsys, 'step', '--batch-size 2 --input-size 32 --rounds 1 --fused')
     assert rows['float32 fused'][-4:-2] == rows['float32'][-4:-2]
     (*_, launches, waits, _, _), (*_, before, waited, _, _) = rows['float32'], rows['baseline float32']
     assert int(launches) <= 2000 < int(before)
@@ -31,19 +31,23 @@ def test_recipe_step_launches_at_most_2000_kernels_and_never_waits(capsys, monke
 
 
 def test_loss_benchmark_has_a_row_for_each_term(capsys):
-    rows = rows_of(capsys, 'loss', '--batch-size 2 --tokens 4 --K 3 --widths 3 5 --rounds 1 --by-definition')
+    rows = rows_of(capsys, 'loss', '--batch-size 2 --tokens 4 --K 3 --widths 3 5 --rounds 1 --by-definition --fused')
     for name in ('patch', 'sample', 'random', 'the three', 'full'):
-        ours, share, _, definition, _, ratio = map(float, rows[name])
+        ours, share, _, calls, definition, _, ratio = map(float, rows[name])
+        assert calls > 10
         assert ours > 0 < share
         assert ratio == pytest.approx(definition / ours, rel=0.5)  # printed numbers are rounded
+    for name in ('the three', 'full'):
+        assert float(rows[f'{name}, fused'][0]) > 0
+        assert int(rows[f'{name}, fused'][3]) < int(rows[name][3])
 
 
-def test_input_benchmark_has_a_row_for_each_way(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr('benchmarks.input.BATCH', 4)
+def test_input_benchmark_has_a_row_for_each_way(capsys, tmp_path):
     write_images(tmp_path / 'train', [2, 2], 32)
-    rows = rows_of(capsys, 'input', f'{tmp_path / "train"} --rounds 1')
-    for name in ('PIL and timm', 'ours', '--device-augment', 'ours, 3 repeats'):
+    rows = rows_of(capsys, 'input', f'{tmp_path / "train"} --rounds 1 --batch-size 4')
+    for name in ('PIL and timm', 'ours', '--device-augment', '--fused erasing', 'ours, 3 repeats'):
         assert float(rows[name][0]) > 0
+        assert (float(rows[name][3]) > 0) == (name != 'PIL and timm')
 
 
 @pytest.mark.parametrize(
@@ -52,7 +56,7 @@ def test_input_benchmark_has_a_row_for_each_way(capsys, tmp_path, monkeypatch):
         ('step', '--rounds 0', '--rounds: 0'),
         ('step', '--device mps', '--device'),
         ('step', '--input-size 7', '--input-size 7'),
-        ('step', '--fused-talking-heads', '--fused-talking-heads: needs an NVIDIA GPU'),
+        ('step', '--fused', '--fused: needs an NVIDIA GPU'),
         ('loss', '--K -1', '--K: -1'),
         ('input', 'nowhere', 'nowhere'),
         ('safety', '--steps 1', '--steps 1'),

@@ -48,6 +48,23 @@ def test_values_of_all_kinds_are_those_of_the_command_line(tmp_path):
     assert found.typed - {'config'} == expected.typed
 
 
+@pytest.mark.parametrize(
+    ('text', 'words', 'value'),
+    [
+        ('false', [], False),
+        ('true', ['--compile'], True),
+        ('blocks', ['--compile', 'blocks'], True),
+        ('models', ['--compile=models'], 'models'),
+    ],
+)
+def test_compile_takes_a_value_or_none(tmp_path, text, words, value):
+    found = config_of(tmp_path, f'data_set: FAKE\ncompile: {text}\n')
+    assert found.run.compile == flags.parse_args(['--data-set', 'FAKE', *words]).run.compile == value
+    assert type(found.run.compile) is type(value)
+    again = config_of(tmp_path, yaml.safe_dump({'data_set': 'FAKE', 'compile': found.run.compile}))
+    assert again.run.compile == value
+
+
 def test_command_line_has_priority(tmp_path):
     found = config_of(tmp_path, 'data_set: FAKE\nlr: 0.1\nrepeated_aug: false\n', '--lr', '0.2', '--repeated-aug')
     assert (found.optim.lr, found.augment.repeated_aug) == (0.2, 'always')
@@ -61,6 +78,7 @@ def test_command_line_has_priority(tmp_path):
         ('lr: [', 'is not a YAML file'),
         ('- lr', 'must have one `flag: value` per line'),
         ('help: true', 'help is no flag'),
+        ('compile: model', '--compile: model: must be blocks or models'),
         ('lr: fast', '--lr: fast: must be a number above 0'),
     ],
 )

@@ -1,18 +1,28 @@
 """Tests that need a GPU. They are skipped without one."""
 
 import copy
+import time
 
 import pytest
 import torch
 import toys
 from interpret import attention
+from timm.data.random_erasing import RandomErasing
+from torch.utils.data import DataLoader
 
+import cuda_graph
 import datasets
 import loggers
+import losses
 import main
+import models
+import transforms
+import utils
+from loaders import LoaderBuilder, prefetch_to_device
 from models.talking_heads import fused_talking_heads_problem, use_fast_talking_heads
 
 DEVICE = 'cuda'
+STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'),
     pytest.mark.filterwarnings('default'),  # warnings depend on driver and device
@@ -106,6 +116,94 @@ def test_non_finite_loss_on_gpu_names_its_first_step(rows, tmp_path, capsys):
     assert not toys.listing(tmp_path / 'out')
 
 
+# The step as a CUDA graph ---------------------------------------------------------------------------------------------
+
+# Three epochs of four steps, with everything on that draws random numbers; the last epoch has another learning rate.
+LIVELY = {'epochs': 3, 'drop': 0.1, 'drop_path': 0.1, 'lr': 0.05, 'model_ema_decay': 0.5, 'clip_grad': 1, 'K': 20}
+
+
+@pytest.fixture
+def graph(rows, tmp_path, monkeypatch):
+    """A function that trains a toy with --cuda-graph after so many steps, and returns what came of it."""
+
+    def run(name: str, warm_up: int = 3, **changes) -> dict:
+        monkeypatch.setattr(cuda_graph, 'WARM_UP', warm_up)
+        rows(name, **{**LIVELY, 'cuda_graph': True, **changes})
+        return toys.outcome(tmp_path / name)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {},
+        {'accum_steps': 2, 'batch_size': 4, 'amp_dtype': 'float32'},
+        {'teacher_dtype': 'bfloat16', 'relation_dtype': 'bfloat16', 'log_grad_share': True, 'eval_ema': True},
+        {'compile': True},
+        {'model': 'deit_tiny_distilled_patch16_224', 'device_augment': True, 'opt': 'adam'},
+    ],
+    ids=['recipe', 'accumulated', 'bfloat16', 'compiled', 'two heads'],
+)
+def test_replayed_steps_equal_launched_ones_to_the_bit(graph, capsys, changes):
+    replayed = graph('replayed', **changes)
+    assert 'cuda graph  captured in ' in capsys.readouterr().out
+    assert toys.differing(replayed, graph('launched', 1000, **changes)) == set()
+
+
+def test_graph_trains_as_without_it(graph):
+    for one, other in zip(graph('graph')['log'], graph('plain', cuda_graph=None)['log'], strict=True):
+        assert one == pytest.approx(other, rel=1e-2, abs=1e-3)
+
+
+def test_resume_in_mid_epoch_goes_on_with_a_graph(graph, monkeypatch):
+    whole, saving = graph('whole'), {'save_interval_steps': 1, 'keep': 20}
+
+    def kill() -> None:
+        raise toys.KilledError
+
+    with monkeypatch.context() as patch:
+        toys.after_calls(patch, main.Trainer, 'train_step', 6, kill)
+        with pytest.raises(toys.KilledError):
+            graph('resumed', **saving)
+    assert toys.differing(graph('resumed', resume='auto', **saving), whole) == set()
+
+
+def test_graph_on_one_nccl_rank_equals_a_plain_run(graph, tmp_path, monkeypatch):
+    plain = graph('plain')
+    for name, value in {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1'}.items():
+        monkeypatch.setenv(name, value)
+    launched = graph('launched', dist_url=f'file://{tmp_path / "meet"}', no_repeated_aug=True)
+    assert toys.differing(launched, plain) == set()
+
+
+def test_step_that_waits_is_launched_and_the_place_is_named(graph, monkeypatch, capsys):
+    launched, forward = graph('launched', 1000), main.ManifoldDistillationLoss.forward
+
+    def waiting(self, student_out, *others):
+        student_out[0].sum().item()
+        return forward(self, student_out, *others)
+
+    monkeypatch.setattr(main.ManifoldDistillationLoss, 'forward', waiting)
+    waited = graph('waiting')
+    assert 'the host waits for the GPU at test_cuda.py:' in capsys.readouterr().out
+    assert toys.differing(waited, launched) == set()
+
+
+def test_step_that_is_not_finite_is_withheld_and_named_in_a_replay(graph, monkeypatch, capsys):
+    prepare = main.Trainer.prepare_batch
+
+    def spoil(trainer, batch):
+        images, targets = prepare(trainer, batch)
+        return (images * torch.nan if trainer.state.step == 5 else images), targets
+
+    monkeypatch.setattr(main.Trainer, 'prepare_batch', spoil)
+    with pytest.raises(SystemExit) as stopped:
+        graph('spoilt', print_freq=100)
+    assert stopped.value.code == 1
+    assert 'not finite at step 1 of epoch 1 on rank 0: loss_base, ' in capsys.readouterr().err
+
+
 # The fused talking-heads attention ------------------------------------------------------------------------------------
 
 
@@ -180,6 +278,290 @@ def test_run_with_fused_talking_heads(rows, tmp_path):
     options = {'teacher_kwargs': ' '.join(f'{key}={value}' for key, value in teacher.items())}
     options['teacher_path'] = toys.save(tmp_path / 'wide.pth', toys.teacher(**teacher).state_dict())
     plain = rows('plain', **options)[0]
-    for name, changes in (('fused', {}), ('compiled', {'compile': True})):
-        fused = rows(name, fused_talking_heads=True, **options, **changes)[0]
+    for name, changes in (('fused', {}), ('compiled', {'compile': True}), ('whole', {'compile': 'models'})):
+        fused = rows(name, fused='talking-heads', **options, **changes)[0]
         assert fused['train_loss'] == pytest.approx(plain['train_loss'], rel=0.1)
+
+
+# Erasing a batch in one kernel ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def erasing():
+    """A function that returns normalised images (B, 3, size, size), rectangles and keys, on the CPU."""
+    torch._dynamo.reset()
+
+    def make(count: int, size: int = 224, rectangles: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        transforms.seed_augmentation(count)
+        policy = RandomErasing(0.8, max_count=rectangles, device='cpu')
+        places = torch.stack([transforms.draw_erasures(policy, size, size) for _ in range(count)])
+        keys = [utils.counter_seed(0, 'augment', 0, number) for number in range(count)]
+        return torch.randn(count, 3, size, size), places, torch.tensor(keys)
+
+    return make
+
+
+def on_gpu(tensors) -> list[torch.Tensor]:
+    return [tensor.to(DEVICE) for tensor in tensors]
+
+
+@pytest.mark.parametrize('mode', ['pixel', 'rand', 'const'])
+def test_compiled_erasing_matches_cpu(erasing, mode):
+    for shape in ((16, 224, 1), (5, 37, 3)):
+        images, places, keys = erasing(*shape)
+        expected = transforms.erase_batch(images, places, keys, mode)
+        found = transforms.compiled_erase_batch()(*on_gpu((images, places, keys)), mode).cpu()
+        assert torch.equal(found == images, expected == images)
+        assert not torch.equal(found, images)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0 if mode == 'const' else 1e-5)
+
+
+def test_compiled_erasing_of_a_whole_batch_is_finite_and_normal(erasing):
+    images, places, keys = on_gpu(erasing(64))
+    places[:] = torch.tensor([0, 0, 224, 224])
+    found = transforms.compiled_erase_batch()(images, places, keys, 'pixel').double()
+    assert found.isfinite().all()
+    assert abs(found.mean()) < 4 / found.numel() ** 0.5
+    assert abs(found.var() - 1) < 4 * (2 / found.numel()) ** 0.5
+
+
+def test_preprocess_with_fused_erasing_replays_in_a_cuda_graph(erasing):
+    preprocess = transforms.DevicePreprocess(*STATS, fused_erasing=True).to(DEVICE)
+    batches = []
+    for count in (8, 9):
+        images, places, keys = on_gpu(erasing(count))
+        batches.append(((images[:8] * 50 + 128).clamp(0, 255).to(torch.uint8), places[:8], keys[:8]))
+    given = [tensor.clone() for tensor in batches[0]]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        preprocess(given[0], {'erase': given[1], 'key': given[2]})  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = preprocess(given[0], {'erase': given[1], 'key': given[2]})
+    for images, places, keys in (batches[1], batches[0]):
+        for static, tensor in zip(given, (images, places, keys), strict=True):
+            static.copy_(tensor)
+        graph.replay()
+        assert torch.equal(out, preprocess(images, {'erase': places.cpu(), 'key': keys.cpu()}))
+
+
+def test_run_with_fused_erasing_matches_cpu(rows, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    options = {'amp_dtype': 'float32', 'w_rand': 0, 'fused': 'erasing', 'reprob': 1, 'lr': 0.05}
+    assert rows('gpu', **options)[0] == pytest.approx(rows('cpu', device='cpu', **options)[0], rel=1e-3, abs=1e-4)
+
+
+# Copying batches while the step before runs ---------------------------------------------------------------------------
+
+
+class Batches(list):
+    """Items as a training set has them."""
+
+    def __getitem__(self, index: int) -> tuple:
+        images = torch.full((3, 224, 224), index % 256, dtype=torch.uint8)
+        return images, index, index, {'key': index, 'erase': torch.full((1, 4), index), 'plan': torch.zeros(2, 3)}
+
+
+def prefetched() -> tuple[DataLoader, DataLoader]:
+    """The same loader twice: plain, and copied to the GPU."""
+    plain = DataLoader(Batches(range(16 * 32)), 32, pin_memory=True)
+    return plain, prefetch_to_device(plain, torch.device(DEVICE, torch.cuda.current_device()), ('erase', 'key'))
+
+
+def test_prefetched_batches_equal_plain_ones_while_the_device_is_busy():
+    plain, loader = prefetched()
+    weights, sums = torch.randn(4096, 4096, device=DEVICE), []
+    for batch in loader:
+        for _ in range(5):
+            weights = (weights @ weights).div_(100).tanh_()  # the device falls behind: the memory of batches is reused
+        images, targets, indices, aug_params = batch
+        assert images.is_cuda
+        assert (indices.device, aug_params['plan'].device) == (torch.device('cpu'),) * 2
+        found = (images.double().sum((1, 2, 3)), targets, aug_params['key'], aug_params['erase'][:, 0, 0])
+        sums.append(torch.stack([x.double() for x in found]))
+    expected = [torch.stack([b[0].double().sum((1, 2, 3)), *[b[1].double()] * 3]) for b in plain]
+    assert torch.equal(torch.stack(sums).cpu(), torch.stack(expected))
+
+
+def test_host_never_waits_for_a_copy():
+    loader = prefetched()[1]
+    batches = iter(loader)
+    next(batches)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        for batch, _ in zip(batches, range(5), strict=False):
+            batch[0].float().sum()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+def test_copy_ends_while_the_step_before_still_runs():
+    loader = prefetched()[1]
+    batches = iter(loader)
+    for _ in range(4):  # fills the caches of memory
+        next(batches)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second: the step
+    busy = torch.cuda.Event()
+    busy.record()
+    next(batches)
+    start = time.monotonic()
+    while not loader._stream.query() and time.monotonic() - start < 5:
+        time.sleep(0.001)
+    assert not busy.query()
+
+
+def test_run_with_prefetching_equals_a_plain_run(rows, monkeypatch):
+    options = {'amp_dtype': 'float32', 'epochs': 2, 'lr': 0.05, 'fused': 'erasing', 'device_augment': True}
+    plain, train = rows('plain', **options), LoaderBuilder.train
+    device = torch.device(DEVICE, torch.cuda.current_device())
+    monkeypatch.setattr(
+        LoaderBuilder, 'train', lambda *args: prefetch_to_device(train(*args), device, ('erase', 'key'))
+    )
+    for one, other in zip(rows('ahead', **options), plain, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+# The fused relation terms ---------------------------------------------------------------------------------------------
+
+JOINT = ('sample', 'patch', 'rand')
+# Tokens of student and teacher; the limits of value and gradient where the maps differ by 1e-5.
+PAIRS = {
+    'float32': (torch.float32, torch.float32, 1e-6, 2e-4),
+    'mixed': (torch.float32, torch.bfloat16, 1e-5, 1e-3),
+    'bfloat16': (torch.bfloat16, torch.bfloat16, 1e-5, 4e-3),  # the gradient is rounded to bfloat16
+    'float16': (torch.float16, torch.float16, 1e-5, 1e-3),
+}
+
+
+def near_tokens(student: torch.dtype, teacher: torch.dtype, difference: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of 64 images, (64, 196, 192) with gradient and (64, 196, 384), whose maps differ by about `difference`."""
+    make = {'device': DEVICE, 'dtype': torch.float64}
+    latent = torch.randn(64, 196, 192, **make) + torch.randn(64, 1, 192, **make) + torch.randn(192, **make)
+    turn = torch.linalg.qr(torch.randn(384, 192, dtype=torch.float64)).Q.to(DEVICE)
+    noise, scale = torch.randn_like(latent), 0.1
+    for _ in range(5):
+        found = losses.plain_map_distance(latent[:8] + scale * noise[:8], latent[:8]).item()
+        scale *= (difference / found) ** 0.5
+    return (latent + scale * noise).to(teacher).to(student).requires_grad_(), (latent @ turn.T).to(teacher)
+
+
+def value_and_gradient(term, student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    value = term(student, teacher)
+    (gradient,) = torch.autograd.grad(1e6 * value, student)  # so that float16 does not underflow
+    return value.detach().double(), gradient.double()
+
+
+def joint_terms(student, teacher, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+    generator = generator or torch.Generator(DEVICE).manual_seed(3)
+    return losses.relate_jointly([student], [teacher], JOINT, losses.RelationOptions(192, generator))[0]
+
+
+@pytest.mark.parametrize('difference', [1e-3, 1e-5])
+@pytest.mark.parametrize('pair', PAIRS)
+def test_fused_relations_match_float64(pair, difference):
+    torch._dynamo.reset()
+    *dtypes, value_limit, gradient_limit = PAIRS[pair]
+    student, teacher = near_tokens(*dtypes, difference)
+    (chosen,) = losses.draw_tokens([64 * 196], 192, torch.Generator(DEVICE).manual_seed(3), student.device)
+    for name in JOINT:
+
+        def exact(s, t, name=name):
+            return losses.plain_map_distance(*(losses._sets_of(name, x, chosen) for x in (s, t)))
+
+        expected, gradient = value_and_gradient(exact, student.detach().double().requires_grad_(), teacher.double())
+        found, found_gradient = value_and_gradient(lambda s, t, name=name: joint_terms(s, t)[name], student, teacher)
+        assert relative_error(found, expected) < value_limit, name
+        assert relative_error(found_gradient, gradient) < gradient_limit, name
+
+
+@pytest.mark.parametrize('pair', PAIRS)
+def test_fused_full_term_matches_float64(pair):
+    torch._dynamo.reset()
+    for difference, value_limit, gradient_limit in ((1e-3, 1e-5, 4e-3), (1e-5, 1e-3, 4e-3)):
+        student, teacher = near_tokens(*PAIRS[pair][:2], difference)
+        doubles = student.detach().double().requires_grad_(), teacher.double()
+        expected, gradient = value_and_gradient(losses.full_loss, *doubles)
+        found, found_gradient = value_and_gradient(lambda s, t: losses.full_loss(s, t, fused=True), student, teacher)
+        assert relative_error(found, expected) < value_limit
+        assert relative_error(found_gradient, gradient) < gradient_limit
+
+
+@pytest.mark.parametrize('pair', PAIRS)
+def test_fused_terms_replay_in_a_cuda_graph(pair):
+    torch._dynamo.reset()
+    student, teacher = near_tokens(*PAIRS[pair][:2], 1e-3)
+    generator = torch.Generator(DEVICE)
+
+    def step() -> list[torch.Tensor]:
+        values = [*joint_terms(student, teacher, generator).values(), losses.full_loss(student, teacher, fused=True)]
+        return [*(x.detach() for x in values), *torch.autograd.grad(sum(values), student)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, stream=stream):
+        replayed = step()
+    for seed in (0, 1, 0):
+        generator.manual_seed(seed)
+        graph.replay()
+        seen = [x.clone() for x in replayed]
+        generator.manual_seed(seed)
+        assert all(map(torch.equal, seen, step()))
+
+
+@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
+def test_run_with_fused_losses(rows, dtype):
+    options = {'K': 1000, 'teacher_dtype': dtype, 'log_grad_share': True}  # all tokens, so that both draw the same
+    plain, fused = (rows(f'out{fused}', fused=fused, **options)[0] for fused in (None, 'relations full'))
+    for name, value in plain.items():
+        if 'loss' in name or 'share' in name:
+            assert fused[name] == pytest.approx(value, rel=0.05, abs=1e-3), name
+
+
+# Whole models compiled ------------------------------------------------------------------------------------------------
+
+
+def test_run_with_whole_models_compiled(rows, capsys):
+    options = {'epochs': 2, 'drop_path': 0, 'w_rand': 0, 'amp_dtype': 'float32'}
+    plain = rows('plain', **options)
+    capsys.readouterr()
+    for one, other in zip(rows('whole', compile='models', **options), plain, strict=True):
+        assert one['train_loss'] == pytest.approx(other['train_loss'], rel=1e-3)
+    text = capsys.readouterr().out
+    assert 'student: first forward pass took' in text
+    assert 'compiled per block' not in text
+
+
+@pytest.mark.parametrize('side', ['student', 'teacher'])
+def test_compiled_whole_model_replays_in_a_cuda_graph(side):
+    reports: list[str] = []
+    model = toys.student() if side == 'student' else toys.teacher()
+    tapped = models.tap(model, [0, 1, -1], 32, two_heads=side == 'student')
+    tapped = (models.freeze(tapped) if side == 'teacher' else tapped).to(DEVICE)
+    models.compile_model(tapped, reports.append)
+    images, other = torch.randn(2, 8, 3, 32, 32, device=DEVICE)
+    given, stream = images.clone(), torch.cuda.Stream()
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, cache_enabled=False):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles
+                tapped(given)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = tapped(given)
+        for x in (other, images):
+            given.copy_(x)
+            graph.replay()
+            expected = tapped(x)
+            assert torch.equal(out.logits, expected.logits)
+            assert all(torch.equal(a, b) for a, b in zip(out.tokens, expected.tokens, strict=True))
+    assert reports == []

@@ -707,10 +707,10 @@ def test_random_token_count_must_be_positive(K):
         build(K=K)
 
 
-@pytest.mark.parametrize('name', ['distillation_type', 'relations', 'relation_dtype'])
+@pytest.mark.parametrize('name', ['distillation_type', 'relations', 'relation_dtype', 'fused'])
 def test_unknown_choice_raises(name):
     with pytest.raises(ValueError, match=f"{name} must be one of .*, not 'medium'"):
-        ManifoldDistillationLoss(nn.CrossEntropyLoss(), **{name: 'medium'})
+        ManifoldDistillationLoss(nn.CrossEntropyLoss(), **{name: ['medium'] if name == 'fused' else 'medium'})
 
 
 def test_terms_relate_to_the_sums_of_the_paper():
@@ -744,6 +744,244 @@ def test_unknown_weight_raises():
 def test_criterion_has_no_state():
     assert build().state_dict() == {}
     assert list(build().parameters()) == []
+
+
+# Fused terms ----------------------------------------------------------------------------------------------------------
+
+JOINT = ('sample', 'patch', 'rand')
+# Tokens of student and teacher: products of float32, split ones with an exact gradient, and split ones.
+TOKEN_DTYPES = {
+    'float32': (torch.float32, torch.float32),
+    'mixed': (torch.float32, torch.bfloat16),
+    'bfloat16': (torch.bfloat16, torch.bfloat16),
+    'float16': (torch.float16, torch.float16),
+}
+each_dtype = pytest.mark.parametrize('dtypes', TOKEN_DTYPES.values(), ids=TOKEN_DTYPES)
+TINY, RECIPE = (24, 64, 96, 192), (64, 196, 192, 384)
+
+
+def apart(difference, dtypes, sizes=TINY):
+    """Tokens of both sides as in training. The mean squared difference of their patch maps is about `difference`."""
+    B, N, D_s, D_t = sizes
+    shared = [torch.randn(b, n, D_s, dtype=torch.float64) for b, n in ((1, 1), (1, N), (B, 1), (B, N))]
+    latent = sum(share * x for share, x in zip((0.7, 0.5, 0.5, 0.7), shared, strict=True))
+    teacher = latent @ torch.linalg.qr(torch.randn(D_t, D_s, dtype=torch.float64)).Q.T
+    noise, scale = torch.randn_like(latent), 0.1
+    for _ in range(5):
+        scale *= (difference / plain_map_distance(latent[:8] + scale * noise[:8], teacher[:8]).item()) ** 0.5
+    # Rounded on both sides, so that no dtype asks for more digits than the teacher has.
+    return (latent + scale * noise).to(dtypes[1]).to(dtypes[0]), teacher.to(dtypes[1])
+
+
+def fused_term(name, dtype=torch.float32):
+    """A term of the fused path as a function of the tokens alone."""
+    options = losses.RelationOptions(192, torch.Generator(), dtype=dtype, fused=('relations',))
+
+    def term(student, teacher):
+        options.generator.manual_seed(3)
+        return losses.relate_jointly([student], [teacher], [name], options)[0][name]
+
+    return term
+
+
+def exact_term(name):
+    """The same by the definition in float64."""
+
+    def term(student, teacher):
+        chosen = losses.draw_tokens([student.shape[0] * student.shape[1]], 192, torch.Generator().manual_seed(3), 'cpu')
+        return plain_map_distance(*(losses._sets_of(name, x.double(), *chosen) for x in (student, teacher)))
+
+    return term
+
+
+def check_fused(term, exact, student, teacher, value_limit, gradient_limit):
+    value, gradient = value_and_gradient(term, student, teacher)
+    expected, expected_gradient = value_and_gradient(exact, student.double(), teacher.double())
+    assert value.dtype == torch.float32
+    assert gradient.dtype == student.dtype
+    assert abs(value.double() - expected) <= value_limit * expected
+    if student.dtype != torch.float32:
+        gradient_limit += 3e-3  # it is rounded to the dtype of the tokens
+    if student.dtype == torch.float16:  # without a gradient scaler it underflows
+        (gradient,) = torch.autograd.grad(1e4 * term(x := student.clone().requires_grad_(), teacher), x)
+        gradient = gradient.double() / 1e4
+    assert (gradient - expected_gradient).norm() <= gradient_limit * expected_gradient.norm()
+
+
+@each_dtype
+@pytest.mark.parametrize('difference', [1e-3, 1e-5])
+@pytest.mark.parametrize('name', JOINT)
+def test_fused_terms_are_close_to_float64(name, difference, dtypes):
+    # The error of split products is smaller at the recipe's sizes: more entries and channels cancel more of it.
+    split = (1e-5, 1e-3) if difference == 1e-3 else (2e-5, 1e-3)
+    limits = (2e-6, 1e-4) if dtypes == (torch.float32, torch.float32) else split
+    check_fused(fused_term(name), exact_term(name), *apart(difference, dtypes), *limits)
+
+
+@each_dtype
+@pytest.mark.parametrize(('difference', 'limits'), [(1e-3, (1e-5, 1e-4)), (1e-5, (1e-3, 1e-3))])
+def test_fused_full_term_is_close_to_float64(difference, limits, dtypes, monkeypatch):
+    monkeypatch.setattr(losses, 'CHUNK', 300)
+    check_fused(partial(full_loss, fused=True), full_loss, *apart(difference, dtypes), *limits)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize('difference', [1e-3, 1e-5])
+def test_fused_terms_of_the_recipe_are_close_to_float64(difference):
+    student, teacher = apart(difference, TOKEN_DTYPES['mixed'], RECIPE)
+    for name in JOINT:
+        check_fused(fused_term(name), exact_term(name), student, teacher, 1e-5, 1e-3)
+    limits = (1e-5, 1e-4) if difference == 1e-3 else (1e-3, 1e-3)
+    check_fused(partial(full_loss, fused=True), full_loss, student, teacher, *limits)
+
+
+@pytest.mark.parametrize('name', JOINT)
+def test_relation_dtype_is_that_of_fused_products(name):
+    student, teacher = apart(1e-3, TOKEN_DTYPES['float32'])
+    with pytest.raises(AssertionError):
+        check_fused(fused_term(name, torch.bfloat16), exact_term(name), student, teacher, 1e-5, 1e-3)
+    check_fused(fused_term(name, torch.bfloat16), exact_term(name), student, teacher, 5e-3, 3e-2)
+
+
+def terms_and_gradients(criterion, student, teacher, factors):
+    """Each term, its gradient, and the gradient of their sum with these factors."""
+    student = [x.clone().requires_grad_() for x in student]
+    found = forward(criterion, student, teacher)
+    total = sum(factor * found[f'mf_{name}'] for factor, name in zip(factors, (*JOINT, 'full'), strict=True))
+    goals = [found[f'mf_{name}'] for name in JOINT] + [total]
+    return found, [torch.autograd.grad(goal, student, retain_graph=True) for goal in goals]
+
+
+@pytest.mark.parametrize('elements', [1, 1 << 21])
+def test_fused_terms_and_their_gradients_are_those_of_the_default(elements, monkeypatch):
+    monkeypatch.setattr(losses, 'CPU_CHUNK_ELEMENTS', elements)
+    # Blocks of hierarchical models differ in their numbers of tokens.
+    student = [torch.randn(B, n, D_S + 1)[..., 1:] for n in (N, 2, N)]
+    teacher = [torch.randn(B, n, D_T) for n in (N, 2, N)]
+    options = {'w_sample': 0.1, 'w_patch': 4, 'w_rand': 0.2, 'w_full': 0.7, 'beta': 0.5}
+    expected, expected_gradients = terms_and_gradients(build(**options), student, teacher, (1, 2, 3, 4))
+    made = []
+    relate = losses._relate
+    monkeypatch.setattr(losses, '_relate', lambda *args: made.append(args[3]) or relate(*args))
+    criterion = build(fused=losses.FUSED_PARTS, **options)
+    found, gradients = terms_and_gradients(criterion, student, teacher, (1, 2, 3, 4))
+    assert made == [JOINT] * 3
+    assert list(found) == KEYS
+    assert {k: v.item() for k, v in found.items()} == pytest.approx(
+        {k: v.item() for k, v in expected.items()}, rel=1e-6
+    )
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        for x, y in zip(ours, theirs, strict=True):
+            assert (x - y).norm() <= 1e-5 * y.norm()
+
+
+@pytest.mark.parametrize(
+    ('options', 'dtype', 'fused'),
+    [
+        ({}, torch.float32, JOINT),
+        ({'w_patch': 0}, torch.float32, ('sample', 'rand')),
+        ({'w_sample': 0, 'w_rand': 0}, torch.float32, ('patch',)),
+        ({'beta': 0}, torch.float32, None),
+        ({}, torch.float64, None),
+    ],
+)
+def test_terms_that_are_not_used_or_float64_are_not_fused(options, dtype, fused, monkeypatch):
+    made, relate = [], losses._relate
+    monkeypatch.setattr(losses, '_relate', lambda *args: made.append(args[3]) or relate(*args))
+    student, teacher = [tokens(D_S, dtype)], [tokens(D_T, dtype)]
+    found = forward(build(fused=losses.FUSED_PARTS, **options), student, teacher)
+    expected = forward(build(**options), student, teacher)
+    assert made == ([fused] if fused else [])
+    for name in KEYS:
+        assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-12 if dtype == torch.float64 else 1e-6)
+
+
+def test_fused_patch_term_of_many_tokens_uses_channel_products(monkeypatch):
+    student, teacher = torch.randn(5, 60, 6), torch.randn(5, 60, 8)
+    monkeypatch.setattr(losses, '_relate', lambda *args: pytest.fail('fused'))
+    options = {'w_sample': 0, 'w_rand': 0, 'w_full': 0}
+    found, expected = (forward(build(**options, **fused), [student], [teacher])['mf_patch']
+                       for fused in ({'fused': ['relations']}, {}))  # fmt: skip
+    assert found == expected
+
+
+def test_fused_terms_across_ranks_are_not_fused(tmp_path, monkeypatch):
+    made, relate = [], losses._relate
+    monkeypatch.setattr(losses, '_relate', lambda *args: made.append(args[3]) or relate(*args))
+    student, teacher = [tokens(D_S, torch.float32)], [tokens(D_T, torch.float32)]
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/init', rank=0, world_size=1)
+    try:
+        criterion = build(fused=losses.FUSED_PARTS, relations='global')
+        found = forward(criterion, student, teacher, torch.Generator())
+    finally:
+        dist.destroy_process_group()
+    assert made == [('patch',)]
+    expected = forward(build(), student, teacher)
+    assert [found[name].item() for name in KEYS] == pytest.approx([expected[name].item() for name in KEYS], rel=1e-5)
+
+
+@each_dtype
+def test_fused_terms_of_not_finite_tokens_are_not_finite(dtypes):
+    student, teacher = apart(1e-3, dtypes)
+    # The NaN of a GPU: its last bits are ones, so rounding carries over into the sign.
+    bad = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    student[:, 3, 5] = bad.to(dtypes[0])
+    for term in (*map(fused_term, JOINT[:2]), partial(full_loss, fused=True)):
+        value, gradient = value_and_gradient(term, student, teacher)
+        assert value.isnan()
+        assert gradient.isnan().any()
+    assert losses._product(bad.expand(1, 1, 1), torch.ones(1, 1, 1), 'split').isnan()
+
+
+@pytest.mark.parametrize('counts', [(12, 12, 12), (12, 5, 30)])
+@pytest.mark.parametrize('K', [1, 5, 12, 100])
+def test_fused_draw_is_without_replacement_and_by_the_generator(counts, K):
+    first, again, other = (
+        losses.draw_tokens(counts, K, torch.Generator().manual_seed(seed), torch.device('cpu')) for seed in (0, 0, 1)
+    )
+    for count, places in zip(counts, first, strict=True):
+        assert len(places) == len(set(places.tolist())) == min(K, count)
+        assert 0 <= places.min() <= places.max() < count
+    assert [x.tolist() for x in first] == [x.tolist() for x in again]
+    assert [x.tolist() for x in first] != [x.tolist() for x in other]
+    assert K == 1 or len({tuple(x.tolist()) for x in first}) == len(counts)
+
+
+def test_fused_draw_takes_all_places_equally_often():
+    drawn = torch.cat(list(losses.draw_tokens([10] * 4000, 3, torch.Generator().manual_seed(0), torch.device('cpu'))))
+    shares = torch.bincount(drawn, minlength=10) / 4000
+    assert (shares - 0.3).abs().max() < 0.03  # four standard deviations
+
+
+@pytest.mark.more
+@each_dtype
+def test_fused_functions_compile_without_graph_breaks(dtypes, monkeypatch):
+    student, teacher = apart(1e-3, dtypes)
+    compiled = []
+
+    def compile_for_the_cpu(function, device):
+        compiled.append(function.__name__)
+        return torch.compile(function, fullgraph=True, dynamic=False, backend='aot_eager')
+
+    terms = [fused_term(name) for name in JOINT] + [partial(full_loss, fused=True)]
+    expected = [value_and_gradient(term, student, teacher) for term in terms]
+    monkeypatch.setattr(losses, '_fused', compile_for_the_cpu)
+    for term, (value, gradient) in zip(terms, expected, strict=True):
+        found, found_gradient = value_and_gradient(term, student, teacher)
+        assert found.item() == pytest.approx(value.item(), rel=1e-6)
+        assert (found_gradient.double() - gradient.double()).norm() <= 4e-3 * gradient.double().norm()
+    torch._dynamo.reset()
+    assert set(compiled) == {'_relate', '_relate_backward', '_channel_products', '_full_gradient'}
+
+
+@pytest.mark.usefixtures('few_generated_images')
+def test_run_with_fused_terms_matches_the_default(run, tmp_path):
+    options = {'K': 1000, 'log_grad_share': True}  # all tokens, so that both draw the same
+    (expected,) = run(**options, output_dir=tmp_path / 'default')
+    (row,) = run(**options, output_dir=tmp_path / 'fused', fused='relations full')
+    for name, value in expected.items():
+        if 'loss' in name or 'share' in name:
+            assert row[name] == pytest.approx(value, rel=1e-3), name
 
 
 # Relations across ranks -----------------------------------------------------------------------------------------------

@@ -116,24 +116,24 @@ def test_unsupported_grad_checkpointing_is_a_usage_error(run, capsys):
 
 @pytest.mark.slow  # compiles for half a minute
 @pytest.mark.filterwarnings('default')
-def test_compiled_run_matches_plain_and_resumes_to_the_bit(run, tmp_path):
+@pytest.mark.parametrize('what', ['blocks', 'models'])
+def test_compiled_run_matches_plain_and_resumes_to_the_bit(run, tmp_path, what):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()  # reset() keeps these
     flags = {'epochs': 2, 'lr': 0.3, 'warmup_epochs': 0, 'drop_path': 0, 'eval_ema': True}
     plain = run(**flags, output_dir=tmp_path / 'plain')
-    rows = run(**flags, compile=True, output_dir=tmp_path / 'compiled')
+    rows = run(**flags, compile=what, output_dir=tmp_path / 'compiled')
     for one, other in zip(rows, plain, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1.0)
         assert one['train_loss'] == pytest.approx(other['train_loss'], rel=1e-3)
-    low = run(**{**flags, 'epochs': 1}, compile=True, teacher_dtype='bfloat16', output_dir=tmp_path / 'low')
+    low = run(**{**flags, 'epochs': 1}, compile=what, teacher_dtype='bfloat16', output_dir=tmp_path / 'low')
     assert low[0]['train_loss'] == pytest.approx(plain[0]['train_loss'], rel=0.05)
     states = [toys.load(tmp_path / name / 'checkpoint.pth') for name in ('plain', 'compiled')]
     for key in ('model', 'model_ema'):
         assert states[0][key].keys() == states[1][key].keys()
-    assert (
-        torch._dynamo.utils.counters['stats']['unique_graphs'] == 3
-    )  # each kind of block once for each type of weights
-    flags |= {'drop_path': 0.2, 'compile': True}
+    # each kind of block, or each model, once for each type of weights
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 3
+    flags |= {'drop_path': 0.2, 'compile': what}
     whole = run(**flags, output_dir=tmp_path / 'whole')
     first = tmp_path / 'whole' / 'checkpoint-00000002.pth'
     assert toys.load(first)['epoch'] == 0

@@ -12,7 +12,7 @@ import toys
 import checkpoints
 import engine
 import utils
-from loaders import LoaderBuilder
+from loaders import DevicePrefetcher, LoaderBuilder
 
 pytestmark = pytest.mark.usefixtures('few_generated_images')
 
@@ -160,6 +160,22 @@ def test_resume_in_mid_epoch_is_exact(run, through, tmp_path, kind, step):
     interrupted(through[kind], step, tmp_path)
     run(**toys.LONG, **(toys.HALF if kind == 'float16' else {}))
     assert toys.differing(toys.outcome(tmp_path), toys.outcome(through[kind])) == set()
+
+
+@pytest.mark.more
+def test_batches_that_are_read_ahead_do_not_change_what_is_saved(run, through, tmp_path, monkeypatch):
+    toys.fake_streams(monkeypatch)
+    train, cpu = LoaderBuilder.train, torch.device('cpu')
+    monkeypatch.setattr(LoaderBuilder, 'train', lambda *args: DevicePrefetcher(train(*args), cpu, ()))
+    whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
+    run(**toys.LONG, output_dir=whole)
+    for step in range(1, 8):
+        ours, plain = (toys.load(folder / f'checkpoint-{step:08d}.pth') for folder in (whole, through['float32']))
+        toys.assert_same({**ours, 'args': None}, {**plain, 'args': None})
+    resumed.mkdir()
+    interrupted(whole, 6, resumed)
+    run(**toys.LONG, output_dir=resumed)
+    assert toys.differing(toys.outcome(resumed), toys.outcome(through['float32'])) == set()
 
 
 @toys.forks

@@ -9,12 +9,15 @@ import torch
 import toys
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
+import losses
 import main
 import models
 import transforms
 import utils
 from engine import TrainConfig, Trainer, train_one_epoch
+from loaders import prefetch_to_device
 from pair import build_student, register_student_hooks, register_teacher_hooks
 
 CUDA, STEPS = torch.device('cuda', 0), 2
@@ -56,18 +59,20 @@ def step(monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'backward', backward)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: True)
     monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
+    monkeypatch.setattr(transforms, 'compiled_erase_batch', lambda: transforms.erase_batch)
     monkeypatch.setattr(utils.Meters, 'recent', lambda meters: {})
     monkeypatch.setattr(utils.Meters, 'means', lambda meters: {})
     torch.__future__.set_overwrite_module_params_on_conversion(True)
 
-    def run(sync=lambda: None, **changes) -> Trainer:
+    def run(sync=lambda: None, prefetched=False, **changes) -> Trainer:
         changes = {'device': 'cuda', 'teacher_path': 'none', 'batch_size': 4, 's_id': '0 -1', 't_id': '0 -1', **changes}
         config = toys.config(**changes)
         student = register_student_hooks(config.model, build_student(config.model, 10))
         autograd[:] = [student]
         stats = models.normalisation(student.model)
         teacher = register_teacher_hooks(config.model, toys.teacher(), stats)
-        criterion, mixup = main.build_criterion(config.loss, config.augment), main.build_mixup(config.augment, 10)
+        criterion = main.build_criterion(config.loss, config.augment, config.run.fused)
+        mixup = main.build_mixup(config.augment, 10)
         count = config.optim.rank_batch_size
         batch = (
             torch.zeros(count, 3, 32, 32, dtype=torch.uint8),
@@ -86,7 +91,8 @@ def step(monkeypatch):
                 if 'no NVIDIA driver' not in str(error):
                     raise
                 pytest.skip('this version of torch makes no stand-ins for CUDA tensors without a driver')
-            preprocess = transforms.DevicePreprocess(*stats, config.augment.remode).to(CUDA)
+            fused = 'erasing' in config.run.fused
+            preprocess = transforms.DevicePreprocess(*stats, config.augment.remode, fused_erasing=fused).to(CUDA)
             settings = TrainConfig(
                 CUDA,
                 config.run.autocast_dtype(CUDA),
@@ -97,7 +103,11 @@ def step(monkeypatch):
             state = toys.state(student.model, **changes)
             trainer = Trainer(student, teacher, criterion, state, settings, preprocess, mixup)
             monkeypatch.setattr(trainer.guard, 'sync', sync)
-            train_one_epoch(trainer, [batch] * STEPS, epoch=0)
+            loader = DataLoader([batch] * STEPS, batch_size=None)
+            if prefetched:
+                toys.fake_streams(monkeypatch)
+                loader = prefetch_to_device(loader, CUDA, ('erase', 'key') if fused else ())
+            train_one_epoch(trainer, loader, epoch=0)
         return trainer
 
     yield run
@@ -109,6 +119,20 @@ def test_gpu_step_mixes_no_devices_and_never_waits(step):
     assert {tensor.device for tensor in trainer.tapped.state_dict().values()} == {CUDA}
     assert {tensor.device for tensor in trainer.state.ema.module.state_dict().values()} == {CUDA}
     assert trainer.state.step == STEPS
+
+
+@pytest.mark.parametrize('fused', [None, 'erasing'])
+@pytest.mark.parametrize('prefetched', [False, True])
+def test_gpu_step_takes_batches_from_both_sides(step, fused, prefetched):
+    assert step(prefetched=prefetched, fused=fused).state.step == STEPS
+
+
+@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
+def test_gpu_step_with_fused_losses_mixes_no_devices_and_never_waits(step, dtype, monkeypatch):
+    made = []
+    monkeypatch.setattr(losses, '_fused', lambda function, device: made.append(device) or function)  # not compiled
+    step(fused='relations full', teacher_dtype=dtype, relation_dtype=dtype)
+    assert set(made) == {CUDA}
 
 
 @pytest.mark.parametrize(

@@ -114,9 +114,9 @@ def test_flag_on_a_cpu_warns_once(files, tmp_path, epochs, capsys):
     kwargs = {'patch_size': 8, 'embed_dim': 64, 'depth': 6, 'num_heads': 4}
     path = toys.save(tmp_path / 'teacher.pth', toys.teacher(**kwargs).state_dict())
     words = ' '.join(f'{key}={value}' for key, value in kwargs.items())
-    for fused, name in ((True, 'FusedTalkingHeads'), (None, 'FrozenTalkingHeads')):
-        main.main(toys.flags(teacher_path=path, teacher_kwargs=words, fused_talking_heads=fused))
-        lines = [line for line in capsys.readouterr().out.splitlines() if 'fused-talking-heads' in line]
+    for fused, name in (('talking-heads', 'FusedTalkingHeads'), (None, 'FrozenTalkingHeads')):
+        main.main(toys.flags(teacher_path=path, teacher_kwargs=words, fused=fused))
+        lines = [line for line in capsys.readouterr().out.splitlines() if '--fused' in line]
         assert len(lines) == bool(fused)
-        assert all(line.startswith('warning: --fused-talking-heads: needs an NVIDIA GPU') for line in lines)
+        assert all(line.startswith('warning: --fused talking-heads: needs an NVIDIA GPU') for line in lines)
         assert {type(block.attn).__name__ for block in epochs[-1].teacher.model.blocks} == {name}

@@ -1,6 +1,7 @@
 """Augmentation of batches, against timm and Pillow image by image, and erasing; nothing waits for the device."""
 
 import copy
+import math
 import pickle
 import random
 import re
@@ -24,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.transforms import ColorJitter, Compose, Normalize, ToTensor
 
-from transforms import OPERATIONS, DevicePreprocess, PolicySampler, apply_policy, draw_erasures, erase
+import transforms
+from transforms import OPERATIONS, DevicePreprocess, PolicySampler, apply_policy, draw_erasures, erase, erase_batch
 
 H, W = 24, 20
 FILL = (10, 200, 99)
@@ -375,6 +377,102 @@ def test_noise_is_standard_normal_and_differs_between_rectangles():
     assert not torch.equal(image[:, :12], image[:, 12:])
 
 
+OVERLAPPING = torch.tensor([[[3, 2, 9, 7], [5, 4, 10, 9]], [[0, 0, 0, 0]] * 2, [[1, 1, 5, 6], [3, 3, 2, 2]]])
+WHOLE = torch.tensor([[[0, 0, 64, 64]]])
+
+
+def noise(keys, size=64, mode='pixel'):
+    """(B, 3, size, size) float64: the noise in images that are erased as a whole."""
+    keys = torch.as_tensor(keys)
+    images = torch.full((len(keys), 3, size, size), torch.nan)
+    return erase_batch(images, WHOLE.expand(len(keys), 1, 4), keys, mode).double()
+
+
+@pytest.mark.parametrize('mode', ['pixel', 'rand', 'const'])
+@pytest.mark.parametrize('rectangles', [RECTANGLES, OVERLAPPING, RECTANGLES[:, :1]])
+def test_batch_is_erased_where_single_images_are(mode, rectangles):
+    images, keys = torch.full((3, 3, H, W), 9.0), torch.tensor([11, 12, 2**63 - 1])
+    found, expected = erase_batch(images, rectangles, keys, mode), images.clone()
+    erase(expected, rectangles, keys, mode)
+    assert torch.equal(found == 9, expected == 9)
+    assert mode != 'const' or torch.equal(found, expected)
+    assert (images == 9).all()
+
+
+def test_last_of_overlapping_colours_counts_as_in_single_images():
+    images, keys = torch.full((3, 3, H, W), 9.0), torch.arange(3)
+    found, single = erase_batch(images, OVERLAPPING, keys, 'rand'), images.clone()
+    erase(single, OVERLAPPING, keys, 'rand')
+    # Numbers differ; which pixels have the same colour does not.
+    for one, other in zip(found.flatten(2), single.flatten(2), strict=True):
+        assert torch.equal(one[:, :, None] == one[:, None], other[:, :, None] == other[:, None])
+
+
+def test_noise_of_a_batch_is_a_function_of_the_key_and_the_pixel():
+    keys = torch.tensor([7, 2**62 + 5, 7, 0])
+    images = torch.randn(4, 3, H, W)
+    # Key 7 again, in another rectangle: where both are erased, they are equal.
+    rectangles = torch.tensor([[[0, 0, H, W]], [[2, 2, 8, 9]], [[1, 3, 20, 11]], [[0, 0, 0, 0]]])
+    found = erase_batch(images, rectangles, keys, 'pixel')
+    assert torch.equal(found[2, :, 1:21, 3:14], found[0, :, 1:21, 3:14])
+    order = torch.tensor([3, 1, 0])
+    assert torch.equal(erase_batch(images[order], rectangles[order], keys[order], 'pixel'), found[order])
+    alone = erase_batch(images[1:2], rectangles[1:2], keys[1:2], 'pixel')
+    assert torch.equal(alone, found[1:2])
+    assert torch.equal(found[3], images[3])
+
+
+def test_noise_of_a_batch_does_not_change_between_versions():
+    # SplitMix64 and Box-Muller in Python's integers and float64.
+    def number(key, place):
+        z = (key * 0x9E3779B97F4A7C15 + place) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        z ^= z >> 31
+        radius = math.sqrt(-2 * math.log(((z >> 40) + 1) / 2**24))
+        return radius * math.cos(2 * math.pi * (z % 2**24) / 2**24)
+
+    keys = [0, 1, 12345678901234567, 2**63 - 1]
+    expected = [[number(key, place) for place in range(3 * 64 * 64)] for key in keys]
+    torch.testing.assert_close(noise(keys).flatten(1), torch.tensor(expected).double(), rtol=0, atol=5e-6)
+    colours = [[number(key, place) for place in range(3)] for key in keys]
+    torch.testing.assert_close(noise(keys, mode='rand')[..., 0, 0], torch.tensor(colours).double(), rtol=0, atol=5e-6)
+
+
+KEYS = {
+    'in a row': torch.arange(64),
+    'high bits': torch.arange(64) << 50,
+    'random': torch.arange(64) * 0x123456789ABCDF,
+}
+
+
+@pytest.mark.parametrize('keys', KEYS.values(), ids=KEYS)
+def test_noise_of_a_batch_is_standard_normal_without_correlations(keys):
+    x = noise(keys)
+    count = x.numel()
+    assert x.isfinite().all()
+    assert abs(x.mean()) < 4 / count**0.5
+    assert abs(x.var() - 1) < 4 * (2 / count) ** 0.5
+    assert abs((x**4).mean() - 3) < 4 * (96 / count) ** 0.5
+    assert x.unique().numel() > 0.9 * count
+    # Of neighbours: in a row, a column, a channel, and of neighbouring keys; their sizes too.
+    for size in (x, x**2 - 1):
+        scale = size.var()
+        for axis in range(4):
+            last, first = size.narrow(axis, 1, size.shape[axis] - 1), size.narrow(axis, 0, size.shape[axis] - 1)
+            assert abs((last * first).mean() / scale) < 4 / first.numel() ** 0.5
+
+
+@pytest.mark.more
+@pytest.mark.filterwarnings('default')
+def test_erasing_a_batch_compiles_into_one_graph():
+    keys, images = torch.tensor([11, 12, 2**63 - 1]), torch.randn(3, 3, H, W)
+    for mode in ('pixel', 'rand', 'const'):
+        compiled = torch.compile(erase_batch, fullgraph=True, dynamic=False, backend='aot_eager')
+        found = compiled(images, OVERLAPPING, keys, mode)
+        assert torch.equal(found, erase_batch(images, OVERLAPPING, keys, mode))
+
+
 # DevicePreprocess -----------------------------------------------------------------------------------------------------
 
 
@@ -397,6 +495,17 @@ def test_preprocess_applies_plan_then_normalises_then_erases():
     assert torch.equal(images, pictures())
 
 
+@pytest.mark.parametrize('mode', ['pixel', 'rand', 'const'])
+def test_preprocess_erases_a_batch_only_with_its_flag(mode):
+    images, aug_params = pictures(), {'erase': RECTANGLES, 'key': torch.tensor([1, 2, 3])}
+    expected = erase_batch(DevicePreprocess(MEAN, STD)(images), *aug_params.values(), mode)
+    fused, plain = (
+        DevicePreprocess(MEAN, STD, mode, fused_erasing=fused)(images, aug_params) for fused in (True, False)
+    )
+    assert torch.equal(fused, expected)
+    assert torch.equal(plain, expected) == (mode == 'const')
+
+
 def test_normalised_images_are_refused():
     with pytest.raises(TypeError, match=r'must be uint8, but are torch\.float32'):
         DevicePreprocess(MEAN, STD)(torch.rand(2, 3, H, W), {})
@@ -405,9 +514,9 @@ def test_normalised_images_are_refused():
 # The device -----------------------------------------------------------------------------------------------------------
 
 
-def calls(copies, erasing):
+def calls(copies, erasing, fused=False):
     """The calls of torch by `DevicePreprocess` for a batch with `copies` images of every operation."""
-    plan, preprocess = every_operation(copies), DevicePreprocess(MEAN, STD)
+    plan, preprocess = every_operation(copies), DevicePreprocess(MEAN, STD, fused_erasing=fused)
     images, aug_params = pictures('all', len(plan)), {'plan': plan}
     if erasing:
         aug_params |= {'erase': RECTANGLES[:1].repeat(len(plan), 1, 1), 'key': torch.arange(len(plan))}
@@ -416,9 +525,9 @@ def calls(copies, erasing):
     return watched.calls
 
 
-@pytest.mark.parametrize('erasing', [False, True])
-def test_no_call_waits_for_the_device(erasing):
-    found = calls(2, erasing)
+@pytest.mark.parametrize(('erasing', 'fused'), [(False, False), (True, False), (True, True)])
+def test_no_call_waits_for_the_device(erasing, fused):
+    found = calls(2, erasing, fused)
     assert found['grid_sampler_2d'] == 1
     assert not found.keys() & {'_local_scalar_dense', 'nonzero', 'mask', 'masked_select', 'equal'}
 
@@ -426,6 +535,15 @@ def test_no_call_waits_for_the_device(erasing):
 def test_number_of_calls_does_not_grow_with_the_batch():
     assert calls(1, False) == calls(8, False)
     assert calls(1, False).total() < 300
+    assert calls(1, True, fused=True) == calls(8, True, fused=True)
+
+
+def test_plan_needs_few_copies_to_the_device(monkeypatch):
+    sent, send = [], transforms._send
+    monkeypatch.setattr(transforms, '_send', lambda *args: sent.append(args[0]) or send(*args))
+    plan = torch.cat([every_operation(2), every_operation(2).flip(0)], 1)
+    apply_policy(pictures('all', len(plan)), plan, FILL)
+    assert len(sent) == 1 + 2 * 3  # the colour; for each row order, arguments, and the grid of its one filter
 
 
 def test_plan_works_on_the_meta_device():

@@ -6,6 +6,7 @@ import json
 import math
 import tarfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +263,41 @@ def listing(folder) -> dict[str, bytes]:
     """The files of a run's state by name, without what is written beside it."""
     logs = ('args.yaml', 'console.log', 'metrics.jsonl')
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in logs}
+
+
+def fake_streams(patch) -> list:
+    """Replaces CUDA streams; returns the list of what is done: `copy`, `wait`, and tensors as they are recorded."""
+    done = []
+
+    class Stream:
+        def __init__(self, device: torch.device | None = None) -> None:
+            pass
+
+        def wait_stream(self, other: 'Stream') -> None:
+            assert self is main_stream
+            assert other in made
+            done.append('wait')
+
+    @contextmanager
+    def use(stream: Stream):
+        assert stream in made
+        done.append('copy')
+        yield
+
+    def make(device: torch.device) -> Stream:
+        made.append(Stream())
+        return made[-1]
+
+    def record(tensor: torch.Tensor, stream: Stream) -> None:
+        assert stream is main_stream
+        done.append(tensor)
+
+    main_stream, made = Stream(), []
+    patch.setattr(torch.cuda, 'Stream', make)
+    patch.setattr(torch.cuda, 'stream', use)
+    patch.setattr(torch.cuda, 'current_stream', lambda device: main_stream)
+    patch.setattr(torch.Tensor, 'record_stream', record)
+    return done
 
 
 def line_with(capsys, word: str) -> str:

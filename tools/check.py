@@ -171,7 +171,7 @@ def log_cost(config: Config, pair: Pair, device: torch.device) -> None:
     for name, tapped in sides:
         parameters = sum(p.numel() for p in tapped.model.parameters())
         log('', f'{name} {parameters:,} parameters, {count_macs(tapped, images):,} MACs')
-    if config.model.fused_talking_heads and device.type == 'cuda':
+    if 'talking-heads' in config.run.fused and device.type == 'cuda':
         log('', "without the teacher's attention: Triton kernels are not counted")
 
 

@@ -1,0 +1,191 @@
+"""A training step as one CUDA graph: the host launches it as a whole, not kernel by kernel.
+
+A graph repeats the same kernels on the same memory. So its inputs are copied to fixed places and its results are read
+from fixed places. What Python decides is decided once, while the graph is captured. Numbers that change from step to
+step are tensors, such as the learning rate, or come from generators that the graph knows.
+
+No GPU has run this file yet. On a CPU it is tested with a stand-in for `CapturedCall`.
+"""
+
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from loggers import log_rank0
+from run_dir import TrainingState
+from utils import UsageError
+
+T = TypeVar('T')
+WARM_UP = 3  # steps launched kernel by kernel first: they compile, tune, and create the optimizer's state
+
+
+class CapturedCall(Generic[T]):
+    """A call whose kernels are captured and replayed, on a stream of its own.
+
+    Args:
+        generators: on the GPU, beside the default one, from which the call draws. A replay draws what the call itself
+            would draw from their present states.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self._stream, self._graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        for generator in generators:
+            self._graph.register_generator_state(generator)
+
+    def run(self, call: Callable[[], T]) -> T:
+        """Runs the call kernel by kernel, in order with the work before and after it."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = call()
+        current.wait_stream(self._stream)
+        return result
+
+    def find_wait(self, call: Callable[[], T]) -> tuple[T, str]:
+        """Runs the call; also returns file and line where the host first waited for the GPU, '' if nowhere."""
+        torch.cuda.set_sync_debug_mode('warn')
+        try:
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter('always')
+                result = self.run(call)
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+        places = [f'{Path(each.filename).name}:{each.lineno}' for each in told if 'synchronizing' in str(each.message)]
+        return result, next(iter(places), '')
+
+    def capture(self, call: Callable[[], T]) -> T:
+        """Captures the call, which computes nothing yet; returns what it returns: tensors that `replay` fills."""
+        gc.collect()
+        gc.disable()  # to free other memory of the GPU is not allowed during a capture
+        try:
+            # thread_local: the thread that pins batches may use CUDA meanwhile.
+            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode='thread_local'):
+                return call()
+        finally:
+            gc.enable()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Whether work on this device can be captured."""
+    return device.type == 'cuda'
+
+
+def graph_problem(state: TrainingState, device: torch.device) -> str:
+    """What keeps the training step of this run out of a graph, '' if nothing is known."""
+    if not has_graphs(device):
+        return 'needs an NVIDIA GPU'
+    if state.scaler.is_enabled():
+        return 'with float16 the host decides on the scale of the gradients'
+    if not getattr(state.optimizer, '_step_supports_amp_scaling', False):
+        return f'with {type(state.optimizer).__name__} the host decides whether to update; adam and adamw do without it'
+    if state.ema is not None and state.ema.device is not None:
+        return '--model-ema-force-cpu makes the host wait for the GPU'
+    if dist.is_initialized() and [*state.model.buffers()]:
+        return 'the ranks share statistics of the student, such as those of BatchNorm'
+    return ''
+
+
+class StepResult(NamedTuple):
+    """What the host reads of a step, later."""
+
+    names: tuple[str, ...]  # of the terms
+    rows: tuple[Tensor, ...]  # for the meters, one per forward pass
+    finite: Tensor  # for the guard
+
+
+class StepGraph:
+    """A training step that is captured at its fourth call, and replayed from then on.
+
+    The first calls run it kernel by kernel. If the host waits for the GPU in the last of them, the step cannot be
+    captured: a warning says so, and all calls run kernel by kernel.
+
+    Args:
+        step: images (B, 3, H, W) and targets (B, …), of the same shapes in all calls → its results. It updates
+            weights and moments in place.
+        optimizer: of `step`. Its learning rates are float32 tensors inside `step`, so they are rounded.
+        generator: from which `step` draws, beside the default one.
+    """
+
+    def __init__(
+        self, step: Callable[[Tensor, Tensor], StepResult], optimizer: torch.optim.Optimizer, generator: torch.Generator
+    ) -> None:
+        self.step, self.optimizer = step, optimizer
+        self.rates = [torch.zeros((), device=generator.device) for _ in optimizer.param_groups]
+        self.captured: CapturedCall[StepResult] = CapturedCall([generator])
+        self.calls, self.failed = 0, False
+        self.inputs: tuple[Tensor, Tensor] | None = None
+        self.result: StepResult | None = None
+
+    def __call__(self, images: Tensor, targets: Tensor) -> StepResult:
+        """The results of the step. Those of a replay are overwritten by the next one.
+
+        Raises:
+            UsageError: the step cannot be captured, for a reason that its first calls did not show.
+        """
+        self.calls += 1
+        with self._rates_as_tensors():
+            if self.failed:
+                return self.step(images, targets)
+            call = partial(self.step, *self._keep(images, targets))
+            if self.calls < WARM_UP:
+                return self.captured.run(call)
+            if self.calls == WARM_UP:
+                result, place = self.captured.find_wait(call)
+                if place:
+                    self.failed = True
+                    reason = f'the host waits for the GPU at {place}'
+                    log_rank0(f'warning: --cuda-graph: {reason}; steps are launched kernel by kernel')
+                return result
+            if self.result is None:
+                self.result = self._capture(call)
+            self.captured.replay()
+            return self.result
+
+    def _keep(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies the inputs to where the graph reads them."""
+        if self.inputs is None:
+            self.inputs = torch.empty_like(images), torch.empty_like(targets)
+        for kept, given in zip(self.inputs, (images, targets), strict=True):
+            if kept.shape != given.shape:
+                raise ValueError(f'the graph is made for inputs of shape {tuple(kept.shape)}, not {tuple(given.shape)}')
+            kept.copy_(given)
+        return self.inputs
+
+    @contextmanager
+    def _rates_as_tensors(self) -> Iterator[None]:
+        """The schedule, checkpoints and logs see numbers; `step` sees tensors, which a replay reads anew."""
+        groups = self.optimizer.param_groups
+        values = [group['lr'] for group in groups]
+        for group, rate, value in zip(groups, self.rates, values, strict=True):
+            group['lr'] = rate.fill_(value)
+        try:
+            yield
+        finally:
+            for group, value in zip(groups, values, strict=True):
+                group['lr'] = value
+
+    def _capture(self, call: Callable[[], StepResult]) -> StepResult:
+        start, groups = time.monotonic(), self.optimizer.param_groups
+        for group in groups:
+            group['capturable'] = True  # outside of a capture torch warns of it
+        try:
+            result = self.captured.capture(call)
+        except RuntimeError as error:  # also torch.OutOfMemoryError
+            raise UsageError(f'--cuda-graph: the step cannot be captured: {" ".join(str(error).split())}') from error
+        finally:
+            for group in groups:
+                group['capturable'] = False
+        log_rank0(f'cuda graph  captured in {time.monotonic() - start:.1f} s, after {WARM_UP} steps')
+        return result
