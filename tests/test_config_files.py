@@ -9,6 +9,7 @@ import yaml
 
 import flags
 import main
+from tools import plans
 from utils import UsageError
 
 pytestmark = pytest.mark.usefixtures('few_generated_images')
@@ -110,7 +111,7 @@ def test_args_of_a_run_make_the_same_run_again(run, tmp_path):
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_are_accepted(path):
     config = yaml.safe_load(path.read_text())
-    words = ['--teacher-path', 'x'] if 'teacher_model' in config else []
+    words = ['--teacher-path', 'x'] if 'distillation_type' in config else []
     found = flags.parse_args(['--config', str(path), '--data-path', 'x', *words]).flags()
     assert {name: found[name] for name in config} == config
 
@@ -123,3 +124,18 @@ def test_release_config_is_the_recipe_of_the_script():
     paths = ['--data-path', '$data', '--teacher-path', '$teacher', '--output_dir', '$output']
     found = flags.parse_args(['--config', str(config), *paths])
     assert {**found.flags(), 'config': ''} == typed.flags()
+
+
+def test_config_of_short_training_is_the_confirmed_row_of_the_plan():
+    root = Path(main.__file__).parent
+    plan = plans.read_plan(str(root / 'plans' / 'cifar10_small.yaml'), 'IMAGES')
+    (row,) = [run for run in plans.make_runs(plan, Path('OUT'), [0]) if run.row == 'release']
+    confirmed = flags.parse_args(row.words)
+    path = root / 'configs' / 'short_training.yaml'
+    found = flags.parse_args(['--config', str(path), '--data-path', 'x', '--teacher-path', 'x']).flags()
+    assert found['s_id'] == found['t_id'] == ['auto']  # of 4 blocks: 0 1 2 3
+    assert confirmed.model.s_id == confirmed.model.t_id == [0, 1, 2, 3]
+    differing = {name for name, value in confirmed.flags().items() if value != found[name]}
+    models_and_files = {'model', 'model_kwargs', 'teacher_model', 'teacher_kwargs', 'teacher_path', 'input_size',
+                        'data_path', 'output_dir', 'resume', 'config'}  # fmt: skip
+    assert differing - models_and_files <= {'s_id', 't_id', 'num_workers', 'print_freq', 'log_grad_share'}

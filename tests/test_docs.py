@@ -9,7 +9,7 @@ from test_flags import FLAGS as RELEASE_FLAGS
 
 import flags
 import main
-from tools import flags_page
+from tools import flags_page, rivals
 
 ROOT = Path(main.__file__).parent
 PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md'), ROOT / 'benchmarks' / 'README.md'])
@@ -69,10 +69,11 @@ def test_flags_page_marks_the_flags_of_the_release():
 
 def known_flags() -> set[str]:
     """Without their dashes: the flags of main.py, tools and benchmarks, and those of other programs."""
+    rival_flags = {f'w-{name}' for name in rivals.RIVALS}
     main_flags = {name.lstrip('-') for action in flags.get_args_parser()._actions for name in action.option_strings}
     sources = [path.read_text() for folder in ('tools', 'benchmarks') for path in (ROOT / folder).glob('*.py')]
     others = {name for source in sources for name in re.findall(r"add_argument\('--([\w-]+)'", source)}
-    return {name.replace('_', '-') for name in main_flags | others | FOREIGN_FLAGS}
+    return {name.replace('_', '-') for name in main_flags | others | rival_flags | FOREIGN_FLAGS}
 
 
 @pytest.mark.parametrize('page', PAGES, ids=PAGE_IDS)

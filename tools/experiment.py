@@ -27,7 +27,7 @@ from typing import TextIO
 import torch
 
 from flags import get_args_parser
-from tools import results
+from tools import results, rivals
 from tools.parts import PARTS, link_part, write_digits_once
 from tools.plans import Plan, Run, check_command, data_folder, make_runs, read_plan
 from utils import UsageError, flag_name
@@ -236,7 +236,8 @@ def check_same_recipes(plan: Plan, out: Path, runs: list[Run]) -> None:
 
 def parsed(identity: list[str]) -> dict[str, object]:
     """The values of all flags of a run, and its ranks and images."""
-    args, others = get_args_parser().parse_known_args(identity)
+    with rivals.registered():
+        args, others = get_args_parser().parse_known_args(identity)
     return {flag_name(key): value for key, value in vars(args).items()} | {'': ' '.join(others)}
 
 

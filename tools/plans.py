@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from flags import get_args_parser, parse_args
+from tools import rivals
 from tools.parts import PARTS
 from utils import UsageError
 
@@ -323,7 +324,8 @@ def _check_own_flags(plan: Plan) -> None:
 def check_command(plan: Plan, run: Run) -> None:
     """Raises UsageError, with the key of the plan, if main.py would refuse the flags of a run."""
     try:
-        parse_args(run.words)
+        with rivals.registered():
+            parse_args(run.words)
     except UsageError as error:
         raise plan.error(_key_of(plan, run.key, error), error) from error
 

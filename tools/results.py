@@ -16,6 +16,7 @@ import numpy as np
 import timm
 import torch
 
+from tools import rivals
 from tools.plans import Cell, Plan, Run, make_runs
 
 matplotlib.use('Agg')
@@ -127,16 +128,16 @@ def build_lines(plan: Plan, out: Path) -> list[Line]:
                 sign_flip_p(list(gains.values())) if 1 <= len(gains) <= MAX_EXACT else None,
                 [result.seconds for result in results.values()],
                 max((result.parameters for result in results.values()), default=0),
-                command_line(group[0]),
+                command_line(next((run for run in group if run.seed in results), group[0])),
             )
         )
     return lines
 
 
 def command(run: Run, python: str = 'python') -> list[str]:
-    """The words that start a run in the folder of main.py."""
+    """The words that start a run, in the folder of main.py."""
     launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={run.ranks}'] if run.ranks > 1 else []
-    return [python, *launcher, 'main.py', *run.words]
+    return [python, *launcher, *rivals.program(run.words), *run.words]
 
 
 def command_line(run: Run) -> str:
@@ -206,7 +207,7 @@ def page(plan: Plan, lines: list[Line], failures: dict[str, str]) -> str:
     if failures:
         parts.append('Failed:\n\n' + '\n'.join(f'- {name}: `{reason}`' for name, reason in failures.items()))
     commands = '\n'.join(f'# {line.title} {line.cell.name}'.rstrip() + f'\n{line.command}' for line in lines)
-    parts.append(f'Command lines, with the first seed:\n\n```bash\n{commands}\n```')
+    parts.append(f'Command lines, with the first seed that was run:\n\n```bash\n{commands}\n```')
     return '\n\n'.join(parts) + '\n'
 
 
