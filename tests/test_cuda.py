@@ -466,7 +466,7 @@ def test_run_with_prefetching_equals_a_plain_run(rows, monkeypatch):
 JOINT = ('sample', 'patch', 'rand')
 # Tokens of student and teacher; the limits of value and gradient where the maps differ by 1e-5.
 PAIRS = {
-    'float32': (torch.float32, torch.float32, 1e-6, 2e-4),
+    'float32': (torch.float32, torch.float32, 2e-6, 2e-4),
     'mixed': (torch.float32, torch.bfloat16, 1e-5, 1e-3),
     'bfloat16': (torch.bfloat16, torch.bfloat16, 1e-5, 4e-3),  # the gradient is rounded to bfloat16
     'float16': (torch.float16, torch.float16, 1e-5, 1e-3),
@@ -550,7 +550,9 @@ def test_fused_terms_replay_in_a_cuda_graph(pair):
 @pytest.mark.parametrize('dtype', [None, 'bfloat16'])
 def test_run_with_fused_losses(rows, dtype):
     options = {'K': 1000, 'teacher_dtype': dtype, 'log_grad_share': True}  # all tokens, so that both draw the same
-    plain, fused = (rows(f'out{fused}', fused=fused, **options)[0] for fused in (None, 'relations full'))
+    plain, fused = (
+        rows(name, fused=fused, **options)[0] for name, fused in (('plain', None), ('fused', 'relations full'))
+    )
     for name, value in plain.items():
         if 'loss' in name or 'share' in name:
             assert fused[name] == pytest.approx(value, rel=0.05, abs=1e-3), name
