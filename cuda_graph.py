@@ -4,7 +4,7 @@ A graph repeats the same kernels on the same memory. So its inputs are copied to
 from fixed places. What Python decides is decided once, while the graph is captured. Numbers that change from step to
 step are tensors, such as the learning rate, or come from generators that the graph knows.
 
-No GPU has run this file yet. On a CPU it is tested with a stand-in for `CapturedCall`.
+On a CPU it is tested with a stand-in for `CapturedCall`. Several GPUs have not run it.
 """
 
 import gc

@@ -310,14 +310,14 @@ class RunConfig:
     device: str = flag('cuda', 'cuda, cuda:N or cpu; without a GPU cuda becomes cpu')
     amp_dtype: str | None = flag(None, 'dtype of autocast (default: bfloat16 on a GPU that has it, else float16 with '
         'a gradient scaler; float32 on the CPU)', choices=('bfloat16', 'float16', 'float32'))
-    fused: list[str] = flag((), 'parts that run in few kernels on a GPU; none has run on a GPU yet. talking-heads: the '
+    fused: list[str] = flag((), 'parts that run in few kernels on a GPU. talking-heads: the '
         'attention of a CaiT teacher; relations: the sample, patch and random terms together; full: the full term with '
         'float32 products; erasing: random erasing, with other noise', choices=FUSED, nargs='+')
     cuda_graph: bool = flag(False, 'launch each training step as one CUDA graph where possible, and copy batches '
-        'ahead; has not run on a GPU yet', no='launch its kernels one by one (default)')
+        'ahead; not tried with several GPUs', no='launch its kernels one by one (default)')
     # True for blocks
     compile: bool | str = flag(False, 'blocks, or no value: compile the blocks of both models; models: compile each '
-        'model as a whole, or per block where that fails; this has run on no GPU yet. Evaluation is not compiled',
+        'model as a whole, or per block where that fails. Evaluation is not compiled',
         action='store', nargs='?', const=True, type=compile_mode, metavar='{blocks,models}')
     seed: int = flag(0, 'seed of weights, order, augmentation, mixing and random tokens', type=SEED)
     dist_url: str = flag('env://', 'init URL of the process group', '--dist_url', '--dist-url')

@@ -39,8 +39,11 @@ def trained(files, tmp_path, monkeypatch):
     'changes',
     [
         {},
-        {'amp_dtype': 'bfloat16', 'model': 'deit_tiny_distilled_patch16_224', 'accum_steps': None, 'batch_size': 4},
-        {'mixup': 0, 'cutmix': 0, 'mixup_mode': None, 'opt': 'adam'},
+        pytest.param(
+            {'amp_dtype': 'bfloat16', 'model': 'deit_tiny_distilled_patch16_224', 'accum_steps': None, 'batch_size': 4},
+            marks=pytest.mark.more,
+        ),
+        pytest.param({'mixup': 0, 'cutmix': 0, 'mixup_mode': None, 'opt': 'adam'}, marks=pytest.mark.more),
     ],
     ids=['accumulated', 'bfloat16', 'classes'],
 )
@@ -51,6 +54,7 @@ def test_replayed_steps_equal_launched_ones_to_the_bit(trained, changes):
     assert toys.differing(replayed, launched) == set()
 
 
+@pytest.mark.more
 def test_graph_trains_as_without_it(trained):
     graph, plain = trained('graph'), trained('plain', cuda_graph=None)
     for one, other in zip(graph['log'], plain['log'], strict=True):
@@ -109,6 +113,7 @@ def make_loss_wait(patch) -> None:
     patch.setattr(main.ManifoldDistillationLoss, 'forward', waiting)
 
 
+@pytest.mark.more
 def test_step_that_waits_is_launched_and_the_place_is_named(trained, monkeypatch, capsys):
     launched = trained('launched', 1000)
     make_loss_wait(monkeypatch)
