@@ -83,9 +83,9 @@ def test_resume_in_mid_epoch_goes_on_with_a_graph(trained, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ('changes', 'reason'),
     [
-        ({'amp_dtype': 'float16'}, 'with float16'),
+        pytest.param({'amp_dtype': 'float16'}, 'with float16', marks=pytest.mark.more),
         ({'opt': 'sgd', 'lr': 0.1}, 'with SGD the host decides whether to update'),
-        ({'model_ema_force_cpu': True}, '--model-ema-force-cpu makes'),
+        pytest.param({'model_ema_force_cpu': True}, '--model-ema-force-cpu makes', marks=pytest.mark.more),
     ],
 )
 def test_run_that_has_no_graph_says_why_and_trains(trained, changes, reason, capsys):
