@@ -228,9 +228,8 @@ def _alternate(s: Tensor, t: Tensor) -> Tensor:
 
     Tensor cores cut off digits of their sums. In this order a difference of two sums stays small while it is added up.
     """
-    parts = math.gcd(s.shape[2], t.shape[2]) // 16 or 1
-    if math.gcd(s.shape[2], t.shape[2]) % parts:
-        parts = 1
+    common = math.gcd(s.shape[2], t.shape[2])
+    parts = common // 16 if common % 16 == 0 else 1  # a tensor core adds up 16 products at a time
     return torch.cat([s.unflatten(2, (parts, -1)), t.unflatten(2, (parts, -1))], 3).flatten(2)
 
 

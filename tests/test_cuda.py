@@ -165,11 +165,8 @@ def test_graph_trains_as_without_it(graph):
 def test_resume_in_mid_epoch_goes_on_with_a_graph(graph, monkeypatch):
     whole, saving = graph('whole'), {'save_interval_steps': 1, 'keep': 20}
 
-    def kill() -> None:
-        raise toys.KilledError
-
     with monkeypatch.context() as patch:
-        toys.after_calls(patch, main.Trainer, 'train_step', 6, kill)
+        toys.after_calls(patch, main.Trainer, 'train_step', 6, toys.kill)
         with pytest.raises(toys.KilledError):
             graph('resumed', **saving)
     assert toys.differing(graph('resumed', resume='auto', **saving), whole) == set()

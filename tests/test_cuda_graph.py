@@ -69,11 +69,8 @@ def test_graph_trains_as_without_it(trained):
 def test_resume_in_mid_epoch_goes_on_with_a_graph(trained, tmp_path, monkeypatch):
     whole, saving = trained('whole'), {'save_interval_steps': 1, 'keep': 9}
 
-    def kill() -> None:
-        raise toys.KilledError
-
     with monkeypatch.context() as patch:
-        toys.after_calls(patch, main.Trainer, 'train_step', 4, kill)
+        toys.after_calls(patch, main.Trainer, 'train_step', 4, toys.kill)
         with pytest.raises(toys.KilledError):
             trained('resumed', **saving)
     assert toys.differing(trained('resumed', resume='auto', **saving), whole) == set()

@@ -211,6 +211,10 @@ class KilledError(Exception):
     """Stands for a kill: ends a run at an unexpected point."""
 
 
+def kill() -> None:
+    raise KilledError
+
+
 def refused(capsys, **changes) -> str:
     with pytest.raises(SystemExit) as stopped:
         main.main(flags(**changes))
