@@ -23,10 +23,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from loggers import log_rank0
 from run_dir import TrainingState
-from utils import UsageError
+from utils import UsageError, get_world_size
 
 T = TypeVar('T')
 WARM_UP = 3  # steps launched kernel by kernel first: they compile, tune, and create the optimizer's state
+
+
+class CaptureError(RuntimeError):
+    """A call cannot be captured, but the capture has ended well: the GPU and its memory are as before."""
 
 
 class CapturedCall(Generic[T]):
@@ -64,7 +68,12 @@ class CapturedCall(Generic[T]):
         return result, f'{Path(waits[0].filename).name}:{waits[0].lineno}' if waits else ''
 
     def capture(self, call: Callable[[], T]) -> T:
-        """Captures the call, which computes nothing yet; returns what it returns: tensors that `replay` fills."""
+        """Captures the call, which computes nothing yet; returns what it returns: tensors that `replay` fills.
+
+        Raises:
+            CaptureError: the call cannot be captured, for example because memory is short.
+            RuntimeError: the same, but the capture has not ended well.
+        """
         current, cause = torch.cuda.current_stream(), None
         gc.collect()
         gc.disable()  # to free other memory of the GPU is not allowed during a capture
@@ -77,7 +86,10 @@ class CapturedCall(Generic[T]):
                     cause = error
                     raise
         except RuntimeError as error:
-            torch.cuda.set_stream(current)  # the end of a failed capture leaves its stream, and hides the cause
+            if error is cause:
+                self._graph.reset()
+                raise CaptureError(str(error)) from error
+            torch.cuda.set_stream(current)  # a capture that fails at its end leaves its stream, and hides the cause
             raise cause or error from None
         finally:
             gc.enable()
@@ -111,6 +123,18 @@ def graph_problem(state: TrainingState, device: torch.device) -> str:
     return ''
 
 
+def wants_graph(flag: bool | None, state: TrainingState, device: torch.device) -> bool:
+    """Whether a run launches its steps as a CUDA graph: as --cuda-graph says, or, without it, where one GPU can."""
+    if flag is not None or not has_graphs(device):
+        return bool(flag)
+    problem = graph_problem(state, device)
+    if not problem and get_world_size() > 1:
+        problem = 'not tried with several GPUs; --cuda-graph tries it'
+    if problem:
+        log_rank0(f'cuda graph  none: {problem}')
+    return not problem
+
+
 class StepResult(NamedTuple):
     """What the host reads of a step, later."""
 
@@ -122,8 +146,8 @@ class StepResult(NamedTuple):
 class StepGraph:
     """A training step that is captured at its fourth call, and replayed from then on.
 
-    The first calls run it kernel by kernel. If the host waits for the GPU in the last of them, the step cannot be
-    captured: a warning says so, and all calls run kernel by kernel.
+    The first calls run it kernel by kernel. If the host waits for the GPU in the last of them, or if the capture fails,
+    a warning says so, and all calls run kernel by kernel.
 
     Args:
         step: images (B, 3, H, W) and targets (B, …), of the same shapes in all calls → its results. It updates
@@ -146,7 +170,7 @@ class StepGraph:
         """The results of the step. Those of a replay are overwritten by the next one.
 
         Raises:
-            UsageError: the step cannot be captured, for a reason that its first calls did not show.
+            UsageError: the capture failed, and left the GPU in an uncertain state.
         """
         self.calls += 1
         with self._rates_as_tensors():
@@ -158,14 +182,18 @@ class StepGraph:
             if self.calls == WARM_UP:
                 result, place = self.captured.find_wait(call)
                 if place:
-                    self.failed = True
-                    reason = f'the host waits for the GPU at {place}'
-                    log_rank0(f'warning: --cuda-graph: {reason}; steps are launched kernel by kernel')
+                    self._give_up(f'the host waits for the GPU at {place}')
                 return result
             if self.result is None:
                 self.result = self._capture(call)
+            if self.result is None:
+                return self.step(images, targets)
             self.captured.replay()
             return self.result
+
+    def _give_up(self, reason: str) -> None:
+        self.failed = True
+        log_rank0(f'warning: --cuda-graph: {reason}; steps are launched kernel by kernel')
 
     def close(self) -> None:
         """To be called at the end of training, also after an error."""
@@ -197,15 +225,18 @@ class StepGraph:
             for group, value in zip(groups, values, strict=True):
                 group['lr'] = value
 
-    def _capture(self, call: Callable[[], StepResult]) -> StepResult:
+    def _capture(self, call: Callable[[], StepResult]) -> StepResult | None:
         start, groups = time.monotonic(), self.optimizer.param_groups
         for group in groups:
             group['capturable'] = True  # outside of a capture torch warns of it
         try:
             result = self.captured.capture(call)
-        except RuntimeError as error:  # also torch.OutOfMemoryError
-            reason = str(error).strip().partition('\n')[0]
-            raise UsageError(f'--cuda-graph: the step cannot be captured ({reason}); run without it') from error
+        except RuntimeError as error:
+            reason = f'the step cannot be captured ({str(error).strip().partition(chr(10))[0]})'
+            if isinstance(error, CaptureError):
+                self._give_up(reason)
+                return None
+            raise UsageError(f'--cuda-graph: {reason}; run with --no-cuda-graph') from error
         finally:
             for group in groups:
                 group['capturable'] = False

@@ -83,13 +83,13 @@ class NonFiniteGuard:
 
     def begin_step(self, name: str, indices: Tensor) -> None:
         """Starts a step with its name and the indices of its images on this rank, on the CPU."""
-        self._step, self._indices, self._finite = name, indices, None
+        self._step, self._indices = name, indices
 
-    def mask_loss(self, loss: Tensor, values: dict[str, Tensor]) -> Tensor:
+    def mask_loss(self, loss: Tensor, values: dict[str, Tensor], is_first: bool) -> Tensor:
         """The loss, or NaN if a value (term, logits) is not finite. To be called for each forward pass of a step."""
         finite = torch.stack([torch.isfinite(value).all() for value in values.values()])
         self._names = list(values)
-        self._finite = finite if self._finite is None else finite & self._finite
+        self._finite = finite if is_first or self._finite is None else finite & self._finite
         self._own_gradients = torch.ones_like(finite[0])
         return loss * torch.where(finite.all(), 1.0, torch.nan)
 
@@ -233,7 +233,7 @@ class Trainer:
         passes, rows, losses = self.config.accum_steps, [], dict[str, Tensor]()
         for number, (x, y) in enumerate(zip(images.chunk(passes), targets.chunk(passes), strict=True), start=1):
             with ddp_no_sync(self.student, last=number == passes):
-                losses = self.forward_backward(x, y)
+                losses = self.forward_backward(x, y, is_first=number == 1)
             rows.append(self.state.meters.row(losses, len(x)))
         if self.graph and dist.is_initialized():
             self.average_gradients()
@@ -250,7 +250,7 @@ class Trainer:
             images = self.preprocess(images, *aug_params)
         return self.mixup(images, targets) if self.mixup is not None else (images, targets)
 
-    def forward_backward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def forward_backward(self, images: Tensor, targets: Tensor, is_first: bool) -> dict[str, Tensor]:
         """Adds the gradient of one forward pass; returns the weighted terms by name."""
         with self.autocast():
             with torch.no_grad():  # not inference_mode: autograd cannot save inference tensors for the backward pass
@@ -258,7 +258,7 @@ class Trainer:
             student_out = self.student(images)  # logits (B, C), tokens L × (B, N, D_s)
         losses = self.criterion(student_out, teacher_out, targets, self.generator)  # {'base': …, 'mf_patch': …}
         loss = sum(losses.values()) / self.config.accum_steps
-        loss = self.guard.mask_loss(loss, self._checked_values(losses, student_out, teacher_out))
+        loss = self.guard.mask_loss(loss, self._checked_values(losses, student_out, teacher_out), is_first)
         self.scaler.scale(loss).backward()
         return losses
 

@@ -36,7 +36,7 @@ from flag_types import (
 )
 from loggers import SINKS
 from losses import DISTILLATION_TYPES, FUSED_PARTS, RELATION_DTYPES, RELATION_TERMS, RELATIONS
-from utils import NO_VALUES, UsageError, format_values
+from utils import NO_VALUES, UsageError, compiler_problem, format_values
 
 FUSED = ('talking-heads', *FUSED_PARTS, 'erasing')  # values of --fused
 
@@ -310,11 +310,12 @@ class RunConfig:
     device: str = flag('cuda', 'cuda, cuda:N or cpu; without a GPU cuda becomes cpu')
     amp_dtype: str | None = flag(None, 'dtype of autocast (default: bfloat16 on a GPU that has it, else float16 with '
         'a gradient scaler; float32 on the CPU)', choices=('bfloat16', 'float16', 'float32'))
-    fused: list[str] = flag((), 'parts that run in few kernels on a GPU. talking-heads: the '
-        'attention of a CaiT teacher; relations: the sample, patch and random terms together; full: the full term with '
-        'float32 products; erasing: random erasing, with other noise', choices=FUSED, nargs='+')
-    cuda_graph: bool = flag(False, 'launch each training step as one CUDA graph where possible, and copy batches '
-        'ahead; not tried with several GPUs', no='launch its kernels one by one (default)')
+    fused: list[str] | None = flag(None, 'parts that run in few kernels on a GPU (default: all that the GPU can run). '
+        'talking-heads: the attention of a CaiT teacher; relations: the sample, patch and random terms together; full: '
+        'the full term with float32 products; erasing: random erasing, with other noise; none: no part',
+        choices=(*FUSED, 'none'), nargs='+')
+    cuda_graph: bool | None = flag(None, 'launch each training step as one CUDA graph, and copy batches ahead '
+        '(default: where one GPU can; not tried with several)', action='store_true', no='launch its kernels one by one')
     # True for blocks
     compile: bool | str = flag(False, 'blocks, or no value: compile the blocks of both models; models: compile each '
         'model as a whole, or per block where that fails. Evaluation is not compiled',
@@ -332,7 +333,19 @@ class RunConfig:
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
+    def fused_parts(self, device: torch.device) -> tuple[str, ...]:
+        """Parts of --fused that a run on this device has."""
+        if self.fused is not None:
+            return tuple(part for part in self.fused if part != 'none')
+        if self.eval or device.type != 'cuda' or compiler_problem(device):
+            return ()
+        # Their shared memory is that of this generation, the only one that has run them.
+        is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
+        return FUSED if is_hopper else tuple(part for part in FUSED if part != 'talking-heads')
+
     def check(self) -> None:
+        if self.fused and 'none' in self.fused and len(self.fused) > 1:
+            raise UsageError(f'--fused {" ".join(self.fused)}: none cannot have other parts beside it')
         if not re.fullmatch(r'cpu|cuda(:\d+)?', self.device):
             raise UsageError(f'--device {self.device}: must be cpu, cuda or cuda:N')
 

@@ -47,6 +47,7 @@ import run_dir
 import stopping
 import summary
 import utils
+from cuda_graph import wants_graph
 from engine import Evaluator, TrainConfig, Trainer, fit
 from flags import AugmentConfig, Config, LossConfig, OptimConfig, RunConfig, parse_args
 from loaders import LoaderBuilder, choose_repeated_aug, prefetch_to_device, report_bad_images
@@ -96,7 +97,9 @@ def build_parts(
         summary.log_batch(config.optim, flags.seed)
     config, files = read_weights(config, checkpoint)
     torch.manual_seed(flags.seed)
-    pair = build_pair(config, files, num_classes)
+    fused = flags.fused_parts(device)
+    pair = build_pair(config, files, num_classes, fused)
+    summary.log_fused(flags, device, pair.teacher)
     config = replace(config, model=pair.config, data=data)
     if checkpoint:
         if not flags.eval:
@@ -112,8 +115,7 @@ def build_parts(
     summary.warn_of_other_classes(files.with_logits(config), names)
     del files  # the teacher's weights would be in memory twice
     fill = [min(255, round(255 * value)) for value in pair.stats[0]]  # as timm does
-    erasing = 'erasing' in flags.fused
-    preprocess = DevicePreprocess(*pair.stats, config.augment.remode, fill, erasing).to(device)
+    preprocess = DevicePreprocess(*pair.stats, config.augment.remode, fill, 'erasing' in fused).to(device)
     copies = 1 if data.dist_eval else utils.get_world_size()
     evaluator = Evaluator(val_loader, preprocess, device, flags.autocast_dtype(device), copies, bool(flags.compile))
     return config, pair, loaders, evaluator
@@ -175,7 +177,8 @@ def build_trainer(
     flags, optim, augment, world = config.run, config.optim, config.augment, utils.get_world_size()
     repeated_aug = choose_repeated_aug(augment.repeated_aug, flags.resume, checkpoint)
     train_loader = loaders.train(augment, optim.rank_batch_size, repeated_aug, pair.stats[0])
-    criterion = build_criterion(config.loss, augment, flags.fused)
+    fused = flags.fused_parts(evaluator.device)
+    criterion = build_criterion(config.loss, augment, fused)
     summary.log_images(train_loader, evaluator.loader, repeated_aug, augment.repeated_aug)
     patches = min((h * w for h, w in pair.student.grids), default=0)
     log_rank0(f'loss        {summary.describe_loss(criterion, patches, optim.batch_size)}')
@@ -201,9 +204,10 @@ def build_trainer(
     # As in the release, fine-tuning without a teacher keeps the student in eval mode: no drop-path, mean of two heads.
     train_mode = not config.model.finetune or config.distills
     settings = build_settings(optim, flags, config.loss, evaluator, train_mode)
+    settings = replace(settings, cuda_graph=wants_graph(flags.cuda_graph, state, evaluator.device))
     trainer = Trainer(pair.student, teacher, criterion, state, settings, evaluator.preprocess, mixup)
     if trainer.graph is not None:
-        on_device = ('erase', 'key') if 'erasing' in flags.fused else ()
+        on_device = ('erase', 'key') if 'erasing' in fused else ()
         train_loader = prefetch_to_device(train_loader, evaluator.device, on_device)
     return trainer, train_loader
 
@@ -234,7 +238,6 @@ def build_settings(
         log_grad_share=loss.log_grad_share,
         eval_ema=flags.eval_ema,
         print_freq=flags.print_freq,
-        cuda_graph=flags.cuda_graph,
     )
 
 

@@ -1,6 +1,7 @@
 """Student and teacher of a run: built through timm, with hooks on the chosen blocks, their tokens on common grids."""
 
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,8 +38,8 @@ class Pair:
                 log_rank0(f'warning: --fused talking-heads: {problem}; the teacher uses the plain attention')
 
 
-def build_pair(config: Config, files: WeightsFiles, num_classes: int) -> Pair:
-    """Builds the student, and the teacher if the run needs one, on the CPU.
+def build_pair(config: Config, files: WeightsFiles, num_classes: int, fused: Collection[str] = ()) -> Pair:
+    """Builds the student, and the teacher if the run needs one, on the CPU. `fused`: parts of --fused.
 
     Raises:
         UsageError: a model, its weights or its blocks cannot be used; names the flag and its value.
@@ -54,8 +55,9 @@ def build_pair(config: Config, files: WeightsFiles, num_classes: int) -> Pair:
         if distills:
             model = choose_blocks(model, student, built)
         teacher_stats = recorded_stats(files.teacher)
-        fused = 'talking-heads' in run.fused
-        teacher = register_teacher_hooks(model, built, stats, distills, alpha > 0, teacher_stats, fused)
+        # By default it depends on the teacher; if the part is typed, a teacher that cannot have it is an error.
+        fuse = 'talking-heads' in fused and bool(run.fused or not models.unfusible_heads(built))
+        teacher = register_teacher_hooks(model, built, stats, distills, alpha > 0, teacher_stats, fuse)
     tapped = register_student_hooks(model, student, distills)
     if model.grad_checkpointing and not run.eval:
         with usage_error_context('--grad-checkpointing', f'with --model {model.model}'):

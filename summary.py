@@ -14,8 +14,9 @@ from datasets import ImageNetFolder
 from flags import FUSED, Config, DataConfig, OptimConfig, RunConfig, get_args_parser
 from loggers import log_rank0
 from losses import LOGIT_LOSSES, RELATION_TERMS, ManifoldDistillationLoss
+from models import TappedModel, uses_fused_talking_heads
 from samplers import distinct_images
-from utils import flag_name
+from utils import compiler_problem, flag_name
 
 
 def log_environment(flags: RunConfig, device: torch.device) -> None:
@@ -28,6 +29,15 @@ def log_environment(flags: RunConfig, device: torch.device) -> None:
     log_rank0(f'device      {device} ({name}), {str(flags.autocast_dtype(device)).removeprefix("torch.")}')
     if flags.device != 'cpu' and device.type == 'cpu':
         log_rank0(f'warning: --device {flags.device}: there is no CUDA device, running on the CPU')
+
+
+def log_fused(flags: RunConfig, device: torch.device, teacher: TappedModel | None) -> None:
+    """On a GPU the parts of --fused, after the teacher is built, which may not have the heads for one."""
+    if device.type == 'cuda' and not flags.eval:
+        has_heads = teacher is not None and uses_fused_talking_heads(teacher.model)
+        parts = [part for part in flags.fused_parts(device) if part != 'talking-heads' or has_heads]
+        problem = '' if flags.fused else compiler_problem(device)
+        log_rank0(f'fused       {", ".join(parts) or "none"}{problem and f" ({problem})"}')
 
 
 def log_data(data: DataConfig, num_classes: int) -> None:
@@ -190,7 +200,7 @@ def _conditions() -> Iterator[Condition]:
 def flags_without_effect(config: Config) -> list[str]:
     """One sentence for each group of typed flags that do nothing in this run."""
     default, values = get_args_parser().get_default, config.flags()
-    values |= {f'fused {part}': part if part in config.run.fused else None for part in FUSED}
+    values |= {f'fused {part}': part if part in (config.run.fused or ()) else None for part in FUSED}
     reported, found = set[str](), []
     for names, needed, met in _conditions():
         typed = [name for name in names if name not in reported and values[name] != default(name)]

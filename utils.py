@@ -225,6 +225,16 @@ def compile_for(function: Callable[..., T], device: torch.device) -> Callable[..
     return _compiled(function) if device.type == 'cuda' else function
 
 
+@cache
+def compiler_problem(device: torch.device) -> str:
+    """What keeps torch.compile from making kernels for this device, '' for nothing. Tries it once."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as error:  # of any kind: without a C compiler, without triton, on an old GPU
+        return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
+    return ''
+
+
 # Meters ---------------------------------------------------------------------------------------------------------------
 
 

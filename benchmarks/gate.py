@@ -1,7 +1,9 @@
 """Whether flags that change arithmetic change training: the loss terms with and without them, over several seeds.
 
     python -m benchmarks.gate IMAGENET --flags=--device-augment --flags='--teacher-dtype bfloat16'
-    python -m benchmarks.gate IMAGENET --common='--device cuda' --size 224 --batch-size 64 --flags=--device-augment
+    python -m benchmarks.gate IMAGENET --size 224 --batch-size 64 \
+        --common='--device cuda --fused none --no-cuda-graph' \
+        --flags='--fused talking-heads relations full erasing --cuda-graph'
 
 Trains DeiT-Tiny from a CaiT of random weights, whose layer scales are set so that its blocks differ, 200 steps and more
 with all terms, the recipe's learning rate and augmentation, no repeats and no warm-up. The same seed stands for the

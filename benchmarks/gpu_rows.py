@@ -191,7 +191,8 @@ def token_pairs(setup: Setup, pairs: int) -> tuple[list[Tensor], list[Tensor]]:
 def criterion(argv: Sequence[str] = (), graph: bool = False) -> Measure:
     def measure(setup: Setup) -> Found:
         config = flags.parse_args([*RECIPE, *setup.argv, *argv])
-        loss = main.build_criterion(config.loss, config.augment, config.run.fused).to(setup.device)
+        fused = config.run.fused_parts(setup.device)
+        loss = main.build_criterion(config.loss, config.augment, fused).to(setup.device)
         student, teacher = token_pairs(setup, len(config.model.student_ids))
         B, generator = setup.images(256), torch.Generator(setup.device)
         logits, taught = torch.randn(2, B, CLASSES, device=setup.device).unbind()
@@ -340,7 +341,8 @@ def gate(setup: Setup) -> Found:
     fast = f'--amp-dtype bfloat16 --teacher-dtype bfloat16 --compile --cuda-graph {" ".join(FUSED)}'
     with tempfile.TemporaryDirectory() as name:
         link_images(setup.data, Path(name), 256, 16)
-        common = f'--device cuda --amp-dtype float32 --num_workers {max(1, setup.workers // 3)}'
+        common = '--device cuda --amp-dtype float32 --fused none --no-cuda-graph'
+        common += f' --num_workers {max(1, setup.workers // 3)}'
         command = [sys.executable, '-m', 'benchmarks.gate', name, f'--common={common}', f'--flags={fast}']
         done = subprocess.run(
             [*command, *'--size 224 --batch-size 16 --jobs 3'.split()], capture_output=True, text=True

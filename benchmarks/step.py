@@ -37,7 +37,7 @@ from transforms import DevicePreprocess
 
 RECIPE = """--data-set FAKE --teacher-path none --distillation-type soft --distillation-alpha 1
     --w-sample 0.1 --w-patch 4 --w-rand 0.2 --s-id 0 1 2 3 8 9 10 11 --t-id 0 1 2 3 20 21 22 23
-    --model deit_tiny_patch16_224 --teacher-model cait_s24_224""".split()
+    --model deit_tiny_patch16_224 --teacher-model cait_s24_224 --fused none --no-cuda-graph""".split()
 CLASSES = 1000
 
 
@@ -59,6 +59,7 @@ class Side:
 
     def __init__(self, argv: list[str], device: torch.device, stock: bool, seed: int = 0) -> None:
         config = flags.parse_args([*RECIPE, *argv])
+        fused = config.run.fused_parts(device)
         self.reports: list[str] = []  # of models that could not be compiled as a whole
         self.device, self.stock, self.dtype = device, stock, config.run.autocast_dtype(device)
         torch.manual_seed(seed)
@@ -70,8 +71,8 @@ class Side:
             tapped = models.tap(teacher, config.model.teacher_ids, config.model.input_size)
             self.teacher = models.freeze(tapped, fast_talking_heads=False).to(device)
         else:
-            fused = 'talking-heads' in config.run.fused
-            self.teacher = register_teacher_hooks(config.model, teacher, stats, fused=fused).to(device)
+            heads = 'talking-heads' in fused
+            self.teacher = register_teacher_hooks(config.model, teacher, stats, fused=heads).to(device)
         scale_gradients = self.dtype == torch.float16
         state = main.build_state(config.optim, seed, student.model, config.optim.scaled_lr(1), scale_gradients)
         if stock:
@@ -83,10 +84,10 @@ class Side:
                 models.compile_model(tapped, self.reports.append)
             else:
                 models.compile_blocks(tapped)
-        self.preprocess = DevicePreprocess(*stats, fused_erasing='erasing' in config.run.fused).to(device)
-        criterion = main.build_criterion(config.loss, config.augment, config.run.fused)
+        self.preprocess = DevicePreprocess(*stats, fused_erasing='erasing' in fused).to(device)
+        criterion = main.build_criterion(config.loss, config.augment, fused)
         mixup = main.build_mixup(config.augment, CLASSES)
-        settings = TrainConfig(device, self.dtype, seed, print_freq=1 << 30, cuda_graph=config.run.cuda_graph)
+        settings = TrainConfig(device, self.dtype, seed, print_freq=1 << 30, cuda_graph=bool(config.run.cuda_graph))
         self.trainer = Trainer(student, self.teacher, criterion, state, settings, self.preprocess, mixup)
         self.trainer.guard.every_step = False
         self.times: list[float] = []

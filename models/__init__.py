@@ -28,7 +28,7 @@ from models.hooks import (
     pair_ids,
     tap,
 )
-from models.talking_heads import fused_talking_heads_problem, uses_fused_talking_heads
+from models.talking_heads import fused_talking_heads_problem, unfusible_heads, uses_fused_talking_heads
 
 __all__ = [
     'ALIGNMENTS',
@@ -57,5 +57,6 @@ __all__ = [
     'pair_ids',
     'resample',
     'tap',
+    'unfusible_heads',
     'uses_fused_talking_heads',
 ]

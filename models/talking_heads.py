@@ -81,6 +81,20 @@ def uses_fused_talking_heads(model: nn.Module) -> bool:
     return any(isinstance(module, FusedTalkingHeads) for module in model.modules())
 
 
+def _talking_heads(model: nn.Module) -> list[TalkingHeadAttn]:
+    return [module for module in model.modules() if type(module) is TalkingHeadAttn]
+
+
+def unfusible_heads(model: nn.Module) -> str:
+    """Why the attention of a model of timm cannot be `FusedTalkingHeads`, '' if it can."""
+    layers = _talking_heads(model)
+    for layer in layers:
+        H, D = layer.num_heads, layer.qkv.in_features // layer.num_heads
+        if H not in FUSED_HEADS or D not in FUSED_CHANNELS:
+            return f'{H} heads of {D} channels; needs 2, 4, 6 or 8 heads of 16, 32, 48 or 64 channels'
+    return '' if layers else 'the model has no talking-heads attention'
+
+
 def _to_contiguous(embedding: nn.Module, inputs: tuple, tokens: Tensor) -> Tensor:
     """Forward hook: the same tokens (B, N, C), contiguous in memory."""
     return tokens.contiguous()
@@ -94,15 +108,9 @@ def use_fast_talking_heads(model: nn.Module, fused: bool = False) -> None:
     Raises:
         ValueError: `fused` is True, and the model has no talking heads or its heads have another size.
     """
-    layers = [module for module in model.modules() if type(module) is TalkingHeadAttn]
-    if fused:
-        if not layers:
-            raise ValueError('the model has no talking-heads attention')
-        for layer in layers:
-            H, D = layer.num_heads, layer.qkv.in_features // layer.num_heads
-            if H not in FUSED_HEADS or D not in FUSED_CHANNELS:
-                raise ValueError(f'{H} heads of {D} channels; needs 2, 4, 6 or 8 heads of 16, 32, 48 or 64 channels')
-    for layer in layers:
+    if fused and (problem := unfusible_heads(model)):
+        raise ValueError(problem)
+    for layer in _talking_heads(model):
         layer.__class__ = FusedTalkingHeads if fused else FrozenTalkingHeads
     # The tokens of a convolution are strided, and every block of CaiT would keep their strides.
     if isinstance(model, Cait):

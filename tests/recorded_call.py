@@ -47,7 +47,8 @@ class RecordedCall:
     """`cuda_graph.CapturedCall` by a `Recorder`."""
 
     def __init__(self, generators) -> None:
-        self.recorder, self.replays, self.is_closed = Recorder(), 0, False
+        self.generators, self.recorder = [torch.default_generator, *generators], Recorder()
+        self.replays, self.is_closed = 0, False
 
     def run(self, call: Callable[[], Any]) -> Any:
         return call()

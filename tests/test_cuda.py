@@ -45,6 +45,8 @@ def rows(tmp_path, monkeypatch):
             'teacher_path': teacher,
             'output_dir': tmp_path / name,
             'warmup_epochs': 0,
+            'fused': 'none',
+            'no_cuda_graph': True,
             **changes,
         }
         main.main(toys.flags(**flags))
@@ -157,6 +159,14 @@ def test_replayed_steps_equal_launched_ones_to_the_bit(graph, capsys, changes):
     assert toys.differing(replayed, graph('launched', 1000, **changes)) == set()
 
 
+def test_by_default_all_parts_are_fused_and_steps_are_a_graph(graph, capsys):
+    default = graph('default', cuda_graph=None, no_cuda_graph=None, fused=None)
+    lines = capsys.readouterr().out.splitlines()
+    assert 'fused       relations, full, erasing' in lines  # the toy's heads are too small
+    assert any(line.startswith('cuda graph  captured in ') for line in lines)
+    assert toys.differing(default, graph('asked', fused='relations full erasing')) == set()
+
+
 def test_graph_trains_as_without_it(graph):
     for one, other in zip(graph('graph')['log'], graph('plain', cuda_graph=None)['log'], strict=True):
         assert one == pytest.approx(other, rel=1e-2, abs=1e-3)
@@ -193,8 +203,8 @@ def test_step_that_waits_is_launched_and_the_place_is_named(graph, monkeypatch, 
     assert toys.differing(waited, launched) == set()
 
 
-def test_step_that_cannot_be_captured_is_one_line_with_the_cause(graph, monkeypatch, capsys):
-    forward = main.ManifoldDistillationLoss.forward
+def test_step_that_cannot_be_captured_is_launched_and_the_cause_is_named(graph, monkeypatch, capsys):
+    launched, forward = graph('launched', 1000), main.ManifoldDistillationLoss.forward
 
     def failing(self, *args):
         if torch.cuda.is_current_stream_capturing():
@@ -202,10 +212,26 @@ def test_step_that_cannot_be_captured_is_one_line_with_the_cause(graph, monkeypa
         return forward(self, *args)
 
     monkeypatch.setattr(main.ManifoldDistillationLoss, 'forward', failing)
+    run = graph('run')
+    assert 'warning: --cuda-graph: the step cannot be captured (the cause); steps are' in capsys.readouterr().out
+    assert toys.differing(run, launched) == set()
+
+
+def test_step_that_waits_in_its_capture_only_is_one_line(graph, monkeypatch, capsys):
+    forward = main.ManifoldDistillationLoss.forward
+
+    def waiting(self, student_out, *others):
+        if torch.cuda.is_current_stream_capturing():
+            student_out[0].sum().item()
+        return forward(self, student_out, *others)
+
+    monkeypatch.setattr(main.ManifoldDistillationLoss, 'forward', waiting)
     with pytest.raises(SystemExit) as stopped:
         graph('run')
     assert stopped.value.code == 2
-    assert '--cuda-graph: the step cannot be captured (the cause); run without it' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1
+    assert '--cuda-graph: the step cannot be captured (' in error
 
 
 def test_host_never_waits_between_log_lines_with_a_graph(graph, monkeypatch):

@@ -27,7 +27,13 @@ def trained(files, tmp_path, monkeypatch):
 
     def run(name: str, warm_up: int = 2, **changes) -> dict:
         monkeypatch.setattr(cuda_graph, 'WARM_UP', warm_up)
-        options = {**LIVELY, 'cuda_graph': True, 'teacher_path': files / 'teacher.pth', **changes}
+        options = {
+            **LIVELY,
+            'no_cuda_graph': True,
+            'cuda_graph': True,
+            'teacher_path': files / 'teacher.pth',
+            **changes,
+        }
         main.main(toys.flags(output_dir=tmp_path / name, **options))
         return toys.outcome(tmp_path / name)
 
@@ -94,6 +100,28 @@ def test_run_that_has_no_graph_says_why_and_trains(trained, changes, reason, cap
     assert toys.differing(graph, trained('plain', cuda_graph=None, epochs=1, **changes)) == set()
 
 
+def test_graph_is_the_default_on_one_gpu(trained):
+    chosen, asked = trained('chosen', cuda_graph=None, no_cuda_graph=None), trained('asked')
+    assert [call.replays for call in trained.made] == [4, 4]
+    assert toys.differing(chosen, asked) == set()
+
+
+def test_default_without_a_graph_is_no_warning(trained, capsys):
+    trained('run', cuda_graph=None, no_cuda_graph=None, opt='sgd', lr=0.1, epochs=1)
+    out = capsys.readouterr().out
+    assert 'cuda graph  none: with SGD the host decides whether to update; use --opt adam or adamw' in out
+    assert 'warning: --cuda-graph' not in out
+
+
+def test_default_on_several_gpus_is_no_graph(trained, monkeypatch, capsys):
+    state = toys.state(toys.student(), teacher_path='none')
+    assert cuda_graph.wants_graph(None, state, torch.device('cpu'))
+    monkeypatch.setattr(cuda_graph, 'get_world_size', lambda: 2)
+    assert not cuda_graph.wants_graph(None, state, torch.device('cpu'))
+    assert 'cuda graph  none: not tried with several GPUs; --cuda-graph tries it' in capsys.readouterr().out
+    assert cuda_graph.wants_graph(True, state, torch.device('cpu'))
+
+
 @pytest.mark.usefixtures('few_generated_images')
 def test_without_a_gpu_there_is_no_graph(files, capsys):
     main.main(toys.flags(cuda_graph=True, teacher_path=files / 'teacher.pth'))
@@ -120,7 +148,28 @@ def test_step_that_waits_is_launched_and_the_place_is_named(trained, monkeypatch
     assert toys.differing(waiting, launched) == set()
 
 
-def test_step_that_cannot_be_captured_is_one_line(trained, monkeypatch, capsys):
+def test_step_that_cannot_be_captured_is_launched(trained, monkeypatch, capsys):
+    launched = trained('launched', 1000)
+
+    def fail(self, call):
+        states = [generator.get_state() for generator in self.generators]
+        with monkeypatch.context() as patch:
+            toys.after_calls(patch, main.Trainer, 'forward_backward', 1, toys.kill)
+            with pytest.raises(toys.KilledError):  # after one of two passes: its traces must not count
+                call()
+        for generator, state in zip(self.generators, states, strict=True):
+            generator.set_state(state)  # as after a real capture
+        raise cuda_graph.CaptureError('out of memory\nand more')
+
+    monkeypatch.setattr(recorded_call.RecordedCall, 'capture', fail)
+    run = trained('run')
+    told = 'warning: --cuda-graph: the step cannot be captured (out of memory); steps are launched kernel by kernel'
+    assert capsys.readouterr().out.count(told) == 1
+    assert trained.made[-1].replays == 0
+    assert toys.differing(run, launched) == set()
+
+
+def test_capture_that_breaks_the_gpu_is_one_line(trained, monkeypatch, capsys):
     monkeypatch.setattr(recorded_call.RecordedCall, 'find_wait', lambda self, call: (call(), ''))
     make_loss_wait(monkeypatch)
     with pytest.raises(SystemExit) as stopped:
@@ -128,7 +177,7 @@ def test_step_that_cannot_be_captured_is_one_line(trained, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.count('\n') == 1
-    assert '--cuda-graph: the step cannot be captured (operation not permitted); run without it' in error
+    assert '--cuda-graph: the step cannot be captured (operation not permitted); run with --no-cuda-graph' in error
 
 
 def test_step_that_is_not_finite_is_withheld_and_named_in_a_replay(trained, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
 import toys
 from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
@@ -12,6 +13,8 @@ from timm.scheduler import scheduler_kwargs
 import flag_hints
 import flags
 import main
+import models
+import summary
 from losses import RELATION_TERMS
 from utils import UsageError
 
@@ -187,6 +190,7 @@ WRONG = [
     ({'relation_dtype': 'float16'},),
     ({'teacher_dtype': 'float16'},),
     ({'fused': 'talking-heads'}, '--teacher-model cait_s24_224', '4 heads of 12 channels'),
+    ({'fused': 'none full'}, 'none cannot have other parts'),
     ({'fused': 'talking-heads', 'teacher_model': 'deit_tiny_patch16_224', 'teacher_path': '{files}/student.pth',
       'teacher_kwargs': toys.RUN['model_kwargs']}, '--teacher-model deit_tiny_patch16_224', 'no talking-heads'),
     ({'accum_steps': 0},),
@@ -411,3 +415,41 @@ def test_list_blocks_ignores_other_wrong_flags(words, capsys):
 def test_removed_flags_are_named_as_such(word):
     with pytest.raises(UsageError, match=r'this flag was removed, see CHANGELOG\.md$'):
         flags.parse_args([word])
+
+
+@pytest.mark.parametrize(
+    ('typed', 'device', 'capability', 'problem', 'parts'),
+    [
+        (None, 'cuda', (9, 0), '', flags.FUSED),
+        (None, 'cuda', (8, 0), '', ('relations', 'full', 'erasing')),
+        (None, 'cuda', (9, 0), 'no compiler', ()),
+        (None, 'cpu', None, 'not tried', ()),
+        ('none', 'cuda', (9, 0), '', ()),
+        ('full', 'cuda', (8, 0), 'no compiler', ('full',)),
+        ('full', 'cpu', None, 'not tried', ('full',)),
+    ],
+)
+def test_parts_that_are_fused(monkeypatch, typed, device, capability, problem, parts):
+    monkeypatch.setattr(flags, 'compiler_problem', lambda device: problem)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    assert toys.config(teacher_path='none', fused=typed).run.fused_parts(torch.device(device)) == parts
+
+
+def test_evaluation_tries_no_compiler(monkeypatch, files):
+    monkeypatch.setattr(flags, 'compiler_problem', lambda device: pytest.fail('tried'))
+    run = toys.config(**toys.ALONE, eval=True, resume=files / 'student.pth').run
+    assert run.fused_parts(torch.device('cuda')) == ()
+
+
+def test_parts_and_the_problem_are_printed_on_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    run, teacher = toys.config(teacher_path='none').run, models.tap(toys.teacher(num_heads=3), [0], 32)
+    for problem in ('', 'no compiler'):
+        for module in (flags, summary):
+            monkeypatch.setattr(module, 'compiler_problem', lambda device, problem=problem: problem)
+        for device in ('cuda', 'cpu'):
+            summary.log_fused(run, torch.device(device), teacher)
+    assert capsys.readouterr().out.splitlines() == [
+        'fused       relations, full, erasing',
+        'fused       none (no compiler)',
+    ]

@@ -71,7 +71,7 @@ def step(monkeypatch):
         autograd[:] = [student]
         stats = models.normalisation(student.model)
         teacher = register_teacher_hooks(config.model, toys.teacher(), stats)
-        criterion = main.build_criterion(config.loss, config.augment, config.run.fused)
+        criterion = main.build_criterion(config.loss, config.augment, config.run.fused or ())
         mixup = main.build_mixup(config.augment, 10)
         count = config.optim.rank_batch_size
         batch = (
@@ -91,7 +91,7 @@ def step(monkeypatch):
                 if 'no NVIDIA driver' not in str(error):
                     raise
                 pytest.skip('this version of torch makes no stand-ins for CUDA tensors without a driver')
-            fused = 'erasing' in config.run.fused
+            fused = 'erasing' in (config.run.fused or ())
             preprocess = transforms.DevicePreprocess(*stats, config.augment.remode, fused_erasing=fused).to(CUDA)
             settings = TrainConfig(
                 CUDA,

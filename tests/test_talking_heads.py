@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import main
 import models
+from flags import FUSED, RunConfig
 from models import talking_heads
 from models.talking_heads import fused_talking_heads_problem, use_fast_talking_heads
 
@@ -108,6 +109,16 @@ def test_other_models_are_refused_and_not_changed(model, heads, reason):
     with pytest.raises(ValueError, match=reason):
         models.freeze(models.tap(plain, [0], 32), fused_talking_heads=True)
     assert 'TalkingHeads' not in repr(plain)
+
+
+@pytest.mark.parametrize('heads', [4, 3])
+def test_default_fuses_heads_that_can_be_fused(files, tmp_path, epochs, monkeypatch, heads):
+    monkeypatch.setattr(RunConfig, 'fused_parts', lambda run, device: FUSED)
+    kwargs = {'patch_size': 8, 'embed_dim': 16 * heads, 'depth': 6, 'num_heads': heads}
+    path = toys.save(tmp_path / 'teacher.pth', toys.teacher(**kwargs).state_dict())
+    main.main(toys.flags(teacher_path=path, teacher_kwargs=' '.join(f'{key}={value}' for key, value in kwargs.items())))
+    name = 'FusedTalkingHeads' if heads == 4 else 'FrozenTalkingHeads'
+    assert {type(block.attn).__name__ for block in epochs[-1].teacher.model.blocks} == {name}
 
 
 def test_flag_on_a_cpu_warns_once(files, tmp_path, epochs, capsys):

@@ -276,3 +276,19 @@ def test_single_process_needs_no_launcher(monkeypatch, given):
         monkeypatch.setenv(name, value)
     assert utils.init_distributed('cpu', 'env://') == torch.device('cpu')
     assert not torch.distributed.is_initialized()
+
+
+def test_compiler_that_fails_is_a_reason(monkeypatch):
+    def fail(function):
+        raise RuntimeError('Failed to find C compiler\nand more')
+
+    device = torch.device('cpu', 0)  # no other test asks for it: answers are kept
+    monkeypatch.setattr(torch, 'compile', fail)
+    assert utils.compiler_problem(device) == 'RuntimeError: Failed to find C compiler'
+
+
+def test_compiler_that_works_is_no_reason(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, 'compile', lambda function: lambda x: compiled.append(function(x)))
+    assert utils.compiler_problem(torch.device('cpu', 1)) == ''
+    assert len(compiled) == 1

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import loggers
 import main as program
+import models
 import run_dir
 import summary
 import utils
@@ -171,7 +172,7 @@ def log_cost(config: Config, pair: Pair, device: torch.device) -> None:
     for name, tapped in sides:
         parameters = sum(p.numel() for p in tapped.model.parameters())
         log('', f'{name} {parameters:,} parameters, {count_macs(tapped, images):,} MACs')
-    if 'talking-heads' in config.run.fused and device.type == 'cuda':
+    if pair.teacher is not None and models.uses_fused_talking_heads(pair.teacher.model) and device.type == 'cuda':
         log('', "without the teacher's attention: Triton kernels are not counted")
 
 
