@@ -26,6 +26,7 @@ from typing import TextIO
 
 import torch
 
+from flag_types import POSITIVE_INT
 from flags import get_args_parser
 from tools import results, rivals
 from tools.parts import PARTS, link_part, write_digits_once
@@ -270,6 +271,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--part', choices=PARTS, help='replaces data.part of the plan')
     parser.add_argument('--only', nargs='+', metavar='ROW', help='run only these rows')
     parser.add_argument('--seeds', nargs='+', type=int, metavar='SEED', help='run these seeds instead of the plan')
+    parser.add_argument('--epochs', nargs='+', type=POSITIVE_INT, default=[], metavar='N',
+                        help='train the students for each of these numbers of epochs')  # fmt: skip
+    parser.add_argument('--images-per-class', nargs='+', type=POSITIVE_INT, default=[], metavar='N',
+                        help='train them with each of these numbers of images')  # fmt: skip
     parser.add_argument('--jobs', type=int, help='processes at a time (default: one per GPU, or per core)')
     parser.add_argument('--minutes', type=float, help='stop after this time; the same command continues')
     parser.add_argument('--report', action='store_true', help='run nothing; report what is finished')
@@ -289,6 +294,9 @@ def load(args: argparse.Namespace) -> tuple[Plan, Path, list[Run]]:
         if plan.data.source != 'folders':
             raise UsageError(f'--part {args.part}: {plan.path} has data.source {plan.data.source}, not folders')
         plan = dataclasses.replace(plan, data=dataclasses.replace(plan.data, part=args.part))
+    if args.images_per_class and plan.data.source != 'folders':
+        raise UsageError(f'--images-per-class: {plan.path} has data.source {plan.data.source}, not folders')
+    plan = dataclasses.replace(plan, epochs=sorted({*args.epochs}), images=sorted({*args.images_per_class}))
     if plan.data.source == 'folders' and not args.data and not args.report:
         raise UsageError(f'--data: {plan.path} needs the path of the data set')
     name = Path(plan.path).stem + (f'-{args.part}' if args.part else '')

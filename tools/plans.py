@@ -86,9 +86,9 @@ class Plan:
     rows: dict[str, Row]
     control: str
     seeds: list[int]
-    epochs: list[int]
-    images: list[int]
     threads: int  # of each process
+    epochs: Sequence[int] = ()  # of --epochs: each row is trained for all of them
+    images: Sequence[int] = ()  # of --images-per-class: with all of them
 
     def error(self, key: str, message: object) -> UsageError:
         return UsageError(f'{self.path}: {key}: {message}')
@@ -236,11 +236,10 @@ def read_plan(path: str, data_path: str = '') -> Plan:
         mark, problem = getattr(error, 'problem_mark', None), getattr(error, 'problem', None)
         line = f'line {mark.line + 1}: ' if mark else ''
         raise UsageError(f'{path}: {line}no valid YAML ({problem or "unreadable"})') from error
-    known = 'title data flags student teacher rows control seeds axes ranks threads'.split()
+    known = 'title data flags student teacher rows control seeds ranks threads'.split()
     top = _Section(path, '', values, known)
     ranks = top.count('ranks', 1)
     rows = _read_rows(path, top.get('rows', 'a mapping of names to flags', bool, ...), ranks)
-    axes = _Section(path, 'axes.', top.values.get('axes', {}), ('epochs', 'images_per_class'))
     plan = Plan(
         path=path,
         title=top.text('title', Path(path).stem),
@@ -251,12 +250,8 @@ def read_plan(path: str, data_path: str = '') -> Plan:
         rows=rows,
         control=top.choice('control', list(rows), ...),
         seeds=top.counts('seeds', ..., _is_seed),
-        epochs=axes.counts('epochs', [], _is_count),
-        images=axes.counts('images_per_class', [], _is_count),
         threads=top.count('threads', 1),
     )
-    if plan.images and plan.data.source != 'folders':
-        raise plan.error('axes.images_per_class', f'needs data.source folders, not {plan.data.source}')
     if plan.teacher and plan.teacher.images and plan.data.source != 'folders':
         raise plan.error('teacher.images_per_class', f'needs data.source folders, not {plan.data.source}')
     _check_own_flags(plan)
