@@ -75,6 +75,7 @@ class CapturedCall(Generic[T]):
             RuntimeError: the same, but the capture has not ended well.
         """
         current, cause = torch.cuda.current_stream(), None
+        torch.cuda.synchronize()  # an error of earlier work is none of the capture
         gc.collect()
         gc.disable()  # to free other memory of the GPU is not allowed during a capture
         try:
@@ -92,6 +93,7 @@ class CapturedCall(Generic[T]):
             torch.cuda.set_stream(current)  # a capture that fails at its end leaves its stream, and hides the cause
             raise cause or error from None
         finally:
+            cause = None  # or the error would keep itself, and with it the memory of the step
             gc.enable()
 
     def replay(self) -> None:
@@ -105,7 +107,7 @@ class CapturedCall(Generic[T]):
 
 def has_graphs(device: torch.device) -> bool:
     """Whether work on this device can be captured."""
-    return device.type == 'cuda'
+    return device.type == 'cuda' and not torch.version.hip
 
 
 def graph_problem(state: TrainingState, device: torch.device) -> str:
@@ -170,7 +172,7 @@ class StepGraph:
         """The results of the step. Those of a replay are overwritten by the next one.
 
         Raises:
-            UsageError: the capture failed, and left the GPU in an uncertain state.
+            UsageError: the capture failed, and left the GPU in an uncertain state, or there are other ranks.
         """
         self.calls += 1
         with self._rates_as_tensors():
@@ -192,7 +194,7 @@ class StepGraph:
             return self.result
 
     def _give_up(self, reason: str) -> None:
-        self.failed = True
+        self.failed, self.inputs = True, None
         log_rank0(f'warning: --cuda-graph: {reason}; steps are launched kernel by kernel')
 
     def close(self) -> None:
@@ -233,7 +235,8 @@ class StepGraph:
             result = self.captured.capture(call)
         except RuntimeError as error:
             reason = f'the step cannot be captured ({str(error).strip().partition(chr(10))[0]})'
-            if isinstance(error, CaptureError):
+            # A rank that went on without a graph could wait for the others for ever.
+            if isinstance(error, CaptureError) and get_world_size() == 1:
                 self._give_up(reason)
                 return None
             raise UsageError(f'--cuda-graph: {reason}; run with --no-cuda-graph') from error

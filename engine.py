@@ -64,7 +64,7 @@ class NonFiniteGuard:
         self._scaler = scaler
         self._step, self._indices = '', torch.empty(0)
         self._names: list[str] = []
-        self._finite: Tensor | None = None  # of this step: whether each value in `_names` is finite
+        self._finite = torch.empty(0)  # of this step: whether each value in `_names` is finite
         self._own_gradients: Tensor | None = None  # with DDP: whether this rank's are finite before averaging
         self._steps: list[tuple[str, Tensor, Tensor]] = []  # since the last sync: step, image indices, what is finite
 
@@ -89,7 +89,7 @@ class NonFiniteGuard:
         """The loss, or NaN if a value (term, logits) is not finite. To be called for each forward pass of a step."""
         finite = torch.stack([torch.isfinite(value).all() for value in values.values()])
         self._names = list(values)
-        self._finite = finite if is_first or self._finite is None else finite & self._finite
+        self._finite = finite if is_first else finite & self._finite
         self._own_gradients = torch.ones_like(finite[0])
         return loss * torch.where(finite.all(), 1.0, torch.nan)
 
@@ -99,7 +99,6 @@ class NonFiniteGuard:
         Args:
             norm: of the gradient, averaged over the ranks.
         """
-        assert self._finite is not None
         good = torch.isfinite(norm)
         gradient = self._own_gradients if dist.is_initialized() else good
         return torch.stack([*self._finite, gradient, good])  # type: ignore[list-item]

@@ -36,7 +36,7 @@ from flag_types import (
 )
 from loggers import SINKS
 from losses import DISTILLATION_TYPES, FUSED_PARTS, RELATION_DTYPES, RELATION_TERMS, RELATIONS
-from utils import NO_VALUES, UsageError, compiler_problem, format_values
+from utils import NO_VALUES, UsageError, format_values, fusing_problem
 
 FUSED = ('talking-heads', *FUSED_PARTS, 'erasing')  # values of --fused
 
@@ -310,12 +310,13 @@ class RunConfig:
     device: str = flag('cuda', 'cuda, cuda:N or cpu; without a GPU cuda becomes cpu')
     amp_dtype: str | None = flag(None, 'dtype of autocast (default: bfloat16 on a GPU that has it, else float16 with '
         'a gradient scaler; float32 on the CPU)', choices=('bfloat16', 'float16', 'float32'))
-    fused: list[str] | None = flag(None, 'parts that run in few kernels on a GPU (default: all that the GPU can run). '
+    fused: list[str] | None = flag(None, 'parts that run in few kernels on a GPU (default: on a GPU all that were '
+        'tried on its kind). '
         'talking-heads: the attention of a CaiT teacher; relations: the sample, patch and random terms together; full: '
         'the full term with float32 products; erasing: random erasing, with other noise; none: no part',
         choices=(*FUSED, 'none'), nargs='+')
     cuda_graph: bool | None = flag(None, 'launch each training step as one CUDA graph, and copy batches ahead '
-        '(default: where one GPU can; not tried with several)', action='store_true', no='launch its kernels one by one')
+        '(default: on with one GPU; not tried with several)', action='store_true', no='launch its kernels one by one')
     # True for blocks
     compile: bool | str = flag(False, 'blocks, or no value: compile the blocks of both models; models: compile each '
         'model as a whole, or per block where that fails. Evaluation is not compiled',
@@ -337,9 +338,9 @@ class RunConfig:
         """Parts of --fused that a run on this device has."""
         if self.fused is not None:
             return tuple(part for part in self.fused if part != 'none')
-        if self.eval or device.type != 'cuda' or compiler_problem(device):
+        if self.eval or fusing_problem(device):
             return ()
-        # Their shared memory is that of this generation, the only one that has run them.
+        # The blocks of the Triton kernels were chosen for the shared memory of an H200, and nothing else has run them.
         is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
         return FUSED if is_hopper else tuple(part for part in FUSED if part != 'talking-heads')
 

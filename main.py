@@ -99,8 +99,8 @@ def build_parts(
     torch.manual_seed(flags.seed)
     fused = flags.fused_parts(device)
     pair = build_pair(config, files, num_classes, fused)
-    summary.log_fused(flags, device, pair.teacher)
     config = replace(config, model=pair.config, data=data)
+    summary.log_fused(config, device, pair.teacher)
     if checkpoint:
         if not flags.eval:
             run_dir.check_same_flags(flags.resume, config.flags(), checkpoint)
@@ -320,8 +320,8 @@ def main(argv: list[str] | None = None, action: Action = run) -> None:
 
     Raises:
         SystemExit: after one line on stderr; 2 for a usage error; 1 for a loss that is not finite, an image that
-            cannot be read, a state that could not be saved, or another rank that failed; 128 + n for signal n; 0 after
-            --help.
+            cannot be read, a state that could not be saved, a full GPU, or another rank that failed; 128 + n for
+            signal n; 0 after --help.
     """
     with StopSignals() as signals:
         try:
@@ -341,6 +341,9 @@ def main(argv: list[str] | None = None, action: Action = run) -> None:
             stop(error, 1)
         except StoppedError as error:
             stop(error if utils.get_rank() == 0 else '', 128 + error.signum)
+        except torch.OutOfMemoryError as error:
+            advice = 'a smaller --batch-size with --accum-steps, --grad-checkpointing, or --no-cuda-graph'
+            stop(f'{str(error).split(". GPU")[0].rstrip(". ")}; try {advice}', 1)
         except RuntimeError as error:
             if stopping.is_peer_failure(error):  # the other rank has reported why
                 stop(f'rank {utils.get_rank()} exiting: another rank failed', 1)

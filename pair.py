@@ -56,7 +56,8 @@ def build_pair(config: Config, files: WeightsFiles, num_classes: int, fused: Col
             model = choose_blocks(model, student, built)
         teacher_stats = recorded_stats(files.teacher)
         # By default it depends on the teacher; if the part is typed, a teacher that cannot have it is an error.
-        fuse = 'talking-heads' in fused and bool(run.fused or not models.unfusible_heads(built))
+        is_typed = run.fused is not None
+        fuse = 'talking-heads' in fused and (is_typed or not models.unfusible_heads(built))
         teacher = register_teacher_hooks(model, built, stats, distills, alpha > 0, teacher_stats, fuse)
     tapped = register_student_hooks(model, student, distills)
     if model.grad_checkpointing and not run.eval:

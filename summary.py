@@ -16,7 +16,7 @@ from loggers import log_rank0
 from losses import LOGIT_LOSSES, RELATION_TERMS, ManifoldDistillationLoss
 from models import TappedModel, uses_fused_talking_heads
 from samplers import distinct_images
-from utils import compiler_problem, flag_name
+from utils import flag_name, fusing_problem
 
 
 def log_environment(flags: RunConfig, device: torch.device) -> None:
@@ -31,13 +31,16 @@ def log_environment(flags: RunConfig, device: torch.device) -> None:
         log_rank0(f'warning: --device {flags.device}: there is no CUDA device, running on the CPU')
 
 
-def log_fused(flags: RunConfig, device: torch.device, teacher: TappedModel | None) -> None:
-    """On a GPU the parts of --fused, after the teacher is built, which may not have the heads for one."""
-    if device.type == 'cuda' and not flags.eval:
-        has_heads = teacher is not None and uses_fused_talking_heads(teacher.model)
-        parts = [part for part in flags.fused_parts(device) if part != 'talking-heads' or has_heads]
-        problem = '' if flags.fused else compiler_problem(device)
-        log_rank0(f'fused       {", ".join(parts) or "none"}{problem and f" ({problem})"}')
+def log_fused(config: Config, device: torch.device, teacher: TappedModel | None) -> None:
+    """On a GPU the parts of --fused that the run uses, after the teacher is built, which may not have the heads."""
+    if device.type != 'cuda' or config.run.eval:
+        return
+    in_vain = {name for names, _, met in _conditions() if not met(config) for name in names}
+    if teacher is None or not uses_fused_talking_heads(teacher.model):
+        in_vain.add('fused talking-heads')
+    parts = [part for part in config.run.fused_parts(device) if f'fused {part}' not in in_vain]
+    problem = fusing_problem(device) if config.run.fused is None else ''
+    log_rank0(f'fused       {", ".join(parts) or "none"}{problem and f" ({problem})"}')
 
 
 def log_data(data: DataConfig, num_classes: int) -> None:

@@ -226,12 +226,14 @@ def compile_for(function: Callable[..., T], device: torch.device) -> Callable[..
 
 
 @cache
-def compiler_problem(device: torch.device) -> str:
-    """What keeps torch.compile from making kernels for this device, '' for nothing. Tries it once."""
+def fusing_problem(device: torch.device) -> str:
+    """What keeps a device from having parts of --fused by default, '' for nothing. On a GPU it compiles a function."""
+    if device.type != 'cuda' or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return 'needs an NVIDIA GPU of compute capability 8.0 or higher'  # older ones have no bfloat16
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-    except Exception as error:  # of any kind: without a C compiler, without triton, on an old GPU
-        return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
+        torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(1, device=device))
+    except Exception as error:  # of any kind: without a C compiler, without triton
+        return f'torch.compile does not work: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
     return ''
 
 

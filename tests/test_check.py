@@ -7,6 +7,7 @@ import shutil
 import time
 
 import pytest
+import recorded_call
 import torch
 import toys
 from torch import nn
@@ -230,6 +231,14 @@ def test_without_teacher(check):
     # Lines are no longer wrapped after the check.
     record = logging.LogRecord('', logging.INFO, '', 0, 'a ' * 100, None, None)
     assert all('\n' not in handler.format(record) for handler in tools.check.loggers.logger.handlers)
+
+
+def test_steps_until_the_graph_is_captured_do_not_count(check, monkeypatch):
+    made = recorded_call.install(monkeypatch)
+    lines = check(**toys.ALONE)
+    assert '1 step after 4 steps' in joined(lines)
+    assert 'in one process with a CUDA graph, limited by' in joined(lines)
+    assert (made[0].replays, made[0].is_closed) == (2, True)
 
 
 # Refusals and warnings ------------------------------------------------------------------------------------------------

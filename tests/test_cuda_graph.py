@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import recorded_call
@@ -157,6 +160,7 @@ def test_step_that_cannot_be_captured_is_launched(trained, monkeypatch, capsys):
             toys.after_calls(patch, main.Trainer, 'forward_backward', 1, toys.kill)
             with pytest.raises(toys.KilledError):  # after one of two passes: its traces must not count
                 call()
+        call.func.__self__.guard._finite.zero_()  # memory of a capture holds anything
         for generator, state in zip(self.generators, states, strict=True):
             generator.set_state(state)  # as after a real capture
         raise cuda_graph.CaptureError('out of memory\nand more')
@@ -167,6 +171,39 @@ def test_step_that_cannot_be_captured_is_launched(trained, monkeypatch, capsys):
     assert capsys.readouterr().out.count(told) == 1
     assert trained.made[-1].replays == 0
     assert toys.differing(run, launched) == set()
+
+
+def test_failed_capture_keeps_no_memory(monkeypatch):
+    for name in ('Stream', 'CUDAGraph', 'current_stream', 'synchronize'):
+        monkeypatch.setattr(torch.cuda, name, lambda: Mock())
+    monkeypatch.setattr(torch.cuda, 'graph', lambda *args, **options: nullcontext())
+    made = []
+
+    def fail():
+        activations = torch.ones(1)
+        made.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError('out of memory')
+
+    def capture() -> str:
+        try:
+            cuda_graph.CapturedCall([]).capture(fail)
+        except cuda_graph.CaptureError as error:
+            return str(error)
+
+    assert capture() == 'out of memory'
+    assert made[0]() is None  # at once, without the garbage collector
+
+
+def test_other_ranks_are_not_left_alone_with_a_graph(trained, monkeypatch, capsys):
+    def fail(self, call):
+        raise cuda_graph.CaptureError('out of memory')
+
+    monkeypatch.setattr(recorded_call.RecordedCall, 'capture', fail)
+    monkeypatch.setattr(cuda_graph, 'get_world_size', lambda: 2)
+    with pytest.raises(SystemExit) as stopped:
+        trained('run')
+    assert stopped.value.code == 2
+    assert 'captured (out of memory); run with --no-cuda-graph' in capsys.readouterr().err
 
 
 def test_capture_that_breaks_the_gpu_is_one_line(trained, monkeypatch, capsys):

@@ -392,6 +392,7 @@ def test_figure_shows_each_seed_or_the_gains_along_an_axis(tmp_path, stub):
     axis = dataclasses.replace(plan, epochs=[1, 3])
     for epochs in ([], ['--epochs', '1', '3']):
         assert experiment.main([str(tmp_path / 'plan.yaml'), '--out', str(out), *epochs]) == 0
+    assert {'results.md', 'results-epochs.md'} <= {path.name for path in out.iterdir()}
     lines = results.build_lines(axis, out)
     figure = results.make_figure(axis, lines)
     shown = {label: container[0].get_xydata().tolist() for container, label in by_label(figure.axes[0])}

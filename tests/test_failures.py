@@ -77,6 +77,24 @@ def test_state_is_checked_before_a_save_when_not_every_step_is(run, tmp_path, mo
     assert toys.load(tmp_path / 'checkpoint.pth')['step'] == 5
 
 
+def test_full_gpu_is_one_line_with_advice(run, monkeypatch, capsys):
+    def evaluate(*_):
+        raise torch.OutOfMemoryError(
+            'CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB'
+        )
+
+    monkeypatch.setattr(main.Evaluator, 'measure', evaluate)
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith(
+        'main.py: error: CUDA out of memory. Tried to allocate 2.00 GiB; try a smaller --batch-size'
+    )
+    assert error.endswith('or --no-cuda-graph\n')
+    assert error.count('\n') == 1
+
+
 def test_non_finite_loss_keeps_the_last_good_state(run, tmp_path, monkeypatch, capsys):
     poisoned(monkeypatch, 5)
     with pytest.raises(SystemExit) as stopped:

@@ -430,26 +430,26 @@ def test_removed_flags_are_named_as_such(word):
     ],
 )
 def test_parts_that_are_fused(monkeypatch, typed, device, capability, problem, parts):
-    monkeypatch.setattr(flags, 'compiler_problem', lambda device: problem)
+    monkeypatch.setattr(flags, 'fusing_problem', lambda device: problem)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
     assert toys.config(teacher_path='none', fused=typed).run.fused_parts(torch.device(device)) == parts
 
 
 def test_evaluation_tries_no_compiler(monkeypatch, files):
-    monkeypatch.setattr(flags, 'compiler_problem', lambda device: pytest.fail('tried'))
+    monkeypatch.setattr(flags, 'fusing_problem', lambda device: pytest.fail('tried'))
     run = toys.config(**toys.ALONE, eval=True, resume=files / 'student.pth').run
     assert run.fused_parts(torch.device('cuda')) == ()
 
 
 def test_parts_and_the_problem_are_printed_on_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
-    run, teacher = toys.config(teacher_path='none').run, models.tap(toys.teacher(num_heads=3), [0], 32)
+    config, teacher = toys.config(teacher_path='none', w_full=0), models.tap(toys.teacher(num_heads=3), [0], 32)
     for problem in ('', 'no compiler'):
         for module in (flags, summary):
-            monkeypatch.setattr(module, 'compiler_problem', lambda device, problem=problem: problem)
+            monkeypatch.setattr(module, 'fusing_problem', lambda device, problem=problem: problem)
         for device in ('cuda', 'cpu'):
-            summary.log_fused(run, torch.device(device), teacher)
+            summary.log_fused(config, torch.device(device), teacher)
     assert capsys.readouterr().out.splitlines() == [
-        'fused       relations, full, erasing',
+        'fused       relations, erasing',
         'fused       none (no compiler)',
     ]

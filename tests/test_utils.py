@@ -278,17 +278,38 @@ def test_single_process_needs_no_launcher(monkeypatch, given):
     assert not torch.distributed.is_initialized()
 
 
-def test_compiler_that_fails_is_a_reason(monkeypatch):
-    def fail(function):
+@pytest.fixture
+def device(monkeypatch):
+    """A GPU that can be asked for its capability. Each test has its own one, because answers are kept."""
+    monkeypatch.setattr(torch, 'zeros', lambda *size, device: torch.ones(size))
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
+    utils.fusing_problem.cache_clear()
+    yield torch.device('cuda', 0)
+    utils.fusing_problem.cache_clear()
+
+
+def test_compiler_that_fails_is_a_reason(device, monkeypatch):
+    def fail(function, fullgraph):
         raise RuntimeError('Failed to find C compiler\nand more')
 
-    device = torch.device('cpu', 0)  # no other test asks for it: answers are kept
     monkeypatch.setattr(torch, 'compile', fail)
-    assert utils.compiler_problem(device) == 'RuntimeError: Failed to find C compiler'
+    reason = 'torch.compile does not work: RuntimeError: Failed to find C compiler'
+    assert utils.fusing_problem(device) == reason
 
 
-def test_compiler_that_works_is_no_reason(monkeypatch):
+def test_compiler_that_works_is_no_reason_and_is_tried_once(device, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch, 'compile', lambda function: lambda x: compiled.append(function(x)))
-    assert utils.compiler_problem(torch.device('cpu', 1)) == ''
+    monkeypatch.setattr(torch, 'compile', lambda function, fullgraph: lambda x: compiled.append(function(x)))
+    assert utils.fusing_problem(device) == utils.fusing_problem(device) == ''
     assert len(compiled) == 1
+
+
+def test_old_gpus_other_makers_and_cpus_are_not_tried(device, monkeypatch):
+    monkeypatch.setattr(torch, 'compile', lambda function, fullgraph: pytest.fail('tried'))
+    reason = 'needs an NVIDIA GPU of compute capability 8.0 or higher'
+    assert utils.fusing_problem(torch.device('cpu')) == reason
+    monkeypatch.setattr(torch.version, 'hip', '7.0')
+    assert utils.fusing_problem(device) == reason
+    monkeypatch.setattr(torch.version, 'hip', None)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
+    assert utils.fusing_problem(torch.device('cuda', 1)) == reason

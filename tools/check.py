@@ -34,6 +34,7 @@ import models
 import run_dir
 import summary
 import utils
+from cuda_graph import WARM_UP
 from engine import Evaluator, Trainer
 from flag_types import NON_NEGATIVE_INT, POSITIVE_INT
 from flags import Config, Parser
@@ -183,8 +184,13 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
         yield from iter_with_signals_blocked(loader)
 
 
+def warm_up_steps(trainer: Trainer) -> int:
+    """Steps that are not measured: the first one, or with a CUDA graph all until it is captured."""
+    return WARM_UP + 1 if trainer.graph else 1
+
+
 def time_steps(trainer: Trainer, loader: DataLoader, steps: int) -> list[float]:
-    """Seconds of each training step with its data, after one step that does not count.
+    """Seconds of each training step with its data, after the steps that do not count.
 
     Raises:
         FloatingPointError: a term, logits or gradients are not finite.
@@ -192,14 +198,14 @@ def time_steps(trainer: Trainer, loader: DataLoader, steps: int) -> list[float]:
     device, seconds = trainer.config.device, list[float]()
     trainer.student.train(trainer.config.train_mode)
     batches = batches_of(loader)
-    for number in range(1 + steps):
+    for number in range(warm_up_steps(trainer) + steps):
         start = time.monotonic()
         trainer.train_step(next(batches), f'step {number} of epoch {number // len(loader)}')
         trainer.guard.sync()
         if device.type == 'cuda':
             torch.cuda.synchronize(device)
         seconds.append(time.monotonic() - start)
-    return seconds[1:]
+    return seconds[-steps:]
 
 
 def log_time(config: Config, trainer: Trainer, loader: DataLoader, steps: int) -> None:
@@ -216,12 +222,13 @@ def log_time(config: Config, trainer: Trainer, loader: DataLoader, steps: int) -
         advice = 'try a smaller --batch-size with --accum-steps, or --grad-checkpointing'
         size = config.optim.batch_size
         raise UsageError(f'--batch-size {size}: does not fit the memory of {device}; {advice}') from error
+    first = summary.counted(warm_up_steps(trainer), 'step')
     mean, images = sum(seconds) / len(seconds), config.optim.rank_batch_size
     where = 'the GPU' if device.type == 'cuda' else 'this process'
     log('losses', f'{format_losses(trainer.state.meters.recent())}, mean of these steps')
     log(
         'step',
-        f'{mean:.3g} s ({min(seconds):.3g} to {max(seconds):.3g}, {summary.counted(steps, "step")} after a first one), '
+        f'{mean:.3g} s ({min(seconds):.3g} to {max(seconds):.3g}, {summary.counted(steps, "step")} after {first}), '
         f'{images / mean:.3g} images/s, peak memory of {where} {peak_memory(device):,} MiB',
     )
     # The loader processes are ahead of the first steps, so the steps do not show whether they are fast enough.
@@ -232,7 +239,8 @@ def log_time(config: Config, trainer: Trainer, loader: DataLoader, steps: int) -
     epoch, epochs = max(mean, supply) * len(loader), config.optim.epochs
     one = f'{epoch / 3600:.3g} h for an epoch of {summary.counted(len(loader), "step")}'
     log('time', f'{one}, {epochs * epoch / 3600:.3g} h for {summary.counted(epochs, "epoch")}, without evaluation;')
-    log('', f'in one process, limited by the {slower}')
+    graph = ' with a CUDA graph' if trainer.graph and not trainer.graph.failed else ''
+    log('', f'in one process{graph}, limited by the {slower}')
 
 
 # Accuracy -------------------------------------------------------------------------------------------------------------
@@ -281,7 +289,11 @@ def check(steps: int, images: int, config: Config, device: torch.device, signals
         log_maps(config, pair.student)
     log_cost(config, pair, device)
     trainer, loader = program.build_trainer(config, pair, loaders, evaluator, checkpoint, own is not None)
-    log_time(config, trainer, loader, steps)
+    try:
+        log_time(config, trainer, loader, steps)
+    finally:
+        if trainer.graph:
+            trainer.graph.close()
     log_accuracy(pair, evaluator, num_classes, images, RankConsensus(signals))
     report_bad_images(device, loader, evaluator.loader)
 
@@ -296,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     parser.allow_abbrev = False
     add = parser.add_argument
-    add('--steps', type=POSITIVE_INT, default=3, help='training steps to measure, after a first one (3)')
+    add('--steps', type=POSITIVE_INT, default=3, help='training steps to measure, after those that warm up (3)')
     add('--images', type=NON_NEGATIVE_INT, default=256, help="images for the teacher's accuracy; 0: none (256)")
     with one_line_errors(PROGRAM):
         own, flags = parser.parse_known_args(argv)

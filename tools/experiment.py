@@ -330,8 +330,8 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             experiment.stop()
     print(f'\n{results.write_results(plan, out, experiment.failures)}\n')
-    drawn = ', results.png, results.svg' if results.draw(plan, out) else ''
-    print(f'In {out}: results.md, results.json{drawn}')
+    endings = ('md', 'json', *(('png', 'svg') if results.draw(plan, out) else ()))
+    print(f'In {out}: {", ".join(f"{plan.results}.{ending}" for ending in endings)}')
     if not is_complete:
         print('Time is up. The same command continues.')
     return 0 if is_complete and not experiment.failures else 1

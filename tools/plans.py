@@ -94,6 +94,11 @@ class Plan:
         return UsageError(f'{self.path}: {key}: {message}')
 
     @property
+    def results(self) -> str:
+        """Name of the files of results, without ending: runs along an axis have files of their own."""
+        return '-'.join(['results', *(['epochs'] if self.epochs else []), *(['images'] if self.images else [])])
+
+    @property
     def cells(self) -> list[Cell]:
         return [Cell(epochs, images) for images in self.images or [None] for epochs in self.epochs or [None]]
 

@@ -191,9 +191,10 @@ def environment() -> dict[str, str]:
 
 
 def page(plan: Plan, lines: list[Line], failures: dict[str, str]) -> str:
-    """The whole of `results.md`."""
+    """The whole Markdown file of results."""
     data = plan.data
-    images = f', {data.images} training images per class, part {data.part}' if data.source == 'folders' else ''
+    per_class = ' or '.join(map(str, plan.images or [data.images or 'all']))
+    images = f', {per_class} training images per class, part {data.part}' if data.source == 'folders' else ''
     about = ', '.join(f'{key} {value}' for key, value in environment().items())
     parts = [
         f'# {plan.title}',
@@ -212,9 +213,9 @@ def page(plan: Plan, lines: list[Line], failures: dict[str, str]) -> str:
 
 
 def write_results(plan: Plan, out: Path, failures: dict[str, str]) -> str:
-    """Writes results.md and results.json of all finished runs, and returns the table."""
+    """Writes all finished runs as Markdown and JSON, and returns the table."""
     lines = build_lines(plan, out)
-    (out / 'results.md').write_text(page(plan, lines, failures))
+    (out / f'{plan.results}.md').write_text(page(plan, lines, failures))
     rows = [
         {
             'row': line.row, 'title': line.title, 'epochs': line.cell.epochs, 'images_per_class': line.cell.images,
@@ -224,7 +225,7 @@ def write_results(plan: Plan, out: Path, failures: dict[str, str]) -> str:
         for line in lines
     ]  # fmt: skip
     whole = {'plan': plan.path, 'control': plan.control, 'environment': environment(), 'rows': rows}
-    (out / 'results.json').write_text(json.dumps(whole | {'failed': failures}, indent=1) + '\n')
+    (out / f'{plan.results}.json').write_text(json.dumps(whole | {'failed': failures}, indent=1) + '\n')
     return table(plan, lines)
 
 
@@ -232,13 +233,13 @@ def write_results(plan: Plan, out: Path, failures: dict[str, str]) -> str:
 
 
 def draw(plan: Plan, out: Path) -> bool:
-    """Writes results.png and results.svg. Returns False if there is nothing to show yet."""
+    """Writes the figure as PNG and SVG. Returns False if there is nothing to show yet."""
     lines = [line for line in build_lines(plan, out) if line.accuracies]
     if not lines:
         return False
     figure = make_figure(plan, lines)
     for ending in ('png', 'svg'):
-        figure.savefig(out / f'results.{ending}', dpi=150)
+        figure.savefig(out / f'{plan.results}.{ending}', dpi=150)
     plt.close(figure)
     return True
 
