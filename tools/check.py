@@ -222,13 +222,14 @@ def log_time(config: Config, trainer: Trainer, loader: DataLoader, steps: int) -
         advice = 'try a smaller --batch-size with --accum-steps, or --grad-checkpointing'
         size = config.optim.batch_size
         raise UsageError(f'--batch-size {size}: does not fit the memory of {device}; {advice}') from error
-    first = summary.counted(warm_up_steps(trainer), 'step')
+    first = warm_up_steps(trainer)
+    before = f'the first {first}' if first > 1 else 'a first one'
     mean, images = sum(seconds) / len(seconds), config.optim.rank_batch_size
     where = 'the GPU' if device.type == 'cuda' else 'this process'
     log('losses', f'{format_losses(trainer.state.meters.recent())}, mean of these steps')
     log(
         'step',
-        f'{mean:.3g} s ({min(seconds):.3g} to {max(seconds):.3g}, {summary.counted(steps, "step")} after {first}), '
+        f'{mean:.3g} s ({min(seconds):.3g} to {max(seconds):.3g}, {summary.counted(steps, "step")} after {before}), '
         f'{images / mean:.3g} images/s, peak memory of {where} {peak_memory(device):,} MiB',
     )
     # The loader processes are ahead of the first steps, so the steps do not show whether they are fast enough.
