@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -287,6 +287,8 @@ def run() -> int:
     chosen = [row for row in rows() if any(words in row.name for words in args.rows)]
     if not chosen:
         parser.error(f'--rows {" ".join(args.rows)}: no such row')
+    if args.toy:
+        chosen = [replace(row, least=None) for row in chosen]  # figures to reach are for real sizes
     in_turn = sorted(chosen, key=lambda row: row.turn)
     if args.file:
         with toy_forms() if args.toy else ExitStack():
