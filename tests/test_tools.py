@@ -1,7 +1,9 @@
 """Tools and scripts: what counts as a difference between two runs, and what a script leaves."""
 
 import copy
+import importlib
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -59,3 +61,14 @@ def test_sourced_setup_script_leaves_the_shell_as_it_was():
     done = subprocess.run(['bash', '-c', command], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == 'unchanged\n'
     assert 'bash scripts/setup.sh' in done.stderr
+
+
+def test_demo_shows_each_epoch_with_its_own_accuracy(tmp_path, monkeypatch, capsys):
+    said = '\n'.join(f'epoch {epoch} took 0:00:01, lr 1\n* Acc@1 {10 * epoch}.000 Acc@5 50.000' for epoch in (0, 1))
+    monkeypatch.syspath_prepend(ROOT / 'tools')  # the demo is a script
+    demo = importlib.import_module('demo')
+    monkeypatch.setattr(demo.Run, 'command', lambda run, data: [sys.executable, '-c', f'print({said!r})'])
+    demo.Run('student', 2, [], tmp_path / 'run').train(tmp_path)
+    lines = [line.rpartition(', ')[0] for line in capsys.readouterr().out.splitlines()[1:3]]
+    assert lines == ['student: epoch 1/2, Acc@1 0.0', 'student: epoch 2/2, Acc@1 10.0']
+    assert (tmp_path / 'run' / 'output.txt').read_text() == f'{said}\n'

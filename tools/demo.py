@@ -61,7 +61,7 @@ class Run:
     def train(self, data: Path) -> None:
         """Runs it, shows one moving line, and keeps all it prints in output.txt."""
         self.folder.mkdir(parents=True)
-        start, accuracy = time.monotonic(), ''
+        start, epoch, accuracy = time.monotonic(), 0, ''
         env = {'OMP_NUM_THREADS': '1'} | os.environ
         with (
             open(self.folder / 'output.txt', 'w') as output,
@@ -73,14 +73,14 @@ class Run:
             for line in process.stdout:
                 output.write(line)
                 if found := re.match(r'epoch (\d+) took', line):
-                    elapsed = time.monotonic() - start
-                    show(f'{self.title}: epoch {int(found[1]) + 1}/{self.epochs}{accuracy}, {elapsed:.0f} s')
+                    epoch = int(found[1]) + 1
                 elif found := re.match(r'\* Acc@1 (\S+)', line):
-                    accuracy = f', Acc@1 {float(found[1]):.1f}'
+                    accuracy, elapsed = f'Acc@1 {float(found[1]):.1f}', time.monotonic() - start
+                    show(f'{self.title}: epoch {epoch}/{self.epochs}, {accuracy}, {elapsed:.0f} s')
         self.seconds = time.monotonic() - start
         if process.returncode:
             sys.exit(f'\n{self.title} failed; all it said is in {self.folder / "output.txt"}')
-        show(f'{self.title}: done in {self.seconds:.0f} s{accuracy}', last=True)
+        show(f'{self.title}: done in {self.seconds:.0f} s, {accuracy}', last=True)
 
 
 def show(text: str, last: bool = False) -> None:
