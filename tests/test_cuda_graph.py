@@ -19,6 +19,7 @@ import main
 # Three epochs of two steps. Everything that draws random numbers is on, and the last epoch has another learning rate.
 LIVELY = {'epochs': 3, 'batch_size': 2, 'accum_steps': 2, 'drop': 0.1, 'drop_path': 0.1, 'lr': 3, 'warmup_epochs': 0}
 LIVELY |= {'model_ema_decay': 0.5, 'K': 5, 'clip_grad': 1, 'eval_ema': True, 'log_grad_share': True, 'w_rand': 1}
+SHORT = {'epochs': 2, 'eval_ema': None, 'log_grad_share': None}
 
 
 @pytest.fixture
@@ -104,8 +105,8 @@ def test_run_that_has_no_graph_says_why_and_trains(trained, changes, reason, cap
 
 
 def test_graph_is_the_default_on_one_gpu(trained):
-    chosen, asked = trained('chosen', cuda_graph=None, no_cuda_graph=None), trained('asked')
-    assert [call.replays for call in trained.made] == [4, 4]
+    chosen, asked = trained('chosen', **SHORT, cuda_graph=None, no_cuda_graph=None), trained('asked', **SHORT)
+    assert [call.replays for call in trained.made] == [2, 2]
     assert toys.differing(chosen, asked) == set()
 
 
@@ -152,7 +153,7 @@ def test_step_that_waits_is_launched_and_the_place_is_named(trained, monkeypatch
 
 
 def test_step_that_cannot_be_captured_is_launched(trained, monkeypatch, capsys):
-    launched = trained('launched', 1000)
+    launched = trained('launched', 1000, **SHORT)
 
     def fail(self, call):
         states = [generator.get_state() for generator in self.generators]
@@ -165,7 +166,7 @@ def test_step_that_cannot_be_captured_is_launched(trained, monkeypatch, capsys):
         raise cuda_graph.CaptureError('out of memory\nand more')
 
     monkeypatch.setattr(recorded_call.RecordedCall, 'capture', fail)
-    run = trained('run')
+    run = trained('run', **SHORT)
     told = 'warning: --cuda-graph: the step cannot be captured (out of memory); steps are launched kernel by kernel'
     assert capsys.readouterr().out.count(told) == 1
     assert trained.made[-1].replays == 0
