@@ -110,6 +110,7 @@ def test_graph_is_the_default_on_one_gpu(trained):
     assert toys.differing(chosen, asked) == set()
 
 
+@pytest.mark.more
 def test_default_without_a_graph_is_no_warning(trained, capsys):
     trained('run', cuda_graph=None, no_cuda_graph=None, opt='sgd', lr=0.1, epochs=1)
     out = capsys.readouterr().out
@@ -194,6 +195,7 @@ def test_failed_capture_keeps_no_memory(monkeypatch):
     assert made[0]() is None  # at once, without the garbage collector
 
 
+@pytest.mark.more
 def test_other_ranks_are_not_left_alone_with_a_graph(trained, monkeypatch, capsys):
     def fail(self, call):
         raise cuda_graph.CaptureError('out of memory')
@@ -206,6 +208,7 @@ def test_other_ranks_are_not_left_alone_with_a_graph(trained, monkeypatch, capsy
     assert 'captured (out of memory); run with --no-cuda-graph' in capsys.readouterr().err
 
 
+@pytest.mark.more
 def test_capture_that_breaks_the_gpu_is_one_line(trained, monkeypatch, capsys):
     monkeypatch.setattr(recorded_call.RecordedCall, 'find_wait', lambda self, call: (call(), ''))
     make_loss_wait(monkeypatch)
