@@ -310,10 +310,10 @@ class RunConfig:
     device: str = flag('cuda', 'cuda, cuda:N or cpu; without a GPU cuda becomes cpu')
     amp_dtype: str | None = flag(None, 'dtype of autocast (default: bfloat16 on a GPU that has it, else float16 with '
         'a gradient scaler; float32 on the CPU)', choices=('bfloat16', 'float16', 'float32'))
-    fused: list[str] | None = flag(None, 'parts that run in few kernels on a GPU (default: on a GPU all that were '
-        'tried on its kind). '
-        'talking-heads: the attention of a CaiT teacher; relations: the sample, patch and random terms together; full: '
-        'the full term with float32 products; erasing: random erasing, with other noise; none: no part',
+    fused: list[str] | None = flag(None, 'parts that run in few kernels on a GPU (default: on a GPU all of them, but '
+        'talking-heads only with compute capability 9.0). talking-heads: the attention of a CaiT teacher; relations: '
+        'the sample, patch and random terms together; full: the full term with float32 products; erasing: random '
+        'erasing, with other noise; none: no part',
         choices=(*FUSED, 'none'), nargs='+')
     cuda_graph: bool | None = flag(None, 'launch each training step as one CUDA graph, and copy batches ahead '
         '(default: on with one GPU; not tried with several)', action='store_true', no='launch its kernels one by one')
